@@ -1,0 +1,162 @@
+"""A job: one thing to run, and the command that a lease holds. What a job file says is parsed in `jobfile`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tenure.errors import SpecError
+from tenure.resources import Envelope
+
+JobKind = Literal["workspace", "train", "serve", "task"]
+JOB_KINDS: tuple[JobKind, ...] = ("workspace", "train", "serve", "task")
+RuntimeName = Literal["process", "container", "microvm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What a lease runs."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    """Absolute folder to start in; empty means the worker folder."""
+    on_event: bool = False
+    """Start once per event addressed to this worker, instead of once at the grant."""
+    expects_result: bool = False
+    """Exit 0 without `result.json` (`state: done | continue`) is a failure."""
+    grace_s: float = 5.0
+    """Between SIGTERM and SIGKILL."""
+    network: str = "host"
+    """`host`, or `netns:NAME` for an existing network namespace."""
+    ports: Mapping[str, int] = field(default_factory=dict)
+    """Named ports the command listens on, e.g. ``{"http": 8000}``; endpoints are made of them."""
+    secrets: tuple[str, ...] = ()
+    """Names of environment variables handed through from the submitter, never stored."""
+
+    def __post_init__(self) -> None:
+        if not self.argv or not self.argv[0]:
+            raise SpecError("a command needs at least a program to run")
+        if not 0 <= self.grace_s <= 600:
+            raise SpecError(f"command grace must lie between 0 and 600 s; found {self.grace_s!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """What to do when a stage's job fails by itself."""
+
+    attempts: int = 1
+    """How often it is started at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """How measuring may spend time."""
+
+    max_s: float = 60.0
+    """Bound of all probes of the stage together."""
+    repeats: int = 3
+    memory_bytes: int = 1 << 30
+    """Memory of the generous envelope that probes run under, per worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainGoal:
+    """What a training run must reach, at the least cost."""
+
+    accuracy: float
+    """Share of held-out examples classified rightly, 0 < accuracy <= 1."""
+    time_s: float = 0.0
+    """Latest end, from the grant; 0 = no bound."""
+    cost_usd: float = 0.0
+    """Highest cost; 0 = no bound."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.accuracy <= 1:
+            raise SpecError(f"goal.accuracy must lie above 0 and at most 1; found {self.accuracy!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeGoal:
+    """What a served model must meet, at the least cost. A bound of 0 is no bound."""
+
+    name: str
+    clients: int = 1
+    """Applications that use the model at the same time, each a process of its own."""
+    p99_s: float = 0.0
+    """Highest 99th percentile of a request's latency."""
+    images_per_s: float = 0.0
+    """Least rate over all clients."""
+    memory_bytes: int = 0
+    """Highest memory of everything that holds the model: all applications, and the server if there is one."""
+    lease: bool = False
+    """Lease the winner and answer one request through the public client."""
+
+    def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise SpecError(f"goal.clients must be at least 1; found {self.clients!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One thing to run: a stage of a job file. Raises SpecError when its parts contradict each other."""
+
+    kind: JobKind
+    name: str
+    runtime: RuntimeName = "process"
+    program: str = ""
+    """``file.py:Name`` of a training program."""
+    command: tuple[str, ...] = ()
+    model: str = ""
+    """Path of a model, or ``stage:file`` for an artefact of an earlier stage."""
+    envelope: Envelope | None = None
+    """None: measure, and recommend one."""
+    train_goal: TrainGoal | None = None
+    serve_goals: tuple[ServeGoal, ...] = ()
+    workers: int = 0
+    """Size of the gang when the envelope is given; 0: recommend."""
+    shards: int = 8
+    """Parts of a round's work, whoever computes them (same-result mode)."""
+    batch: int = 0
+    """Examples per round over all shards; 0: the whole training set."""
+    max_rounds: int = 1000
+    seed: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Name -> path, relative to the job file, or ``stage:file``."""
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    """Name -> path relative to the worker folder; kept as artefacts. A missing one fails the stage."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    ports: Mapping[str, int] = field(default_factory=dict)
+    retry: Retry = field(default_factory=Retry)
+    probe: Probe = field(default_factory=Probe)
+    options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    """Handed to a training program's constructor."""
+
+    def __post_init__(self) -> None:
+        needs = {"train": self.program, "serve": self.model, "task": self.command, "workspace": True}
+        if not needs[self.kind]:
+            key = {"train": "program", "serve": "model", "task": "command"}[self.kind]
+            raise SpecError(f"a {self.kind} stage needs {key!r}")
+        if self.kind == "train" and self.envelope is None and self.train_goal is None:
+            raise SpecError("a train stage needs either [train.goal] or [train.envelope] with workers")
+        if self.kind == "serve" and self.envelope is None and not self.serve_goals:
+            raise SpecError("a serve stage needs either [[serve.goals]] or [serve.envelope]")
+        if not 1 <= self.shards <= 4096:
+            raise SpecError(f"shards must lie between 1 and 4096; found {self.shards!r}")
+        if self.workers < 0 or self.workers > self.shards:
+            raise SpecError(f"workers must lie between 1 and shards ({self.shards}); found {self.workers!r}")
+        if not 1 <= self.max_rounds <= 10_000_000:
+            raise SpecError(f"max_rounds must lie between 1 and 10,000,000; found {self.max_rounds!r}")
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Return the 16-digit name under which trials of the same job on the same kind of machine are found again.
+
+    parts: JSON-ready: program content hashes, input manifest, library versions, machine class.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,58 @@
+"""A node: a machine, or a part of one, that can hold leases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tenure.resources import Bound, Capacity
+
+
+class NodeState(StrEnum):
+    """Whether the broker may grant on a node."""
+
+    UP = "up"
+    DRAINING = "draining"
+    UNREACHABLE = "unreachable"
+    """Not heard of; its leases may still run until its term is over."""
+    LOST = "lost"
+    """Its term and margin are over: nothing of it runs any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a measurement ran on. Trials are compared only within `machine_class`."""
+
+    cpu_model: str
+    cpu_features: tuple[str, ...] = ()
+    """Sorted instruction-set flags that change floating-point results or speed (avx2, avx512f, fma ...)."""
+    cores: int = 1
+    memory_bytes: int = 0
+    gpu_model: str = ""
+    gpus: int = 0
+    kernel: str = ""
+    python: str = ""
+
+    @property
+    def machine_class(self) -> str:
+        """CPU model, features, cores and GPU model in one line."""
+        gpu = f" + {self.gpus}x {self.gpu_model}" if self.gpus else ""
+        return f"{self.cpu_model} x{self.cores} [{' '.join(self.cpu_features)}]{gpu}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A node as its agent describes it."""
+
+    name: str
+    capacity: Capacity
+    machine: Machine
+    runtimes: tuple[str, ...] = ("process",)
+    bounds: Mapping[str, Mapping[str, Bound]] = field(default_factory=dict)
+    """runtime -> envelope field -> how it is held here."""
+    confinement: Mapping[str, str] = field(default_factory=dict)
+    """runtime -> one sentence on how it confines here, e.g. ``cgroup v1: memory, cpu, pids``."""
+    state: NodeState = NodeState.UP
+    term_s: float = 60.0
+    """How long the agent may act without hearing from the broker."""

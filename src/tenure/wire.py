@@ -1,0 +1,438 @@
+"""The one schema spoken between CLI, broker and agent: nouns as JSON lines over a Unix socket.
+
+Each line is one message, at most `MAX_LINE_BYTES`:
+
+    {"id": 7, "op": "renew", "args": {…}}              a call
+    {"id": 7, "result": …}                             its answer
+    {"id": 7, "error": {"kind": "NoPlacement", …}}     … or its refusal
+    {"note": "lease_event", "data": {…}}               told without being asked
+
+The first call on a connection is `hello` with the protocol version; another version is refused in words.
+Here is encoding only; sockets are in `sockets`. Operations and their arguments are the dataclasses below: the broker's
+(`BROKER_OPS`) and the agent's (`AGENT_OPS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from tenure import errors
+from tenure.errors import CorruptData, TenureError
+from tenure.events import Event
+from tenure.jobs import Command
+from tenure.leases import EndReason, Lease
+from tenure.nodes import Node
+from tenure.protocols import Exit, ExitKind, RuntimeHandle, StartSpec
+from tenure.resources import Envelope
+from tenure.runs import Run, RunState, Stage
+from tenure.trials import Recommendation, Trial
+from tenure.usage import Usage
+
+VERSION = 1
+MAX_LINE_BYTES = 8 << 20
+
+T = TypeVar("T")
+
+
+def to_json(noun: Any) -> bytes:
+    """Return a noun, or plain data, as one line of JSON without the newline."""
+    return msgspec.json.encode(noun)
+
+
+def to_builtins(noun: Any) -> Any:
+    """Return a noun as plain dicts, lists, strings and numbers."""
+    return msgspec.to_builtins(noun)
+
+
+def from_json(data: bytes | str, kind: type[T]) -> T:
+    """Return the noun that the JSON describes. Raises CorruptData when it does not fit `kind`."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise CorruptData(f"not a valid {kind.__name__}: {error}") from error
+
+
+def from_builtins(data: Any, kind: Any) -> Any:
+    """Return the noun that plain data describes. `kind` may be any type form. Raises CorruptData when it does not fit."""
+    try:
+        return msgspec.convert(data, type=kind)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise CorruptData(f"not a valid {getattr(kind, '__name__', kind)}: {error}") from error
+
+
+def error_to_wire(error: TenureError) -> dict[str, Any]:
+    """Return an error as plain data: its class name, its text, and its own fields."""
+    details = {k: v for k, v in vars(error).items() if isinstance(v, (str, int, float, bool, dict))}
+    return {"kind": type(error).__name__, "message": str(error), "details": details}
+
+
+def error_from_wire(data: Mapping[str, Any]) -> TenureError:
+    """Return the error that the other side raised; an unknown class becomes its base."""
+    kind = getattr(errors, str(data.get("kind")), TenureError)
+    if not (isinstance(kind, type) and issubclass(kind, TenureError)):
+        kind = TenureError
+    error = kind.__new__(kind)
+    Exception.__init__(error, str(data.get("message", "no reason given")))
+    for name, value in dict(data.get("details") or {}).items():
+        setattr(error, name, value)
+    return error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operation: its arguments' dataclass and its result's type."""
+
+    args: type
+    result: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nothing:
+    """No arguments, or no result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First call on every connection."""
+
+    version: int = VERSION
+    who: str = "client"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """Answer to `hello`."""
+
+    version: int
+    who: str
+    pid: int
+    fence: int = 0
+    """The broker's own fence; 0 from an agent."""
+
+
+# --- client -> broker -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitRun:
+    """Record a run. Doing it again with the same run changes nothing."""
+
+    run: Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetStage:
+    """Record a stage's state, fingerprint, artefacts."""
+
+    run_id: str
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetRun:
+    """Record a run's state."""
+
+    run_id: str
+    state: RunState
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GangMember:
+    """One lease of a gang."""
+
+    worker: int
+    envelope: Envelope
+    command: Command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestGang:
+    """Ask for leases, all or none. `gang_id` is the idempotency key. Raises NoPlacement when no node could ever hold them;
+    otherwise they queue for at most `queue_s`, then end `cancelled`."""
+
+    gang_id: str
+    run_id: str
+    stage: str
+    tenant: str = "default"
+    members: tuple[GangMember, ...]
+    queue_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRef:
+    """Name a lease."""
+
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitLeases:
+    """Answer when every named lease is active or ended (`until="active"`), or ended (`until="ended"`), or after `timeout_s`,
+    with the leases as they then are."""
+
+    lease_ids: tuple[str, ...]
+    until: str = "ended"
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renew:
+    """Move a lease's slot end to now + `for_s`, at most its total."""
+
+    lease_id: str
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resize:
+    """Change a lease's CPU, memory and disk live."""
+
+    lease_id: str
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """End leases: SIGTERM, the grace, SIGKILL."""
+
+    lease_ids: tuple[str, ...]
+    reason: EndReason = EndReason.RELEASED
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nudge:
+    """Have the broker look into a stage's ``store/events`` now instead of within a second."""
+
+    run_id: str
+    stage: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListLeases:
+    """Select leases; empty fields select all."""
+
+    run_id: str = ""
+    stage: str = ""
+    tenant: str = ""
+    live: bool = False
+    """Only those that have not ended."""
+    max_leases: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListEvents:
+    """Events after `after_seq`, oldest first."""
+
+    after_seq: int = 0
+    run_id: str = ""
+    max_events: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListRuns:
+    """Runs, newest first."""
+
+    run_id: str = ""
+    max_runs: int = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordTrial:
+    """Keep a trial. Its id is the idempotency key."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListTrials:
+    """Trials, oldest first; empty fields select all."""
+
+    fingerprint: str = ""
+    run_id: str = ""
+    max_trials: int = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRecommendation:
+    """Keep a recommendation. Its id is the idempotency key."""
+
+    recommendation: Recommendation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListRecommendations:
+    """Recommendations of a run, oldest first."""
+
+    run_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseView:
+    """A lease with what is known of its attempts."""
+
+    lease: Lease
+    usage: Usage | None = None
+    exits: tuple[Exit, ...] = ()
+    """One per ended attempt, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsagePoint:
+    """A rollup of one lease's consumption."""
+
+    lease_id: str
+    at_s: float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The broker in one answer."""
+
+    fence: int
+    leases: int
+    clients: int
+    nodes: tuple[Node, ...] = ()
+    persistent: bool = False
+    """Started by `tenure up`: stays when nobody is left."""
+
+
+BROKER_OPS: Mapping[str, Op] = {
+    "hello": Op(args=Hello, result=Welcome),
+    "status": Op(args=Nothing, result=Status),
+    "submit_run": Op(args=SubmitRun, result=Run),
+    "set_stage": Op(args=SetStage, result=Nothing),
+    "set_run": Op(args=SetRun, result=Nothing),
+    "runs": Op(args=ListRuns, result=tuple[Run, ...]),
+    "request_gang": Op(args=RequestGang, result=tuple[Lease, ...]),
+    "wait_leases": Op(args=WaitLeases, result=tuple[LeaseView, ...]),
+    "lease": Op(args=LeaseRef, result=LeaseView),
+    "leases": Op(args=ListLeases, result=tuple[Lease, ...]),
+    "renew": Op(args=Renew, result=Lease),
+    "resize": Op(args=Resize, result=Lease),
+    "release": Op(args=Release, result=Nothing),
+    "nudge": Op(args=Nudge, result=Nothing),
+    "events": Op(args=ListEvents, result=tuple[Event, ...]),
+    "usage": Op(args=LeaseRef, result=tuple[UsagePoint, ...]),
+    "record_trial": Op(args=RecordTrial, result=Nothing),
+    "trials": Op(args=ListTrials, result=tuple[Trial, ...]),
+    "record_recommendation": Op(args=RecordRecommendation, result=Nothing),
+    "recommendations": Op(args=ListRecommendations, result=tuple[Recommendation, ...]),
+    "shutdown": Op(args=Nothing, result=Nothing),
+}
+
+
+# --- broker -> agent --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentStart:
+    """Start one attempt on this node."""
+
+    runtime: str = "process"
+    spec: StartSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentRenew:
+    """Move a running attempt's deadline."""
+
+    lease_id: str
+    fence: int
+    deadline_boot_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentResize:
+    """Change a running attempt's bounds."""
+
+    lease_id: str
+    fence: int
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentStop:
+    """End a running attempt."""
+
+    lease_id: str
+    fence: int
+    grace_s: float = 5.0
+    kind: ExitKind = ExitKind.STOPPED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeTerm:
+    """Renew the node's term: the agent may act for `term_s` more without hearing from the broker."""
+
+    term_s: float
+    broker_fence: int
+    """An agent refuses a broker with an older fence than the last it obeyed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptView:
+    """One attempt on a node: `exit` is None while it runs."""
+
+    handle: RuntimeHandle
+    usage: Usage | None = None
+    exit: Exit | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentExec:
+    """Run a command inside a lease."""
+
+    lease_id: str
+    argv: tuple[str, ...]
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecResult:
+    """Exit code and output (as text, undecodable bytes replaced) of a command run inside a lease."""
+
+    code: int
+    output: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootTime:
+    """The node's CLOCK_BOOTTIME, so that the broker can turn UTC ends into deadlines."""
+
+    boot_s: float
+    utc_s: float
+    boot_id: str
+
+
+AGENT_OPS: Mapping[str, Op] = {
+    "hello": Op(args=Hello, result=Welcome),
+    "describe": Op(args=Nothing, result=Node),
+    "term": Op(args=NodeTerm, result=BootTime),
+    "start": Op(args=AgentStart, result=RuntimeHandle),
+    "renew": Op(args=AgentRenew, result=Nothing),
+    "resize": Op(args=AgentResize, result=Nothing),
+    "stop": Op(args=AgentStop, result=Nothing),
+    "attempts": Op(args=Nothing, result=tuple[AttemptView, ...]),
+    "forget": Op(args=LeaseRef, result=Nothing),
+    "exec": Op(args=AgentExec, result=ExecResult),
+    "shutdown": Op(args=Nothing, result=Nothing),
+}
+
+AGENT_NOTES: Mapping[str, Any] = {"attempt": AttemptView}
+"""What an agent tells the broker unasked: usage of a running attempt about once a second, and each exit."""
+
+
+def describe_ops(ops: Mapping[str, Op]) -> str:
+    """Return the operations as text, for the reference page."""
+    lines = []
+    for name, op in ops.items():
+        names = [f.name for f in fields(op.args)] if is_dataclass(op.args) else []
+        lines.append(f"{name}({', '.join(names)})")
+    return "\n".join(lines)
