@@ -1,0 +1,129 @@
+"""What this machine is and how much of it can be leased: facts that trials are compared by.
+
+Quick to import and to call: it reads /proc, and loads NVML only where an NVIDIA device file exists.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+from tenure.meter import cgroups
+from tenure.nodes import Machine
+from tenure.resources import Capacity, Gpu
+
+_FEATURES = re.compile(
+    r"sse4_[12]|avx\w*|fma4?|f16c|amx_\w+|bmi[12]"  # x86
+    r"|asimd\w*|sve\w*|sme2?|bf16|i8mm|neon|vfpv4"  # Arm
+)
+"""Flags that change which floating-point kernels a library picks, hence results or speed."""
+
+
+def machine() -> Machine:
+    """Return what a measurement made here runs on."""
+    model, features = _cpu()
+    gpus = _gpus()
+    return Machine(
+        cpu_model=model,
+        cpu_features=features,
+        cores=max(1, int(_cpus())),
+        memory_bytes=_memory_bytes(),
+        gpu_model=gpus[0].model if gpus else "",
+        gpus=len(gpus),
+        kernel=platform.release(),
+        python=platform.python_version(),
+    )
+
+
+def capacity(path: Path | None = None) -> Capacity:
+    """Return what this process may use of the machine, as a node offers it.
+
+    cpus: cores of the CPU affinity, cut by the cgroup CPU quota. memory_bytes: RAM, cut by the cgroup limit.
+    disk_bytes: free for us on the file system of `path` (default: the home directory), 0 when it can't be read.
+    """
+    return Capacity(cpus=_cpus(), memory_bytes=_memory_bytes(), disk_bytes=_disk_free_bytes(path), gpus=_gpus())
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Return distribution name -> installed version. Names that are not installed are left out."""
+    from importlib import metadata  # late: 20 ms that a worker need not pay
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """Return the model and the relevant features, those that every core has."""
+    model, features = "", None
+    for block in _read("/proc/cpuinfo").split("\n\n"):
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        model = model or fields.get("model name", "") or fields.get("CPU part", "")
+        flags = fields.get("flags") or fields.get("Features")
+        if flags:
+            here = {flag for flag in flags.split() if _FEATURES.fullmatch(flag)}
+            features = here if features is None else features & here
+    return model or platform.processor() or platform.machine(), tuple(sorted(features or ()))
+
+
+def _cpus() -> float:
+    cores = float(len(os.sched_getaffinity(0)))
+    quota = cgroups.cpu_quota()
+    return cores if quota is None else min(cores, quota)
+
+
+def _memory_bytes() -> int:
+    match = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
+    total = int(match[1]) << 10 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = cgroups.memory_limit_bytes()
+    return total if limit is None else min(total, limit)
+
+
+def _disk_free_bytes(path: Path | None) -> int:
+    place = path or Path.home()
+    for candidate in (place, *place.parents):
+        try:
+            return shutil.disk_usage(candidate).free
+        except OSError:
+            continue
+    return 0
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """Return the NVIDIA devices; none where driver, library or right is missing."""
+    if not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")):
+        return ()
+    import pynvml  # late: only where there is a device
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_gpu(pynvml.nvmlDeviceGetHandleByIndex(i), i) for i in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(handle: object, index: int) -> Gpu:
+    import pynvml
+
+    name = pynvml.nvmlDeviceGetName(handle)
+    text = name.decode() if isinstance(name, bytes) else str(name)
+    return Gpu(index=index, model=text, memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
