@@ -1,0 +1,238 @@
+"""Which waiting lease goes on which node: a fold over the ledger's events that plans grants. Grants nothing itself.
+
+Order: first come, first served by (time of request, gang); a gang is granted whole or not at all, and one that waits for
+room holds back those behind it, so that small requests cannot starve a large one. One exception: gangs of a run that
+already holds a lease go before the rest, since making them wait for newcomers would have both wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tenure.events import Event
+from tenure.leases import Lease, LeaseState
+from tenure.nodes import Node, NodeState
+from tenure.resources import Capacity, DeviceShare, Envelope
+from tenure.wire import from_builtins
+
+from .packing import Packing, Room, pack, room_with, shortage
+
+_WAITING = frozenset({LeaseState.REQUESTED, LeaseState.RESERVED, LeaseState.QUEUED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """One lease to be granted now."""
+
+    lease_id: str
+    node: str
+    devices: tuple[DeviceShare, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Impossible:
+    """One lease that the present fleet could not hold even when idle."""
+
+    lease_id: str
+    reasons: Mapping[str, str]
+    """Node -> what it is short of; for a gang whose members fit one by one, key ``gang``: what fails together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do now. Every waiting lease is in exactly one of the three."""
+
+    grants: tuple[Grant, ...] = ()
+    """Gang by gang, in the order in which they are to be granted."""
+    impossible: tuple[Impossible, ...] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    """Lease id -> what it waits for."""
+
+
+class Placement:
+    """The fold. Two folds over events that leave the same leases and nodes are equal (`==`)."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+        self._waiting: dict[str, Lease] = {}
+        self._held: dict[str, dict[str, Lease]] = {}  # node -> lease id -> lease
+        self._where: dict[str, str] = {}  # lease id -> node that holds it
+        self._rooms: dict[str, Room] = {}  # of nodes with known capacity; dropped when out of date
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Placement) and self.snapshot() == other.snapshot()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all that the fold knows, in a form that compares: for tests and for people."""
+        return {
+            "nodes": dict(sorted(self._nodes.items())),
+            "waiting": dict(sorted(self._waiting.items())),
+            "held": {node: dict(sorted(held.items())) for node, held in sorted(self._held.items()) if held},
+        }
+
+    def apply(self, event: Event) -> None:
+        """Take in one event. Kinds other than ``lease.*`` and ``node.*`` change nothing.
+
+        ``lease.*`` carries `data["lease"]`, ``node.up`` carries `data["node"]`, each as the noun or as plain data.
+        Raises CorruptData when that does not fit the noun.
+        """
+        if event.kind.startswith("lease."):
+            lease = event.data.get("lease")
+            if lease is not None:
+                self._put(lease if isinstance(lease, Lease) else from_builtins(lease, Lease))
+        elif event.kind == "node.up":
+            given = event.data["node"]
+            node = given if isinstance(given, Node) else from_builtins(given, Node)
+            self._set_node(node, node.state if node.state is NodeState.DRAINING else NodeState.UP)
+        elif event.kind in ("node.unreachable", "node.lost") and event.node in self._nodes:
+            state = NodeState.LOST if event.kind == "node.lost" else NodeState.UNREACHABLE
+            self._set_node(self._nodes[event.node], state)
+
+    def plan(self, now_s: float) -> Plan:
+        """Return what to grant at `now_s` (UTC seconds; only reservations look at it). Changes nothing."""
+        rooms = {name: self._room(name).copy() for name, node in self._nodes.items() if node.state is NodeState.UP}
+        grants: list[Grant] = []
+        impossible: list[Impossible] = []
+        waiting: dict[str, str] = {}
+        blocked_by = ""
+        for members in self._queue():
+            early = [lease for lease in members if lease.state is LeaseState.RESERVED and lease.starts_at_s > now_s]
+            if early:
+                waiting |= {lease.id: "reserved for later" for lease in members}
+                continue
+            never = self._never([lease.envelope for lease in members])
+            if never is not None:
+                impossible += [Impossible(lease_id=lease.id, reasons=never) for lease in members]
+                continue
+            name = members[0].gang_id or members[0].id
+            packing = None if blocked_by else pack([lease.envelope for lease in members], rooms)[0]
+            if packing is None:
+                text = f"waits behind {blocked_by}" if blocked_by else self._lacks(members, rooms)
+                waiting |= {lease.id: text for lease in members}
+                blocked_by = blocked_by or name
+                continue
+            for lease, (node, devices) in zip(members, packing, strict=True):
+                rooms[node].take(lease.envelope, devices)
+                grants.append(Grant(lease_id=lease.id, node=node, devices=devices))
+        return Plan(grants=tuple(grants), impossible=tuple(impossible), waiting=waiting)
+
+    def what_if(self, members: Sequence[Envelope | Lease], *, idle: bool = False) -> Mapping[str, str] | None:
+        """Return None when these could be granted together, else the reason per node. Leaves the state as it was.
+
+        idle: ask about the present fleet with nothing on it ("could it ever?") instead of as it is now. A fleet without
+        nodes gives ``{"fleet": "no node is up"}`` either way.
+        """
+        envelopes = [member.envelope if isinstance(member, Lease) else member for member in members]
+        if not self._alive():
+            return {"fleet": "no node is up"}
+        if idle:
+            return self._never(envelopes)
+        rooms = {name: self._room(name) for name in self._alive() if self._nodes[name].state is NodeState.UP}
+        packing: Packing | None = pack(envelopes, rooms)[0]
+        return None if packing is not None else self._reasons(envelopes, rooms, "free")
+
+    def resize_shortage(self, lease_id: str, envelope: Envelope) -> str:
+        """Return "" when a held lease could have this envelope on its node, else what is short. GPUs can't be resized."""
+        name = self._where.get(lease_id)
+        if name is None or name not in self._nodes:
+            return f"lease {lease_id} is not held on a known node"
+        held = self._held[name]
+        if (envelope.gpus, envelope.gpu_memory_bytes) != (
+            held[lease_id].envelope.gpus,
+            held[lease_id].envelope.gpu_memory_bytes,
+        ):
+            return "gpus of a lease that is held can't be changed; release it and request another"
+        others = [(lease.envelope, lease.devices) for key, lease in held.items() if key != lease_id]
+        return shortage(room_with(self._nodes[name].capacity, others), replace(envelope, gpus=0.0))
+
+    def nodes(self) -> Mapping[str, Node]:
+        """Return the nodes known, with their present state."""
+        return dict(sorted(self._nodes.items()))
+
+    def taken(self, node: str) -> Room:
+        """Return what is held of a node, as a copy. Raises KeyError for a node that was never up."""
+        return self._room(node).copy()
+
+    # --- state ---
+
+    def _put(self, lease: Lease) -> None:
+        self._waiting.pop(lease.id, None)
+        old = self._where.pop(lease.id, None)
+        if old is not None:
+            del self._held[old][lease.id]
+            self._rooms.pop(old, None)
+        if lease.state in _WAITING:
+            self._waiting[lease.id] = lease
+        elif lease.holds and lease.node:
+            self._held.setdefault(lease.node, {})[lease.id] = lease
+            self._where[lease.id] = lease.node
+            self._rooms.pop(lease.node, None)
+
+    def _set_node(self, node: Node, state: NodeState) -> None:
+        self._nodes[node.name] = replace(node, state=state)
+        self._rooms.pop(node.name, None)
+
+    def _room(self, name: str) -> Room:
+        if name not in self._rooms:
+            held = self._held.get(name, {}).values()
+            self._rooms[name] = room_with(self._nodes[name].capacity, [(lease.envelope, lease.devices) for lease in held])
+        return self._rooms[name]
+
+    def _alive(self) -> list[str]:
+        return sorted(name for name, node in self._nodes.items() if node.state is not NodeState.LOST)
+
+    # --- queue ---
+
+    def _queue(self) -> Iterator[list[Lease]]:
+        gangs: dict[str, list[Lease]] = {}
+        for lease in self._waiting.values():
+            gangs.setdefault(lease.gang_id or lease.id, []).append(lease)
+        running = {lease.run_id for held in self._held.values() for lease in held.values()}
+
+        def turn(item: tuple[str, list[Lease]]) -> tuple[bool, float, str]:
+            name, members = item
+            return (members[0].run_id not in running, min(lease.requested_at_s for lease in members), name)
+
+        for _, members in sorted(gangs.items(), key=turn):
+            yield sorted(members, key=lambda lease: (lease.worker, lease.id))
+
+    def _never(self, envelopes: Sequence[Envelope]) -> Mapping[str, str] | None:
+        """Return why the fleet could not hold these even when idle, None when it could or when that is not certain."""
+        rooms = {name: room_with(self._nodes[name].capacity, ()) for name in self._alive()}
+        if not rooms:
+            return None
+        packing, certain = pack(envelopes, rooms)
+        return None if packing is not None or not certain else self._reasons(envelopes, rooms, "")
+
+    def _reasons(self, envelopes: Sequence[Envelope], rooms: Mapping[str, Room], word: str) -> dict[str, str]:
+        for envelope in envelopes:
+            short = {name: shortage(room, envelope, word=word) for name, room in sorted(rooms.items())}
+            if all(short.values()):
+                away = {name: "not reachable now" for name in self._alive() if name not in rooms}
+                return short | away
+        return {"gang": _together(envelopes, rooms, word)}
+
+    def _lacks(self, members: Sequence[Lease], rooms: Mapping[str, Room]) -> str:
+        if not rooms:
+            return "no node is up"
+        reasons = self._reasons([lease.envelope for lease in members], rooms, "free")
+        return "waits for room: " + "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def _together(envelopes: Sequence[Envelope], rooms: Mapping[str, Room], word: str) -> str:
+    total = room_with(
+        Capacity(
+            cpus=sum(room.capacity.cpus for room in rooms.values()),
+            memory_bytes=sum(room.capacity.memory_bytes for room in rooms.values()),
+        ),
+        (),
+    )
+    total.cpus = sum(room.cpus for room in rooms.values())
+    total.memory_bytes = sum(room.memory_bytes for room in rooms.values())
+    cpus, memory_bytes = sum(e.cpus for e in envelopes), sum(e.memory_bytes for e in envelopes)
+    short = shortage(total, Envelope(cpus=cpus, memory_bytes=memory_bytes), word=word).replace("node has", "all nodes have")
+    return f"{len(envelopes)} leases together: {short or 'each fits alone, but not all of them at once'}"
