@@ -1,0 +1,264 @@
+"""The verbs of the command line, each over one function of `tenure.verbs`. Every one takes --home and --json.
+
+`tenure.verbs` is imported inside the commands: it pulls in what the system needs to run, and --help needs none of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tenure import __version__
+from tenure.cli import exits, output
+from tenure.cli.display import make_display
+from tenure.errors import SpecError
+
+app = typer.Typer(
+    name="tenure",
+    help="Leases on exactly the resources that machine-learning jobs need: measured, recommended, granted, enforced.",
+    epilog="Exit codes: "
+    + " ".join(f"{code} {meaning};" for code, meaning in ((0, "done"), (1, "job failed"), (2, "wrong input"), (3, "refused")))
+    + " docs/cli.md lists them all.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: rich would double the time of --help, and the reference page is made of it
+    pretty_exceptions_enable=False,
+)
+
+JobFileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one.")]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", metavar="DIR", help="Where Tenure keeps its state [default: $TENURE_HOME, else the user's data folder]."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+RunOption = Annotated[str, typer.Option("--run", metavar="RUN", help="Only those of this run.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tenure {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Leases on exactly the resources that machine-learning jobs need: measured, recommended, granted, enforced."""
+
+
+def _print(text: str) -> None:
+    output.say(text, sys.stdout)
+
+
+def _show(value: Any, as_text: Callable[[Any], str], json: bool) -> None:
+    _print(output.as_json(value) if json else as_text(value))
+
+
+def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", only: str = "") -> None:
+    """Run a job file with a live display, print where the report is, and end with the failure's code when a stage failed."""
+    from tenure import verbs
+
+    with make_display(sys.stdout, sys.stderr, json=json) as display:
+        outcome = verbs.run(file, home=home, resume=resume, only=only, display=display)
+    code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
+    if json:
+        _print(output.outcome_json(outcome, code))
+    else:
+        _print(f"run      {output.clean(outcome.run.id)} {outcome.run.state}")
+        _print(f"report   {outcome.report_html}\nfigures  {outcome.report_json}")
+    if outcome.failed:
+        output.say(f"tenure: {outcome.failed}", sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.command("run")
+def run_command(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one; none with --resume.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option("--resume", metavar="RUN", help="Go on with a run that was interrupted or failed.")
+    ] = "",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Take a job file all the way: measure, recommend, lease, enforce, report."""
+    if file is None and not resume:
+        raise SpecError("nothing to run: name a job file, or a run to go on with (tenure run --resume RUN)")
+    _run(file, home, json, resume=resume)
+
+
+@app.command()
+def train(file: JobFileArgument, home: Home = None, json: Json = False) -> None:
+    """Run a job file's training stage, and what it needs."""
+    _run(file, home, json, only="train")
+
+
+@app.command()
+def serve(file: JobFileArgument, home: Home = None, json: Json = False) -> None:
+    """Run a job file's serving stage, and what it needs."""
+    _run(file, home, json, only="serve")
+
+
+@app.command()
+def recommend(file: JobFileArgument, home: Home = None, json: Json = False) -> None:
+    """Measure and recommend for each goal of a job file; lease nothing for it."""
+    from tenure import verbs
+
+    with make_display(sys.stdout, sys.stderr, json=json) as display:
+        recommendations = verbs.recommend(file, home=home, display=display)
+    _show(recommendations, output.recommendations_text, json)
+
+
+@app.command()
+def doctor(home: Home = None, json: Json = False) -> None:
+    """Say what this machine can do, and what each missing thing would take."""
+    from tenure import verbs
+
+    findings = verbs.doctor(home)
+
+    def as_text(items: Any) -> str:
+        lines = []
+        for item in items:
+            lines.append(f"{'ok     ' if item.ok else 'missing'}  {output.clean(item.name)}: {output.clean(item.found)}")
+            lines += [f"         {output.clean(line)}" for line in (item.means, "" if item.ok else item.remedy) if line]
+        return "\n".join(lines)
+
+    _show(findings, as_text, json)
+
+
+@app.command()
+def leases(
+    run: RunOption = "",
+    live: Annotated[bool, typer.Option("--live", help="Only those that have not ended.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """List leases: who holds what, where, until when."""
+    from tenure import verbs
+
+    _show(verbs.leases(home=home, run=run, live=live), output.leases_table, json)
+
+
+@app.command()
+def release(
+    lease: Annotated[str, typer.Argument(metavar="LEASE", help="Id of the lease; `tenure leases --live` lists them.")],
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """End a lease: its processes are asked to leave, then ended; its resources are free."""
+    from tenure import verbs
+
+    _show(
+        verbs.release(lease, home=home),
+        lambda ended: f"lease {output.clean(ended.id)} {ended.state} ({ended.end_reason})",
+        json,
+    )
+
+
+@app.command()
+def runs(home: Home = None, json: Json = False) -> None:
+    """List runs, newest first."""
+    from tenure import verbs
+
+    _show(verbs.runs(home=home), output.runs_table, json)
+
+
+@app.command()
+def events(
+    run: RunOption = "",
+    after: Annotated[int, typer.Option("--after", min=0, metavar="SEQ", help="Only those after this number.")] = 0,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """List what happened, who did it, why and when; oldest first."""
+    from tenure import verbs
+
+    _show(verbs.events(home=home, run=run, after=after), output.events_table, json)
+
+
+@app.command()
+def trials(
+    fingerprint: Annotated[
+        str, typer.Option("--fingerprint", metavar="HEX", help="Only those of this job on this kind of machine.")
+    ] = "",
+    run: RunOption = "",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """List what was measured; oldest first."""
+    from tenure import verbs
+
+    _show(verbs.trials(home=home, fingerprint=fingerprint, run=run), output.trials_table, json)
+
+
+@app.command()
+def nodes(home: Home = None, json: Json = False) -> None:
+    """List nodes: what each can lease out and how it confines."""
+    from tenure import verbs
+
+    _show(verbs.nodes(home=home), output.nodes_table, json)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run; `tenure runs` lists them.")],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="DIR", help="Where to write it. Default: the run's own folder.")
+    ] = None,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Write a run's report again from what the ledger holds: one HTML file and its JSON."""
+    from tenure import verbs
+
+    html, figures = verbs.report(run, home=home, folder=folder)
+    if json:
+        _print(output.as_json({"report_html": html, "report_json": figures}))
+    else:
+        _print(f"report   {html}\nfigures  {figures}")
+
+
+@app.command()
+def up(
+    node: Annotated[str, typer.Option("--node", metavar="NAME", help="What to call this node.")] = "local",
+    cpus: Annotated[float | None, typer.Option("--cpus", metavar="N", help="Offer only this many cores.")] = None,
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="Offer only this much, e.g. 8GiB.")] = "",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Start the broker and this node's agent, and leave them running for leases that outlive a command."""
+    from tenure import verbs
+    from tenure.resources import parse_bytes
+
+    verbs.up(home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None)
+    _print(output.as_json({"up": node}) if json else f'up: node {output.clean(node)}; end it with "tenure down"')
+
+
+@app.command()
+def down(home: Home = None, json: Json = False) -> None:
+    """End every lease, the agent and the broker."""
+    from tenure import verbs
+
+    verbs.down(home=home)
+    _print(output.as_json({"down": True}) if json else "down: no lease is held, nothing of Tenure runs in this home")
+
+
+@app.command()
+def logs(
+    lease: Annotated[str, typer.Argument(metavar="LEASE", help="Id of the lease; `tenure leases` lists them.")],
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Print what a lease's processes wrote."""
+    from tenure import verbs
+
+    text = verbs.logs(lease, home=home)
+    _print(output.as_json({"lease": lease, "log": text}) if json else text.rstrip("\n"))

@@ -1,0 +1,110 @@
+"""The ``tenure`` command: reads the command line, calls one verb, prints, and ends with a documented exit code.
+
+Not here: what the verbs do (`tenure.verbs`), how things are printed (`output`, `display`), the code table (`exits`).
+Errors become one message on stderr, without a trace unless TENURE_DEBUG is set; with --json also an object on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from tenure.cli import exits
+from tenure.cli.output import as_json, say
+from tenure.errors import TenureError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command line and leave the process with its exit code.
+
+    argv: without the program's name; None takes this process's own.
+    """
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code; `exits.MEANINGS` tells what each says."""
+    # imported here so that an error in importing is also told in one line
+    import typer
+
+    from tenure.cli.commands import app
+
+    json = "--json" in argv
+    try:
+        with _sigterm_interrupts():
+            code = app(args=list(argv), prog_name="tenure", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else exits.OK
+    except (KeyboardInterrupt, typer.Abort):
+        return _tell(KeyboardInterrupt(), 'interrupted; "tenure runs" shows the run, "tenure run --resume RUN" goes on', json)
+    except BrokenPipeError:
+        _silence_stdout()  # the reader has seen enough: `tenure events | head`
+        return exits.OK
+    except TenureError as error:
+        return _tell(error, str(error), json)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own: a wrong command line
+            return _usage_error(error, json)
+        if isinstance(error, OSError) and error.filename:
+            return _tell(error, f"{error.filename}: {error.strerror}", json)
+        return _tell(error, f"unforeseen {type(error).__name__}: {error}; this is a bug, TENURE_DEBUG=1 shows where", json)
+
+
+def _tell(error: BaseException, message: str, json: bool) -> int:
+    """Print an error once for people, and for programs if asked; return its exit code."""
+    code = exits.exit_code(error)
+    if os.environ.get("TENURE_DEBUG"):
+        traceback.print_exc()
+    say(f"tenure: {message}", sys.stderr)
+    if json:
+        _print_error(type(error).__name__, message, code)
+    return code
+
+
+def _usage_error(error: Exception, json: bool) -> int:
+    """Print what typer says of a wrong command line, with the line that leads to help."""
+    message = str(error.format_message())  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "tenure"
+    print(f'tenure: {message.rstrip(".")}. See "{path} --help".', file=sys.stderr, flush=True)
+    if json:
+        _print_error("UsageError", message, exits.WRONG_INPUT)
+    return exits.WRONG_INPUT
+
+
+def _print_error(kind: str, message: str, code: int) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        say(as_json({"error": {"kind": kind, "message": message, "exit_code": code}}), sys.stdout)
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that what it started is cleaned up too."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: someone else owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What commands print: nouns as JSON, or as aligned plain tables. Not here: progress of a run (`display`)."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
+    from tenure.events import Event
+    from tenure.experiments.flow import Outcome
+    from tenure.leases import Lease
+    from tenure.nodes import Node
+    from tenure.runs import Run
+    from tenure.trials import Candidate, Recommendation, Trial
+
+MAX_CELL = 60
+"""Longest text of a table cell; --json has all of it."""
+
+
+def clean(text: str) -> str:
+    """Return the text in one line without control, format or surrogate characters, which could move or recolour a terminal."""
+    spaced = " ".join(str(text).split())
+    return "".join("�" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in spaced)
+
+
+def say(text: str, out: TextIO) -> None:
+    """Write one text and a newline, at once."""
+    out.write(text + "\n")
+    out.flush()
+
+
+def as_json(value: Any) -> str:
+    """Return nouns (also in tuples and dicts), paths and plain data as one line of JSON."""
+    # imported here: msgspec is not needed for --help
+    from pathlib import Path
+
+    import msgspec
+
+    def other(item: Any) -> Any:
+        if isinstance(item, Path):
+            return str(item)
+        raise TypeError(f"cannot print {type(item).__name__} as JSON")
+
+    return msgspec.json.encode(value, enc_hook=other).decode()
+
+
+def outcome_json(outcome: Outcome, code: int) -> str:
+    """Return how a run ended as one line of JSON, with the exit code that the command ends with."""
+    fields = {
+        "run": outcome.run,
+        "closing": outcome.closing,
+        "report_html": outcome.report_html,
+        "report_json": outcome.report_json,
+        "failed": outcome.failed,
+        "exit_code": code,
+    }
+    return as_json(fields)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> str:
+    """Return aligned columns, two spaces apart, or `empty` when there is no row."""
+    if not rows:
+        return empty
+    cells = [[_cut(clean(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [heads, *cells])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
+
+
+def when(utc_s: float) -> str:
+    """Return UTC seconds as ``2025-01-31 14:05:09``, or a dash for 0, which means not yet."""
+    return datetime.fromtimestamp(utc_s, UTC).strftime("%Y-%m-%d %H:%M:%S") if utc_s else "-"
+
+
+def leases_table(leases: Sequence[Lease]) -> str:
+    """Return one row per lease."""
+    from tenure.resources import show_bytes
+
+    rows = [
+        (
+            lease.id,
+            lease.run_id,
+            f"{lease.stage}/{lease.worker}",
+            str(lease.state) + (f" ({lease.end_reason})" if lease.end_reason else ""),
+            lease.node or "-",
+            f"{lease.envelope.cpus:g}",
+            show_bytes(lease.envelope.memory_bytes),
+            when(lease.starts_at_s),
+            when(lease.ended_at_s or lease.ends_at_s),
+        )
+        for lease in leases
+    ]
+    heads = ("LEASE", "RUN", "STAGE/WORKER", "STATE", "NODE", "CPUS", "MEMORY", "FROM (UTC)", "UNTIL (UTC)")
+    return table(heads, rows, empty="no leases")
+
+
+def runs_table(runs: Sequence[Run]) -> str:
+    """Return one row per run."""
+    rows = [
+        (run.id, run.name, run.tenant, str(run.state), when(run.created_at_s), _stages(run), run.source or "-") for run in runs
+    ]
+    return table(("RUN", "NAME", "TENANT", "STATE", "BEGUN (UTC)", "STAGES", "JOB FILE"), rows, empty="no runs")
+
+
+def _stages(run: Run) -> str:
+    return ", ".join(f"{stage.name} {stage.state}" for stage in run.stages)
+
+
+def events_table(events: Sequence[Event]) -> str:
+    """Return one row per event."""
+    rows = [
+        (str(e.seq), when(e.at_s), e.kind, e.who, e.run_id or "-", e.stage or "-", e.lease_id or "-", e.why) for e in events
+    ]
+    return table(("SEQ", "WHEN (UTC)", "KIND", "WHO", "RUN", "STAGE", "LEASE", "WHY"), rows, empty="no events")
+
+
+def trials_table(trials: Sequence[Trial]) -> str:
+    """Return one row per trial; metrics as mean ± standard error."""
+    rows = [
+        (trial.id, trial.run_id, trial.stage, trial.source, configuration_text(trial.configuration), _metrics(trial))
+        for trial in trials
+    ]
+    return table(
+        ("TRIAL", "RUN", "STAGE", "SOURCE", "CONFIGURATION", "METRICS (mean ± standard error)"), rows, empty="no trials"
+    )
+
+
+def configuration_text(configuration: Mapping[str, Any]) -> str:
+    """Return factors and levels in one line."""
+    return " ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in configuration.items()
+    )
+
+
+def _metrics(trial: Trial) -> str:
+    return ", ".join(f"{name} {s.mean:.4g}±{s.standard_error:.2g}" for name, s in trial.metrics.items())
+
+
+def nodes_table(nodes: Sequence[Node]) -> str:
+    """Return one row per node."""
+    from tenure.resources import show_bytes
+
+    rows = [
+        (
+            node.name,
+            str(node.state),
+            f"{node.capacity.cpus:g}",
+            show_bytes(node.capacity.memory_bytes),
+            str(len(node.capacity.gpus)),
+            "; ".join(node.confinement.values()) or ", ".join(node.runtimes),
+            node.machine.cpu_model,
+        )
+        for node in nodes
+    ]
+    return table(("NODE", "STATE", "CPUS", "MEMORY", "GPUS", "CONFINEMENT", "CPU MODEL"), rows, empty="no nodes")
+
+
+def recommendations_text(recommendations: Sequence[Recommendation]) -> str:
+    """Return each recommendation: what to lease, what is expected, what was ruled out and the constraint it broke."""
+    return "\n\n".join(_recommendation(item) for item in recommendations) or "no stage has a goal: nothing to recommend"
+
+
+def _recommendation(item: Recommendation) -> str:
+    lines = [f"{clean(item.stage)}: {clean(item.goal)}"]
+    if item.chosen is None:
+        lines.append("  lease: nothing; every configuration breaks a constraint")
+    else:
+        lines.append(f"  lease: {_candidate(item.chosen)}")
+        lines += [
+            f"    {name}: {p.value:.4g} ({p.level:.0%} between {p.low:.4g} and {p.high:.4g})"
+            for name, p in item.chosen.predictions.items()
+        ]
+    if item.why:
+        lines.append(f"  why: {clean(item.why)}")
+    if item.thin:
+        lines.append(f"  too little data: {clean(item.thin)}")
+    for candidate in item.ruled_out:
+        reasons = "; ".join(clean(broken.reason) for broken in candidate.broken) or "costs more"
+        lines.append(f"  not {configuration_text(candidate.configuration)}: {reasons}")
+    return "\n".join(lines)
+
+
+def _candidate(candidate: Candidate) -> str:
+    envelope = f", {candidate.leases} x [{candidate.envelope.describe()}]" if candidate.envelope else ""
+    return f"{configuration_text(candidate.configuration)}{envelope}"
