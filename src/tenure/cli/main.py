@@ -38,6 +38,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         with _sigterm_interrupts():
             code = app(args=list(argv), prog_name="tenure", standalone_mode=False)
+        if code == exits.INTERRUPTED:  # typer turned Ctrl-C into a code
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return code if isinstance(code, int) else exits.OK
     except (KeyboardInterrupt, typer.Abort):
@@ -71,7 +73,7 @@ def _usage_error(error: Exception, json: bool) -> int:
     message = str(error.format_message())  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "tenure"
-    print(f'tenure: {message.rstrip(".")}. See "{path} --help".', file=sys.stderr, flush=True)
+    say(f'tenure: {message.rstrip(".")}. See "{path} --help".', sys.stderr)
     if json:
         _print_error("UsageError", message, exits.WRONG_INPUT)
     return exits.WRONG_INPUT
