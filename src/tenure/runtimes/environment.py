@@ -1,0 +1,69 @@
+"""What a job finds around it: its environment variables and its copy of the lease.
+
+Not for: the variables of a stage (TENURE_RUN_DIR, TENURE_STAGE, …), which come with the spec.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pwd
+from collections.abc import Mapping
+from typing import Any
+
+from tenure.protocols import StartSpec
+
+_PASSED_ON = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "TMPDIR", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE"),
+    *(
+        "VIRTUAL_ENV",
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "LD_LIBRARY_PATH",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "TENURE_HOME",
+        "TENURE_DATA",
+    ),
+)
+"""Of the agent's own environment; anything else a job needs is in its job file, or a secret named there."""
+_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def threads_of(cpus: float) -> int:
+    """Return the threads that a pool should have under a CPU share: whole cores, at least one."""
+    return max(1, math.floor(cpus))
+
+
+def job_environment(spec: StartSpec) -> dict[str, str]:
+    """Return the whole environment of an attempt. What the spec sets goes before the defaults, not before TENURE_* of the lease."""
+    threads = str(threads_of(spec.envelope.cpus))
+    base = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    base.setdefault("PATH", os.defpath)
+    if spec.user:
+        entry = pwd.getpwnam(spec.user)
+        base.update(HOME=entry.pw_dir, USER=spec.user, LOGNAME=spec.user)
+    base.update(dict.fromkeys(_POOLS, threads))
+    base.update(OMP_WAIT_POLICY="PASSIVE", CUDA_VISIBLE_DEVICES=",".join(str(device.index) for device in spec.devices))
+    base.update(spec.env)
+    base.update(
+        TENURE_WORKER_DIR=spec.worker_dir,
+        TENURE_LEASE_FILE=f"{spec.worker_dir}/lease.json",
+        TENURE_LEASE_ID=spec.lease_id,
+        TENURE_FENCE=str(spec.fence),
+        TENURE_ATTEMPT=str(spec.attempt),
+    )
+    return base
+
+
+def lease_file(lease_id: str, spec: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of TENURE_LEASE_FILE. spec, control: as kept by the runtime."""
+    return {
+        "lease_id": lease_id,
+        "fence": control["fence"],
+        "attempt": spec["attempt"],
+        "envelope": control["envelope"],
+        "deadline_boot_s": control["deadline_boot_s"],
+        "boot_id": spec["boot_id"],
+        "threads": threads_of(float(control["envelope"]["cpus"])),
+    }

@@ -1,0 +1,99 @@
+"""One more command inside a lease: join its groups, network and user, then exec.
+
+The process runtime starts it as a program of its own (`python -c "… main()" PLAN`), because the runtime may have threads
+and must not fork Python code itself. Not for: starting attempts (`shim`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from tenure.errors import Conflict, Unavailable
+from tenure.protocols import RuntimeHandle
+from tenure.resources import Envelope
+from tenure.runtimes import procfs
+from tenure.runtimes.confine import Confinement
+from tenure.runtimes.shim import become_user, die_with_parent, enter_network, limit_self
+
+CANNOT_RUN = 127
+"""Exit code when the command could not be started, as in a shell."""
+MAX_OUTPUT_BYTES = 1 << 20
+_LOOK_EVERY_S = 0.1
+
+
+def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, timeout_s: float) -> tuple[int, bytes]:
+    """Run the plan's command with the job's environment; return exit code (negative: signal) and output (its first MiB).
+
+    Raises Unavailable when it did not end within `timeout_s`, Conflict when the lease ended before it. It is ended then.
+    """
+    environment = procfs.environment(job_pid) or dict(os.environ, TENURE_LEASE_ID=handle.lease_id)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from tenure.runtimes.execin import main; main()", json.dumps(plan)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            output = _collect(process, process.stdout.fileno(), handle, time.monotonic() + timeout_s)
+            if output is None:
+                raise Unavailable(f"{plan['argv'][0]!r} in lease {handle.lease_id} did not end within {timeout_s:g} s: stopped")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+            process.wait()
+    return process.returncode, output
+
+
+def _collect(process: subprocess.Popen[bytes], fd: int, handle: RuntimeHandle, deadline_s: float) -> bytes | None:
+    """Return the output once the command has ended, whoever still holds its pipe; None at the deadline."""
+    os.set_blocking(fd, False)
+    output = bytearray()
+    at_end = False
+    while True:
+        ended = process.poll() is not None
+        while not at_end:
+            try:
+                part = os.read(fd, 65536)
+            except BlockingIOError:
+                break
+            at_end = not part
+            output += part[: MAX_OUTPUT_BYTES - len(output)]
+        if ended:
+            return bytes(output)
+        if time.monotonic() >= deadline_s:
+            return None
+        if not procfs.is_alive(handle.pid, handle.start_ticks):
+            raise Conflict(f"lease {handle.lease_id} ended before the command inside it did")
+        wait_s = min(0.005 if at_end else _LOOK_EVERY_S, max(0.0, deadline_s - time.monotonic()))
+        select.select([] if at_end else [fd], [], [], wait_s)
+
+
+def main() -> None:
+    """Become the command that the plan in the first argument describes. Never returns."""
+    plan = json.loads(sys.argv[1])
+    try:
+        confinement = Confinement.from_plan(plan["confinement"])
+        confinement.join()
+        limit_self(confinement, Envelope(**plan["envelope"]))
+        if plan["netns"]:
+            enter_network(plan["netns"])
+        become_user(plan["user"], plan["uid"], plan["gid"])
+        die_with_parent()
+        os.chdir(plan["workdir"])
+        os.execvp(plan["argv"][0], plan["argv"])
+    except OSError as error:
+        os.write(2, f"cannot run {plan['argv'][0]!r} inside the lease: {error}\n".encode())
+    os._exit(CANNOT_RUN)

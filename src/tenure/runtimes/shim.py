@@ -1,0 +1,430 @@
+"""The shim: parent and subreaper of one attempt's processes, from fork to exit record.
+
+    fork server ─fork─► middle ─fork─► shim (own session; survives agent, fork server and broker)
+                                        └─fork─► job (joins its groups, drops rights, exec)
+
+It ends the job at the deadline of CLOCK_BOOTTIME (SIGTERM, the grace, SIGKILL), on order, and when a poll finds memory
+or disk over its bound; kills every descendant, double-forked ones included (as subreaper they come to it); writes the
+exit record; and only then leaves. Standard library and nouns only: it is forked from a small single-threaded process.
+Not for: choosing how bounds are held (`confine`), or talking to anyone (`process`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from tenure.errors import TenureError
+from tenure.resources import Envelope
+from tenure.runtimes import procfs
+from tenure.runtimes.confine import Confinement, cpu_mask, limit_memory
+from tenure.runtimes.state import read_json, write_json
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_CLONE_NEWNET = 0x40000000
+_HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+CONTROL_EVERY_S = 1.0
+MEMORY_EVERY_S = 0.05
+"""Between looks at a tree whose memory only polling holds; the first looks come sooner."""
+COUNTER_EVERY_S = 0.1
+"""Between looks at a cgroup's counters: the kernel holds the bound, the look is for the record."""
+DISK_EVERY_S = 0.5
+USAGE_EVERY_S = 1.0
+KILL_MAX_S = 30.0
+"""Bound of waiting for killed processes; what is still there then (stuck in the kernel) is named in the record."""
+_MAX_RESULT_BYTES = 1 << 20
+_TAIL_BYTES = 4096
+_TAIL_LINES = 20
+_MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
+
+
+def serve(channel: socket.socket) -> None:
+    """Run one attempt: read its plan from the channel, report the start there, and return when all is over."""
+    os.setsid()
+    plan = json.loads(_read_all(channel))
+    Shim(plan, channel).run()
+
+
+def _read_all(channel: socket.socket) -> bytes:
+    parts = []
+    while part := channel.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _boot_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Shim:
+    """One attempt. `plan`: spec (a StartSpec's fields), env, folder, confinement, uid, gid, netns."""
+
+    def __init__(self, plan: dict[str, Any], channel: socket.socket) -> None:
+        self._spec = plan["spec"]
+        self._env: dict[str, str] = plan["env"]
+        self._plan = plan
+        self._folder = Path(plan["folder"])
+        self._channel = channel
+        self._confinement = Confinement.from_plan(plan["confinement"])
+        self._envelope = Envelope(**self._spec["envelope"])
+        self._deadline_s = float(self._spec["deadline_boot_s"])
+        self._stop: dict[str, Any] | None = None
+        self._hangup = False
+        self._terminate = False
+        self._job = 0
+        self._status: int | None = None
+        self._kind = ""
+        self._witness = ""
+        self._kill_at_s = float("inf")
+        self._peak_bytes = 0
+        self._started_at_s = 0.0
+        self._log_start_bytes = 0
+        self._ended_usage: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Start the job, watch it, end everything, write the record."""
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        wakeup = self._catch_signals()
+        failure = self._start()
+        if failure is None:
+            mine = {
+                "pid": os.getpid(),
+                "start_ticks": procfs.start_ticks(os.getpid()),
+                "started_at_s": self._started_at_s,
+                "job_pid": self._job,
+            }
+            write_json(self._folder / "shim.json", mine)
+            self._report(mine)
+            self._watch(wakeup)
+        left = self._end_all()
+        if failure is None:
+            write_json(self._folder / "exit.json", self._record(left), sync=True)
+            self._confinement.remove()
+        else:
+            self._confinement.remove()
+            self._report(failure)
+
+    def _catch_signals(self) -> int:
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def note(number: int, _frame: object) -> None:
+            self._hangup |= number == signal.SIGHUP
+            self._terminate |= number in (signal.SIGTERM, signal.SIGINT)
+
+        for number in _HANDLED:
+            signal.signal(number, note)
+        return reader
+
+    def _report(self, data: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # whoever asked may be gone: the files tell the rest
+            self._channel.sendall(json.dumps(data).encode())
+        self._channel.close()
+
+    # --- start ---
+
+    def _start(self) -> dict[str, Any] | None:
+        """Fork the job; return None once it runs, or why it does not as {"error", "errno"}."""
+        try:
+            self._confinement.make(self._envelope, int(self._spec["pids_max"]))
+            log = os.open(self._spec["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            return {"error": f"the shim could not prepare it: {error}", "errno": error.errno, "step": "prepare"}
+        self._log_start_bytes = os.fstat(log).st_blocks * 512
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        shim_pid = os.getpid()
+        self._started_at_s = time.time()
+        self._job = os.fork()
+        if self._job == 0:
+            self._become_job(log, writer, shim_pid)
+        os.close(writer)
+        os.close(log)
+        with os.fdopen(reader, "rb") as stream:
+            text = stream.read(65536)
+        return json.loads(text) if text else None
+
+    def _become_job(self, log: int, failure: int, shim_pid: int) -> None:
+        """In the child: join, drop, exec. Never returns."""
+        step = "prepare"
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (*_HANDLED, signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            os.setsid()
+            null = os.open("/dev/null", os.O_RDONLY)
+            os.dup2(null, 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.closerange(3, failure)
+            os.closerange(failure + 1, 4096)
+            step = "confine"
+            self._confinement.join()
+            limit_self(self._confinement, self._envelope)
+            step = "network"
+            if self._plan["netns"]:
+                enter_network(self._plan["netns"])
+            step = "user"
+            become_user(self._spec["user"], self._plan["uid"], self._plan["gid"])
+            step = "prepare"
+            die_with_parent()
+            if os.getppid() != shim_pid:
+                os._exit(127)
+            os.chdir(self._spec["workdir"])
+            step = "exec"
+            os.execvpe(self._spec["argv"][0], self._spec["argv"], self._env)
+        except BaseException as error:
+            report = {"error": str(error), "errno": getattr(error, "errno", None), "step": step}
+            os.write(failure, json.dumps(report).encode()[:65536])
+        os._exit(127)
+
+    # --- watch ---
+
+    def _watch(self, wakeup: int) -> None:
+        """Return when the job has ended, or when all is to be killed."""
+        memory_s = COUNTER_EVERY_S if self._confinement.enforced else MEMORY_EVERY_S
+        step_s = 0.005  # short attempts deserve a look too
+        next_memory = _boot_s() + step_s
+        next_disk = next_memory + DISK_EVERY_S
+        next_control = _boot_s()  # an order may have come while we started
+        next_usage = next_control + USAGE_EVERY_S
+        while self._reap():
+            now = _boot_s()
+            if self._hangup or now >= next_control:
+                self._hangup, next_control = False, now + CONTROL_EVERY_S
+                self._read_control()
+            if now >= next_memory:
+                step_s = min(memory_s, step_s * 2)
+                next_memory = now + step_s
+                if self._over_memory():
+                    return
+            if now >= next_disk:
+                if self._over_disk():
+                    return
+                next_disk = _boot_s() + max(DISK_EVERY_S, 5 * (_boot_s() - now))
+            if now >= next_usage:
+                next_usage = now + USAGE_EVERY_S
+                self._write_usage()
+            self._check_end(now)
+            if now >= self._kill_at_s:
+                return
+            until = min(next_memory, next_disk, next_control, next_usage, self._kill_at_s)
+            if not self._kind:
+                until = min(until, self._deadline_s)
+            readable, _, _ = select.select([wakeup], [], [], max(0.0, min(until - _boot_s(), CONTROL_EVERY_S)))
+            if readable:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(wakeup, 4096)
+
+    def _reap(self) -> bool:
+        """Collect ended children; return whether the job still runs."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return self._status is None
+            if pid == self._job:
+                self._status = status
+
+    def _read_control(self) -> None:
+        """Take over what the runtime has written since; a torn or missing file changes nothing."""
+        path = self._folder / "control.json"
+        try:
+            control = read_json(path)
+            if control and control.get("attempt") == self._spec["attempt"]:
+                self._deadline_s = float(control["deadline_boot_s"])
+                self._envelope = Envelope(**control["envelope"])
+                self._stop = control.get("stop")
+        except (OSError, TenureError, KeyError, TypeError, ValueError):
+            return
+
+    def _check_end(self, now: float) -> None:
+        order: dict[str, Any] | None = None
+        if self._stop is not None:
+            order = self._stop
+        elif self._terminate:
+            order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": "the shim was sent SIGTERM"}
+        elif now >= self._deadline_s:
+            why = f"deadline {self._deadline_s:.3f} s of CLOCK_BOOTTIME reached at {now:.3f} s"
+            order = {"kind": "out_of_time", "grace_s": self._spec["grace_s"], "why": why}
+        if order is None:
+            return
+        if not self._kind:
+            self._kind, self._witness = str(order["kind"]), str(order.get("why", "on order"))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._job, signal.SIGTERM)
+            self._kill_at_s = now + float(order["grace_s"])
+        elif self._stop is not None:
+            self._kill_at_s = min(self._kill_at_s, now + float(order["grace_s"]))
+
+    def _over_memory(self) -> bool:
+        used = self._confinement.memory_bytes(os.getpid())
+        self._peak_bytes = max(self._peak_bytes, used)
+        if self._confinement.enforced:
+            return self._confinement.oom_kills() > 0
+        if used <= self._envelope.memory_bytes:
+            return False
+        self._kind = "out_of_memory"
+        self._witness = (
+            f"shim's poll: the tree held {used} bytes (RssAnon + RssShmem); bound {self._envelope.memory_bytes} bytes"
+        )
+        return True
+
+    def _over_disk(self) -> bool:
+        used = procfs.disk_use(self._spec["worker_dir"])
+        with contextlib.suppress(OSError):
+            used += max(0, os.stat(self._spec["log_path"]).st_blocks * 512 - self._log_start_bytes)
+        if used <= self._envelope.disk_bytes:
+            return False
+        self._kind = "out_of_disk"
+        self._witness = f"shim's poll: worker folder and log occupy {used} bytes; bound {self._envelope.disk_bytes} bytes"
+        return True
+
+    # --- end ---
+
+    def _end_all(self) -> int:
+        """Kill every descendant and everything in the groups; return how many would not die."""
+        self._ended_usage = self._usage()
+        self._confinement.stop_forks()
+        mine = os.getpid()
+        deadline = _boot_s() + KILL_MAX_S
+        pause_s = 0.0005
+        while True:
+            targets = set(procfs.descendants(mine)) | set(self._confinement.members())
+            if not self._confinement.enforced and (self._folder / "execs").exists():
+                targets.update(procfs.with_environment("TENURE_LEASE_ID", self._spec["lease_id"]))
+            targets.discard(mine)
+            for number in (signal.SIGSTOP, signal.SIGKILL):  # stop first: what is stopped forks no further
+                for pid in targets:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, number)
+            self._reap()
+            if not targets:
+                return 0
+            if _boot_s() > deadline:
+                return len(targets)
+            time.sleep(pause_s)
+            pause_s = min(0.02, pause_s * 2)
+
+    def _usage(self) -> dict[str, Any]:
+        used = self._confinement.memory_bytes(os.getpid())
+        self._peak_bytes = max(self._peak_bytes, used)
+        tree = procfs.tree_use(procfs.descendants(os.getpid()))
+        waited = resource.getrusage(resource.RUSAGE_CHILDREN)
+        read, written = procfs.io_bytes(os.getpid())
+        cpu_s = self._confinement.cpu_s(os.getpid()) if self._confinement.enforced else 0.0
+        return {
+            "at_s": time.time(),
+            "cpu_s": cpu_s or waited.ru_utime + waited.ru_stime + tree.cpu_s,
+            "memory_bytes": used,
+            "peak_memory_bytes": self._peak_bytes,
+            "read_bytes": read + tree.read_bytes,
+            "write_bytes": written + tree.write_bytes,
+            "processes": tree.processes,
+        }
+
+    def _write_usage(self) -> None:
+        with contextlib.suppress(OSError):
+            write_json(self._folder / "usage.json", self._usage())
+
+    def _record(self, left: int) -> dict[str, Any]:
+        """Return the exit record. Who ended it goes before how it ended: memory, disk, deadline, order, then its own status."""
+        result = _read_result(self._spec["worker_dir"])
+        usage = dict(self._ended_usage, at_s=time.time(), memory_bytes=0, processes=0)
+        code = os.WEXITSTATUS(self._status) if self._status is not None and os.WIFEXITED(self._status) else 0
+        number = os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else 0
+        kind, witness = self._kind, self._witness
+        said = str((result or {}).get("error", "")) if (result or {}).get("state") == "failed" else ""
+        if self._confinement.enforced and self._confinement.oom_kills() > 0:
+            kind, witness = "out_of_memory", self._confinement.oom_witness()
+            usage["peak_memory_bytes"] = max(
+                usage["peak_memory_bytes"], min(self._envelope.memory_bytes, self._confinement.highest_charge_bytes())
+            )
+        elif not kind and number:
+            kind, witness = "signalled", f"wait status of pid {self._job}: signal {number}"
+        elif not kind and code and not self._confinement.enforced and _MEMORY_ERROR.match(said):
+            kind, witness = (
+                "out_of_memory",
+                f"the job's own result.json under RLIMIT_DATA {self._envelope.memory_bytes}: {said[:200]}",
+            )
+        elif not kind:
+            kind, witness = ("failed" if code else "completed"), f"wait status of pid {self._job}: exit {code}"
+        if left:
+            witness += f"; {left} processes would not die within {KILL_MAX_S:g} s"
+        return {
+            "kind": kind,
+            "code": code,
+            "signal": number,
+            "witness": witness,
+            "started_at_s": self._started_at_s,
+            "ended_at_s": time.time(),
+            "usage": usage,
+            "result": result,
+            "log_tail": read_tail(self._spec["log_path"]),
+        }
+
+
+def enter_network(path: str) -> None:
+    """Move the calling process into the network namespace at `path` (setns(2)). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"setns to {path}: {os.strerror(number)}")
+    os.close(fd)
+
+
+def limit_self(confinement: Confinement, envelope: Envelope) -> None:
+    """Set the calling process's own limits: no core files, and memory and CPUs where no cgroup holds them. Raises OSError."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if not confinement.enforced:
+        os.sched_setaffinity(0, cpu_mask(envelope.cpus))
+        limit_memory(envelope.memory_bytes)
+
+
+def become_user(user: str, uid: int | None, gid: int | None) -> None:
+    """Give up root for a user, with that user's groups; nothing for None. Raises OSError."""
+    if uid is not None and gid is not None:
+        os.initgroups(user, gid)
+        os.setgid(gid)
+        os.setuid(uid)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill the calling process when its parent dies. To be called after any change of user."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _read_result(worker_dir: str) -> dict[str, Any] | None:
+    try:
+        fd = os.open(f"{worker_dir}/result.json", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as stream:
+            data = stream.read(_MAX_RESULT_BYTES + 1)
+        found = json.loads(data) if len(data) <= _MAX_RESULT_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_tail(log_path: str, max_bytes: int = _TAIL_BYTES) -> str:
+    """Return the last lines of a log, at most 20 and `max_bytes`; empty when there is none."""
+    try:
+        with open(log_path, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - max_bytes))
+            text = stream.read(max_bytes).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-_TAIL_LINES:])
