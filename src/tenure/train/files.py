@@ -1,0 +1,95 @@
+"""The file operations a training store is made of, and no others: those that NFS keeps.
+
+Create-exclusive is a hard link onto the final name (`link` either makes it or finds it there; open with O_EXCL is not
+safe on older NFS and would show a half-written file). Every operation is a method of `Files`, so that a test can end
+the process at any of them. Not here: what the files mean (`store`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Files:
+    """File operations below one folder that several processes share."""
+
+    def publish(self, path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> bool:
+        """Make `path` appear at once with this content. False when it is there already; then nothing changes.
+
+        durable: written through to the disk first. Raises OSError, e.g. for a full disk; no partial file stays.
+        """
+        temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        try:
+            self._write(temp, pieces, durable)
+            return self.link(temp, path)
+        finally:
+            self.remove(temp)
+
+    def replace(self, path: Path, content: bytes) -> None:
+        """Set the content of `path` at once, whatever was there."""
+        temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        try:
+            self._write(temp, [content], False)
+            os.replace(temp, path)
+        finally:
+            self.remove(temp)
+
+    def link(self, temp: Path, path: Path) -> bool:
+        """Give `temp` its final name; False when the name is taken by another file."""
+        try:
+            os.link(temp, path)
+        except FileExistsError:
+            # A retransmitted NFS LINK whose first answer was lost reports EEXIST although it was ours.
+            return os.stat(temp).st_nlink > 1
+        return True
+
+    def move(self, source: Path, target: Path) -> bool:
+        """Rename; False when the source is gone."""
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; nothing happens when it is gone."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove a folder and the files in it; what is gone already, or in use, is left to the next time."""
+        for name in self.names(path, hidden=True):
+            self.remove(path / name)
+        try:
+            os.rmdir(path)
+        except OSError:
+            pass
+
+    def names(self, folder: Path, *, hidden: bool = False) -> list[str]:
+        """Return the names in a folder, sorted; none when it does not exist. Hidden ones are unfinished files."""
+        try:
+            found = os.listdir(folder)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in found if hidden or not name.startswith("."))
+
+    def exists(self, path: Path) -> bool:
+        """Return whether a finished file of this name is there."""
+        return os.path.exists(path)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder and its parents; nothing happens when it is there."""
+        os.makedirs(path, exist_ok=True)
+
+    def _write(self, temp: Path, pieces: Iterable[bytes | memoryview], durable: bool) -> None:
+        with open(temp, "xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
