@@ -4,6 +4,7 @@ It shows the protocol `tenure.train.programs.Program`. All randomness comes from
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Digits:
     copies: how many differently moved copies of each image a round sees. rate: Adam's step size.
     """
 
-    def __init__(self, hidden: int = 160, copies: int = 8, rate: float = 0.002, decay: float = 1e-4) -> None:
+    def __init__(self, hidden: int = 160, copies: int = 8, rate: float = 0.001, decay: float = 1e-4) -> None:
         self.hidden, self.copies, self.rate, self.decay = hidden, copies, rate, decay
 
     def data(self, inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
@@ -32,7 +33,7 @@ class Digits:
         rng = np.random.default_rng(seed)
         sizes = (SIDE * SIDE, self.hidden, self.hidden, 10)
         weights: Arrays = {}
-        for layer, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for layer, (rows, columns) in enumerate(pairwise(sizes)):
             weights[f"w{layer}"] = (rng.standard_normal((rows, columns)) * np.sqrt(2 / rows)).astype(np.float32)
             weights[f"b{layer}"] = np.zeros(columns, np.float32)
         moments = {f"{kind}.{name}": np.zeros_like(values) for kind in "mv" for name, values in weights.items()}

@@ -49,6 +49,11 @@ def export(stage_dir: Path, *, min_equal: float = 0.999) -> dict[str, Any]:
     return {"path": str(path), "equal": equal, "examples": len(held_out["x"]), "accuracy": header.meta["accuracy"]}
 
 
+def export_command() -> tuple[str, ...]:
+    """Return the argv of the task that exports the stage of TENURE_RUN_DIR."""
+    return (sys.executable, "-m", "tenure.train.export")
+
+
 def _compare(program: Any, weights: Arrays, held_out: Arrays, path: Path) -> float:
     import onnxruntime  # heavy
 

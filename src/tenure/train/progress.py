@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from tenure.train.store import read_document, read_result
 class TrainProgress:
     """What the store says now. Lists are in round order."""
 
-    rounds: int = 0
+    round: int = 0
     """Rounds finished."""
-    loss: float = 0.0
-    """Mean loss of the newest round; 0 before the first."""
-    accuracy: float = 0.0
-    """Newest share of held-out examples right; 0 before the first look."""
-    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """``accuracy`` and ``round`` (rounds finished), one entry per look; ``loss``, one per round."""
+    loss: float | None = None
+    """Mean loss of the newest round."""
+    accuracy: float | None = None
+    """Newest share of held-out examples right."""
+    losses: tuple[float, ...] = ()
+    """One per round."""
+    accuracies: tuple[float, ...] = ()
+    """One per look at the held-out examples."""
+    accuracy_rounds: tuple[int, ...] = ()
+    """Rounds finished at each look."""
     startup_s: tuple[float, ...] = ()
     shard_s: tuple[float, ...] = ()
     combine_s: tuple[float, ...] = ()
@@ -57,14 +61,12 @@ class ProgressReader:
         looks = [record for record in records if record["accuracy"] is not None]
         state, why = self._state()
         return TrainProgress(
-            rounds=records[-1]["round"] if records else 0,
-            loss=records[-1]["loss"] if records else 0.0,
-            accuracy=looks[-1]["accuracy"] if looks else 0.0,
-            curves={
-                "accuracy": tuple(float(look["accuracy"]) for look in looks),
-                "round": tuple(float(look["round"]) for look in looks),
-                "loss": tuple(float(record["loss"]) for record in records),
-            },
+            round=records[-1]["round"] if records else 0,
+            loss=records[-1]["loss"] if records else None,
+            accuracy=looks[-1]["accuracy"] if looks else None,
+            losses=tuple(float(record["loss"]) for record in records),
+            accuracies=tuple(float(look["accuracy"]) for look in looks),
+            accuracy_rounds=tuple(int(look["round"]) for look in looks),
             startup_s=tuple(self._starts.values()),
             shard_s=tuple(float(seconds) for record in records for seconds in record["shard_s"]),
             combine_s=tuple(float(record["combine_s"]) for record in records),

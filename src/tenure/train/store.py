@@ -43,7 +43,7 @@ class Store:
         self.fence = fence
         self.files = files or Files()
         self.double_starts = 0
-        """How often this process published what was there already."""
+        """How often this process had done what was published already: work lost, never a second effect."""
         for name in ("events", "plans", "weights", "gradients", "rounds", "claims", "fences", "starts", "quarantine"):
             self.files.make_folder(root / name)
         self._check_fence()
@@ -122,11 +122,9 @@ class Store:
     def _publish(self, name: str, pieces: list[Any], *, durable: bool) -> bool:
         self._check_fence()
         path = self.root / name
-        if self.files.exists(path):
+        created = not self.files.exists(path) and self.files.publish(path, pieces, durable=durable)
+        if not created and not name.startswith("claims/"):
             self.double_starts += 1
-            return False
-        created = self.files.publish(path, pieces, durable=durable)
-        self.double_starts += not created
         return created
 
     def _check_fence(self) -> None:
