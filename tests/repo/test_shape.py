@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "tenure"
 NOUNS = frozenset(
-    (
+    {
         "errors",
         "resources",
         "jobs",
@@ -24,7 +24,7 @@ NOUNS = frozenset(
         "events",
         "protocols",
         "wire",
-    )
+    }
 )
 ROOMS = frozenset(
     ("decide", "meter", "runtimes", "agent", "fleet", "ledger", "broker", "train", "serve", "recommend", "experiments", "cli")
@@ -34,7 +34,7 @@ OTHERS = frozenset({"sockets", "jobfile", "data"})
 """`sockets` sits beside meter; `jobfile` and `data` turn files' text into nouns."""
 
 IMPURE = frozenset(
-    (
+    {
         "asyncio",
         "concurrent",
         "ctypes",
@@ -47,9 +47,24 @@ IMPURE = frozenset(
         "pathlib",
         "platform",
         "psutil",
-    )
-    + ("random", "requests", "secrets", "selectors", "shutil", "signal", "socket", "sqlalchemy", "sqlite3", "ssl", "subprocess")
-    + ("sys", "tempfile", "threading", "time", "urllib", "uuid")
+        "random",
+        "requests",
+        "secrets",
+        "selectors",
+        "shutil",
+        "signal",
+        "socket",
+        "sqlalchemy",
+        "sqlite3",
+        "ssl",
+        "subprocess",
+        "sys",
+        "tempfile",
+        "threading",
+        "time",
+        "urllib",
+        "uuid",
+    }
 )
 MAX_LINES = 500
 """The aim is 400; from there on a module should be looked at for a second noun."""
