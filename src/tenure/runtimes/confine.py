@@ -120,7 +120,7 @@ class Confinement:
         used = self.memory_bytes(shim_pid)
         if used > envelope.memory_bytes:
             raise Refused(
-                f"resize refused: the lease uses {show_bytes(used)} of memory, more than the {show_bytes(envelope.memory_bytes)} "
+                f"resize refused: the lease uses {show_bytes(used)} of memory, above the {show_bytes(envelope.memory_bytes)} "
                 "asked for. Have the job free memory first, or ask for more."
             )
         if self.enforced:
@@ -292,9 +292,9 @@ def own_groups(mountinfo: str, membership: str) -> dict[str, str]:
         root, point = fields[3], fields[4]
         names = [""] if kind[0] == "cgroup2" else [word for word in kind[2].split(",") if word in paths]
         for controller in names:
-            path = paths.get(controller)
-            if path is None:
+            if controller not in paths:
                 continue
+            path = paths[controller]
             inner = os.path.relpath(path, root) if path == root or path.startswith(root.rstrip("/") + "/") else "."
             found.setdefault(controller, os.path.normpath(os.path.join(point, inner)))
     return found

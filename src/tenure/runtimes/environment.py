@@ -36,7 +36,7 @@ def threads_of(cpus: float) -> int:
 
 
 def job_environment(spec: StartSpec) -> dict[str, str]:
-    """Return the whole environment of an attempt. What the spec sets goes before the defaults, not before TENURE_* of the lease."""
+    """Return the whole environment of an attempt. The spec goes before defaults, the lease's own TENURE_* before the spec."""
     threads = str(threads_of(spec.envelope.cpus))
     base = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     base.setdefault("PATH", os.defpath)

@@ -20,8 +20,8 @@ from tenure.errors import Conflict, Unavailable
 from tenure.protocols import RuntimeHandle
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
+from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
 from tenure.runtimes.confine import Confinement
-from tenure.runtimes.shim import become_user, die_with_parent, enter_network, limit_self
 
 CANNOT_RUN = 127
 """Exit code when the command could not be started, as in a shell."""

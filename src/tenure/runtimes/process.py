@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from tenure import wire
-from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError, Unavailable, Unsupported
+from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError, Unavailable
 from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, StartSpec, SystemClock
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import pidfds, procfs
+from tenure.runtimes.checks import check_spec, netns_path
 from tenure.runtimes.confine import Confine, Confinement, find_confiner
 from tenure.runtimes.environment import job_environment, lease_file
 from tenure.runtimes.execin import run_inside
@@ -74,7 +75,7 @@ class ProcessRuntime:
 
         Raises Unsupported, Conflict (it still runs), StaleFence, SpecError (the program cannot be executed), Unavailable.
         """
-        self._check(spec)
+        check_spec(spec, self._boot_id)
         with self._lock(spec.lease_id):
             files = LeaseFiles(self._state_dir, spec.lease_id)
             self._make_room(files, spec)
@@ -86,39 +87,6 @@ class ProcessRuntime:
                 self._record_failure(files, f"never started: {error}", None, None)
                 raise error
             return _handle(spec.lease_id, plan["spec"], report)
-
-    def _check(self, spec: StartSpec) -> None:
-        remedy = "Use the container runtime."
-        for field, empty in (("image", ""), ("mounts", {}), ("read_only_root", False), ("capabilities", ())):
-            if getattr(spec, field) != empty:
-                raise Unsupported(
-                    field, "the process runtime runs commands in this machine's own file system and rights", remedy
-                )
-        if spec.network != "host":
-            kind, _, name = spec.network.partition(":")
-            if kind != "netns" or not name or "/" in name:
-                raise Unsupported("network", f"it must be host or netns:NAME; found {spec.network!r}")
-            if os.geteuid() != 0:
-                raise Unsupported("network", "entering a network namespace needs root", "Run the agent as root, or use host.")
-            if not _netns_path(name):
-                raise SpecError(f"lease {spec.lease_id}: no network namespace {name!r} in /run/netns; make it first")
-        if spec.user:
-            try:
-                uid = pwd.getpwnam(spec.user).pw_uid
-            except KeyError as error:
-                raise SpecError(f"lease {spec.lease_id}: no user {spec.user!r} on this machine") from error
-            if os.geteuid() not in (0, uid):
-                raise Unsupported(
-                    "user", f"only root can run a job as {spec.user!r}", "Run the agent as root, or leave it empty."
-                )
-        if spec.boot_id != self._boot_id:
-            raise SpecError(
-                f"lease {spec.lease_id}: its deadline counts from boot {spec.boot_id!r}, but this machine's boot is "
-                f"{self._boot_id!r}; ask the node for its boot time and send the deadline again"
-            )
-        for field in ("workdir", "worker_dir", "log_path"):
-            if not os.path.isabs(getattr(spec, field)):
-                raise SpecError(f"lease {spec.lease_id}: {field} must be absolute; found {getattr(spec, field)!r}")
 
     def _make_room(self, files: LeaseFiles, spec: StartSpec) -> None:
         control = read_json(files.control)
@@ -142,7 +110,7 @@ class ProcessRuntime:
             "confinement": self._confiner.for_attempt(f"tenure.{spec.lease_id}.{spec.attempt}").to_plan(),
             "uid": entry.pw_uid if entry else None,
             "gid": entry.pw_gid if entry else None,
-            "netns": _netns_path(spec.network.removeprefix("netns:")) if spec.network != "host" else "",
+            "netns": netns_path(spec.network.removeprefix("netns:")) if spec.network != "host" else "",
         }
 
     def _prepare(self, files: LeaseFiles, spec: StartSpec, plan: dict[str, Any]) -> None:
@@ -397,10 +365,6 @@ def _handle(lease_id: str, spec: Mapping[str, Any], shim: Mapping[str, Any]) -> 
 def _check_fence(lease_id: str, control: Mapping[str, Any] | None, fence: int) -> None:
     if control is not None and fence < int(control["fence"]):
         raise StaleFence(f"order for lease {lease_id} refused: it carries fence {fence}, the newest seen is {control['fence']}")
-
-
-def _netns_path(name: str) -> str:
-    return next((path for base in ("/run/netns", "/var/run/netns") if os.path.exists(path := f"{base}/{name}")), "")
 
 
 def _start_error(spec: StartSpec, report: Mapping[str, Any]) -> TenureError:

@@ -68,7 +68,7 @@ def _children_by_task(pid: int) -> list[int] | None:
         try:
             children.extend(int(word) for word in read_text(f"/proc/{pid}/task/{task}/children").split())
         except FileNotFoundError:
-            if not os.path.exists("/proc/self/task/%d/children" % os.getpid()):
+            if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
                 return None  # kernel without CONFIG_PROC_CHILDREN
         except OSError:
             continue
@@ -159,7 +159,7 @@ def waited_cpu_s(pid: int) -> float:
 
 
 def with_environment(name: str, value: str) -> list[int]:
-    """Return the pids of all living processes started with this environment variable that we may look at, ourselves excepted."""
+    """Return the pids of all living processes started with this environment variable, as far as we may look; not ourselves."""
     wanted = f"{name}={value}".encode()
     found = []
     for entry in os.listdir("/proc"):

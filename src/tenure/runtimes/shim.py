@@ -12,7 +12,6 @@ Not for: choosing how bounds are held (`confine`), or talking to anyone (`proces
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -27,13 +26,11 @@ from typing import Any
 from tenure.errors import TenureError
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
-from tenure.runtimes.confine import Confinement, cpu_mask, limit_memory
+from tenure.runtimes.become import adopt_orphans, become_user, die_with_parent, enter_network, limit_self
+from tenure.runtimes.confine import Confinement
+from tenure.runtimes.outcome import read_result, read_tail
 from tenure.runtimes.state import read_json, write_json
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_CLONE_NEWNET = 0x40000000
 _HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 CONTROL_EVERY_S = 1.0
@@ -45,9 +42,6 @@ DISK_EVERY_S = 0.5
 USAGE_EVERY_S = 1.0
 KILL_MAX_S = 30.0
 """Bound of waiting for killed processes; what is still there then (stuck in the kernel) is named in the record."""
-_MAX_RESULT_BYTES = 1 << 20
-_TAIL_BYTES = 4096
-_TAIL_LINES = 20
 _MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
 
 
@@ -96,7 +90,7 @@ class Shim:
 
     def run(self) -> None:
         """Start the job, watch it, end everything, write the record."""
-        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         wakeup = self._catch_signals()
         failure = self._start()
         if failure is None:
@@ -343,7 +337,7 @@ class Shim:
 
     def _record(self, left: int) -> dict[str, Any]:
         """Return the exit record. Who ended it goes before how it ended: memory, disk, deadline, order, then its own status."""
-        result = _read_result(self._spec["worker_dir"])
+        result = read_result(self._spec["worker_dir"])
         usage = dict(self._ended_usage, at_s=time.time(), memory_bytes=0, processes=0)
         code = os.WEXITSTATUS(self._status) if self._status is not None and os.WIFEXITED(self._status) else 0
         number = os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else 0
@@ -376,55 +370,3 @@ class Shim:
             "result": result,
             "log_tail": read_tail(self._spec["log_path"]),
         }
-
-
-def enter_network(path: str) -> None:
-    """Move the calling process into the network namespace at `path` (setns(2)). Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"setns to {path}: {os.strerror(number)}")
-    os.close(fd)
-
-
-def limit_self(confinement: Confinement, envelope: Envelope) -> None:
-    """Set the calling process's own limits: no core files, and memory and CPUs where no cgroup holds them. Raises OSError."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    if not confinement.enforced:
-        os.sched_setaffinity(0, cpu_mask(envelope.cpus))
-        limit_memory(envelope.memory_bytes)
-
-
-def become_user(user: str, uid: int | None, gid: int | None) -> None:
-    """Give up root for a user, with that user's groups; nothing for None. Raises OSError."""
-    if uid is not None and gid is not None:
-        os.initgroups(user, gid)
-        os.setgid(gid)
-        os.setuid(uid)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill the calling process when its parent dies. To be called after any change of user."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _read_result(worker_dir: str) -> dict[str, Any] | None:
-    try:
-        fd = os.open(f"{worker_dir}/result.json", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as stream:
-            data = stream.read(_MAX_RESULT_BYTES + 1)
-        found = json.loads(data) if len(data) <= _MAX_RESULT_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_tail(log_path: str, max_bytes: int = _TAIL_BYTES) -> str:
-    """Return the last lines of a log, at most 20 and `max_bytes`; empty when there is none."""
-    try:
-        with open(log_path, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - max_bytes))
-            text = stream.read(max_bytes).decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-_TAIL_LINES:])

@@ -1,0 +1,54 @@
+"""What a process does to itself before it becomes a lease's command: limits, network, user, whose death it shares.
+
+Standard library and nouns only: it runs between fork and exec. Not for: the groups a process joins (`confine`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+
+from tenure.resources import Envelope
+from tenure.runtimes.confine import Confinement, cpu_mask, limit_memory
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_CLONE_NEWNET = 0x40000000
+
+
+def adopt_orphans() -> None:
+    """Make the calling process the parent of all its descendants whose own parent ends (prctl(2))."""
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def enter_network(path: str) -> None:
+    """Move the calling process into the network namespace at `path` (setns(2)). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if _LIBC.setns(fd, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"setns to {path}: {os.strerror(number)}")
+    os.close(fd)
+
+
+def limit_self(confinement: Confinement, envelope: Envelope) -> None:
+    """Set the calling process's own limits: no core files, and memory and CPUs where no cgroup holds them. Raises OSError."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if not confinement.enforced:
+        os.sched_setaffinity(0, cpu_mask(envelope.cpus))
+        limit_memory(envelope.memory_bytes)
+
+
+def become_user(user: str, uid: int | None, gid: int | None) -> None:
+    """Give up root for a user, with that user's groups; nothing for None. Raises OSError."""
+    if uid is not None and gid is not None:
+        os.initgroups(user, gid)
+        os.setgid(gid)
+        os.setuid(uid)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill the calling process when its parent dies. To be called after any change of user."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
