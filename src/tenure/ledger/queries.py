@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, insert, select, update
 
 from tenure import wire
 from tenure.errors import NotFound
@@ -222,12 +222,22 @@ class Invocation:
     done: bool
 
 
+def _invocations(connection: Connection, *where: ColumnElement[bool]) -> tuple[Invocation, ...]:
+    c = t.invocations.c
+    query = select(c.name, c.worker, c.lease_id, c.attempt, c.starts, c.failures, c.done).where(*where)
+    rows = connection.execute(query).mappings()
+    return tuple(Invocation(**{**row, "done": bool(row["done"])}) for row in rows)
+
+
 def list_invocations(connection: Connection, run_id: str, stage: str) -> tuple[Invocation, ...]:
     """Return a stage's invocations."""
-    c = t.invocations.c
-    query = select(c.name, c.worker, c.lease_id, c.attempt, c.starts, c.failures, c.done)
-    rows = connection.execute(query.where(c.run_id == run_id, c.stage == stage)).mappings()
-    return tuple(Invocation(**{**row, "done": bool(row["done"])}) for row in rows)
+    return _invocations(connection, t.invocations.c.run_id == run_id, t.invocations.c.stage == stage)
+
+
+def invocation_of(connection: Connection, lease_id: str, attempt: int) -> Invocation | None:
+    """Return what one attempt of a lease was started for, None when for no event."""
+    found = _invocations(connection, t.invocations.c.lease_id == lease_id, t.invocations.c.attempt == attempt)
+    return found[0] if found else None
 
 
 def put_invocation(connection: Connection, run_id: str, stage: str, made: Invocation, *, now_s: float) -> None:

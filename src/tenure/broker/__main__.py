@@ -1,0 +1,49 @@
+"""``python -m tenure.broker --home DIR``: be the broker of a home. Started by `client.connect`, or by `tenure up`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from tenure.broker.daemon import home_lock, serve
+from tenure.errors import SpecError, TenureError
+from tenure.fleet.local import LocalFleet, Part
+from tenure.resources import parse_bytes
+
+
+def _part(text: str) -> Part:
+    """Return a node from ``name`` or ``name:cpus:memory``, e.g. ``a:1:512MiB``."""
+    name, *rest = text.split(":")
+    if len(rest) not in (0, 2):
+        raise SpecError(f"a node is written name or name:cpus:memory, e.g. a:1:512MiB; found {text!r}")
+    try:
+        return Part(name=name, cpus=float(rest[0]), memory_bytes=parse_bytes(rest[1])) if rest else Part(name=name)
+    except ValueError as error:
+        raise SpecError(f"the cpus of node {text!r} must be a number") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until nobody is left. Returns the exit code: 0, or 1 with the reason on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m tenure.broker", description="Be the broker of a home.")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--persistent", action="store_true", help="stay when no client and no lease is left")
+    parser.add_argument("--node", action="append", default=[], metavar="NAME[:CPUS:MEMORY]", help="an agent to grant on")
+    parser.add_argument("--confine", default="auto", choices=("auto", "cgroup", "rlimit"))
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        parts = [_part(text) for text in options.node] or [Part()]
+        home = options.home.resolve()
+        with home_lock(home):
+            asyncio.run(serve(home, LocalFleet(home, parts, confine=options.confine), persistent=options.persistent))
+    except TenureError as error:
+        logging.error("%s: %s", type(error).__name__, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

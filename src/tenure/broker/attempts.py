@@ -1,0 +1,352 @@
+"""Attempts: starting a lease's command on its node, and what follows from how it ended.
+
+Every step is written down before it is ordered; `compare` brings ledger and node together again after either was away.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tenure import wire
+from tenure.broker.book import LOG, Book
+from tenure.broker.nodes import Nodes
+from tenure.errors import NotFound, Refused, StaleFence, TenureError, Unavailable
+from tenure.fleet.contract import Fleet
+from tenure.leases import EndReason, Lease, LeaseState, changed
+from tenure.ledger import queries
+from tenure.ledger.queries import Invocation
+from tenure.ledger.store import Transaction
+from tenure.protocols import Exit, ExitKind, StartSpec
+from tenure.resources import show_bytes
+from tenure.runs import RunFiles
+
+MAX_FAILURES = 3
+"""Abnormal ends of one event under one lease, after which its gang fails."""
+STOP_AGAIN_S = 5.0
+PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+"""What a job gets of the broker's own environment."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
+
+_REASONS = {
+    ExitKind.COMPLETED: EndReason.COMPLETED,
+    ExitKind.OUT_OF_MEMORY: EndReason.OUT_OF_MEMORY,
+    ExitKind.OUT_OF_TIME: EndReason.OUT_OF_TIME,
+    ExitKind.OUT_OF_DISK: EndReason.OUT_OF_DISK,
+}
+
+
+class Attempts:
+    """Starts and ends what runs inside leases."""
+
+    def __init__(self, book: Book, fleet: Fleet, *, home: Path, environ: Mapping[str, str] = os.environ) -> None:
+        self._book, self._fleet, self._home, self._environ = book, fleet, home, environ
+        self.nodes: Nodes
+        self._starting: set[str] = set()
+        self._stopped_s: dict[str, float] = {}
+
+    # --- start ---
+
+    def next_attempt(self, tx: Transaction, lease: Lease) -> int:
+        """Return the attempt number to come: one per worker of a stage, so that no two ever share a folder."""
+        return queries.last_attempt(tx.connection, lease.run_id, lease.stage, lease.worker) + 1
+
+    def order(self, lease_id: str, event_file: str = "") -> None:
+        """Start the attempt that was written down for a lease. Returns at once."""
+        self._book.busy.add(lease_id)
+        self._starting.add(lease_id)
+        self._book.spawn(self._start(self._book.live[lease_id], event_file))
+
+    async def _start(self, lease: Lease, event_file: str) -> None:
+        try:
+            args = wire.AgentStart(spec=self._spec(lease, event_file))
+            handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
+        except Unavailable as error:
+            LOG.warning("lease %s: start not answered: %s", lease.id, error)  # `compare` finds out whether it runs
+            return
+        except TenureError as error:
+            self.ended(lease.id, lease.attempt, Exit(kind=ExitKind.FAILED, code=127, witness=f"could not be started: {error}"))
+            return
+        finally:
+            self._starting.discard(lease.id)
+        self._runs(lease.id, handle.attempt, handle.pid)
+
+    def _runs(self, lease_id: str, attempt: int, pid: int) -> None:
+        lease = self._book.live.get(lease_id)
+        if lease is None or lease.attempt != attempt:
+            return
+        if lease.state is LeaseState.DRAINING:
+            self._book.spawn(self._stop(lease))
+            return
+        if lease_id not in self._book.busy:
+            return  # its end was heard of before its start
+        data = {"attempt": attempt, "pid": pid}
+        with self._book.transaction() as tx:
+            if lease.state is LeaseState.GRANTING:
+                lease = changed(lease, LeaseState.ACTIVE)
+                tx.put_lease(lease, who=f"agent:{lease.node}")
+            tx.put_lease(lease, kind="lease.started", who=f"agent:{lease.node}", data=data)
+
+    def _spec(self, lease: Lease, event_file: str) -> StartSpec:
+        files = RunFiles(self._home, lease.run_id)
+        worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
+        files.logs(lease.stage).mkdir(parents=True, exist_ok=True)
+        now_s = self._book.clock.utc_s()
+        left_s = max(0.0, lease.ends_at_s - now_s)
+        deadline_s, boot_id = self.nodes.deadline(lease.node, left_s)
+        env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
+        env |= {name: str(max(1, math.floor(lease.envelope.cpus))) for name in THREAD_VARIABLES}
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"} | dict(lease.command.env)
+        env |= {
+            "TENURE_RUN_DIR": str(files.stage(lease.stage)),
+            "TENURE_WORKER_DIR": str(worker_dir),
+            "TENURE_LEASE_FILE": str(worker_dir / "lease.json"),
+            "TENURE_LEASE_ID": lease.id,
+            "TENURE_FENCE": str(lease.fence),
+            "TENURE_ATTEMPT": str(lease.attempt),
+            "TENURE_WORKER": str(lease.worker),
+            "TENURE_STAGE": lease.stage,
+            "TENURE_RUN_ID": lease.run_id,
+        }
+        if event_file:
+            env["TENURE_EVENT_FILE"] = event_file
+        for name in lease.command.secrets:
+            if name not in self._environ:
+                raise Refused(
+                    f"lease {lease.id}: the secret {name} is not in the broker's environment. "
+                    'Stop it with "tenure down" and start it again from a shell that has the variable.'
+                )
+            env[name] = self._environ[name]
+        return StartSpec(
+            lease_id=lease.id,
+            fence=lease.fence,
+            attempt=lease.attempt,
+            argv=lease.command.argv,
+            env=env,
+            workdir=lease.command.workdir or str(worker_dir),
+            worker_dir=str(worker_dir),
+            log_path=str(files.logs(lease.stage) / f"{lease.worker}.{lease.attempt}.log"),
+            envelope=lease.envelope,
+            devices=lease.devices,
+            deadline_boot_s=deadline_s,
+            boot_id=boot_id,
+            grace_s=lease.command.grace_s,
+            network=lease.command.network,
+            ports=lease.command.ports,
+        )
+
+    # --- hearing of attempts ---
+
+    def heard(self, node: str, view: wire.AttemptView) -> None:
+        """Take in what a node says of one attempt, unasked or asked."""
+        handle = view.handle
+        lease = self._book.live.get(handle.lease_id)
+        if lease is None or lease.node != node or handle.attempt > lease.attempt or handle.fence < lease.fence:
+            # Granted by nobody who still holds: an attempt of an ended lease, or one that another broker's grant replaced.
+            self._book.spawn(self._clear_away(node, view))
+            return
+        if handle.attempt < lease.attempt:
+            return
+        if view.usage is not None:
+            self._book.note_usage(lease.id, view.usage)
+        if view.exit is not None:
+            self.ended(lease.id, handle.attempt, view.exit)
+
+    async def _clear_away(self, node: str, view: wire.AttemptView) -> None:
+        if view.exit is None:
+            stop = wire.AgentStop(lease_id=view.handle.lease_id, fence=view.handle.fence, grace_s=5.0)
+            await self._fleet.call(node, "stop", stop)
+        else:
+            await self._fleet.call(node, "forget", wire.LeaseRef(lease_id=view.handle.lease_id))
+
+    async def compare(self, node: str) -> None:
+        """Bring the ledger and a node together: adopt what runs, record what ended, start or end what is missing."""
+        before = {
+            lease.id: lease
+            for lease in self._book.live.values()
+            if lease.node == node and lease.holds and lease.id not in self._starting
+        }
+        views = {view.handle.lease_id: view for view in await self._fleet.call(node, "attempts", wire.Nothing())}
+        for view in views.values():
+            if view.handle.lease_id not in self._starting:
+                self.heard(node, view)
+        for lease in before.values():
+            if self._book.live.get(lease.id) is not lease or lease.id in self._starting:
+                continue  # it moved on while the node was asked
+            view = views.get(lease.id)
+            if view is not None and view.handle.attempt == lease.attempt:
+                if view.exit is None:
+                    self._adopt(lease, view)
+            else:
+                self._missing(lease)
+
+    def _adopt(self, lease: Lease, view: wire.AttemptView) -> None:
+        self._book.busy.add(lease.id)
+        if lease.state is LeaseState.GRANTING:
+            self._runs(lease.id, lease.attempt, view.handle.pid)
+        elif lease.state is LeaseState.DRAINING:
+            self._book.spawn(self._stop(lease))
+
+    def _missing(self, lease: Lease) -> None:
+        """Nothing runs where something should, or nothing was meant to."""
+        if lease.state is LeaseState.DRAINING:
+            self.end(lease, lease.end_reason or EndReason.RELEASED, lease.end_detail)
+        elif lease.state is LeaseState.GRANTING:
+            with self._book.transaction() as tx:
+                again = replace(lease, attempt=self.next_attempt(tx, lease))
+                tx.put_lease(again, who="broker", why="started again: the node never got the first order")
+            self.order(lease.id)
+        elif lease.id in self._book.busy:
+            end = Exit(kind=ExitKind.FAILED, witness=f"node {lease.node} no longer knows attempt {lease.attempt}")
+            self.ended(lease.id, lease.attempt, replace(end, ended_at_s=self._book.clock.utc_s()))
+
+    # --- ends ---
+
+    def ended(self, lease_id: str, attempt: int, end: Exit) -> None:
+        """Record an attempt's exit once, and go on: the lease ends, or waits for its next event."""
+        lease = self._book.live.get(lease_id)
+        if lease is None or lease.attempt != attempt:
+            return
+        node, normal, why = lease.node, _is_normal(lease, end), describe_exit(end)
+        with self._book.transaction() as tx:
+            if not tx.put_exit(lease, attempt, end, who=f"agent:{node}", why=why):
+                return
+            if end.usage is not None:
+                point = wire.UsagePoint(lease_id=lease_id, at_s=end.usage.at_s, usage=end.usage)
+                queries.insert_usage(tx.connection, [point])
+            if lease.state is LeaseState.GRANTING:
+                lease = changed(lease, LeaseState.ACTIVE)
+                tx.put_lease(lease, who=f"agent:{node}", why="ended before its start was answered")
+            made = self._note_invocation(tx, lease, attempt, normal) if lease.command.on_event else None
+            failures = made.failures if made else 0
+            reason, detail = self._after(lease, end, normal, failures, why)
+            if reason is not None:
+                done = changed(lease, LeaseState.ENDED, end_reason=reason, end_detail=detail, ended_at_s=tx.now_s)
+                tx.put_lease(done, who="broker" if lease.state is LeaseState.DRAINING else f"agent:{node}", why=detail)
+        self._book.busy.discard(lease_id)
+        if made is not None:
+            self._book.invocations.append((lease.run_id, lease.stage, made))
+        self._book.wake()
+        if reason is None:
+            return
+        self._forget(lease)
+        if lease.command.on_event and reason is not EndReason.COMPLETED and lease.state is not LeaseState.DRAINING:
+            for other in list(self._book.live.values()):
+                if other.gang_id == lease.gang_id:
+                    self.drain(other, EndReason.FAILED, f"worker {lease.worker} of its gang ended {reason}: {detail}")
+
+    def _note_invocation(self, tx: Transaction, lease: Lease, attempt: int, normal: bool) -> Invocation | None:
+        made = queries.invocation_of(tx.connection, lease.id, attempt)
+        if made is not None:
+            made = replace(made, done=normal, failures=made.failures + (not normal))
+            queries.put_invocation(tx.connection, lease.run_id, lease.stage, made, now_s=tx.now_s)
+        return made
+
+    def _after(self, lease: Lease, end: Exit, normal: bool, failures: int, why: str) -> tuple[EndReason | None, str]:
+        """Return the end reason and detail, or None when the lease goes on waiting for events."""
+        if lease.state is LeaseState.DRAINING:
+            return lease.end_reason or EndReason.RELEASED, lease.end_detail or why
+        if lease.command.on_event:
+            if normal:
+                return (EndReason.COMPLETED, why) if (end.result or {}).get("state") == "done" else (None, "")
+            if self._book.clock.utc_s() >= lease.total_ends_at_s:
+                return EndReason.OUT_OF_TIME, f"its total of {lease.envelope.total_s:g} s is spent; {why}"
+            if failures < MAX_FAILURES:
+                return None, ""
+            return _REASONS.get(end.kind, EndReason.FAILED), f"failed {failures} times on the same event, last: {why}"
+        if normal:
+            return EndReason.COMPLETED, why
+        if end.kind is ExitKind.OUT_OF_TIME and lease.ends_at_s < lease.total_ends_at_s - 1e-3:
+            return EndReason.EXPIRED, f"{why}; the slot was over and nobody had renewed it"
+        if end.kind is ExitKind.STOPPED:
+            return EndReason.NODE_LOST, f"stopped by its node, which had not heard of the broker; {why}"
+        if end.kind is ExitKind.COMPLETED:
+            return EndReason.FAILED, f"{why}; exit 0, but no result.json with state done or continue"
+        return _REASONS.get(end.kind, EndReason.FAILED), why
+
+    def drain(self, lease: Lease, reason: EndReason, why: str, *, who: str = "broker") -> None:
+        """End a lease: what waits ends now, what runs is asked to leave and ends when it has. Returns at once."""
+        lease = self._book.live.get(lease.id, lease)
+        if lease.state in (LeaseState.DRAINING, LeaseState.ENDED):
+            return
+        if not lease.holds or lease.id not in self._book.busy:
+            self.end(lease, reason, why, who=who)
+            return
+        with self._book.transaction() as tx:
+            lease = changed(lease, LeaseState.DRAINING, end_reason=reason, end_detail=why)
+            tx.put_lease(lease, who=who, why=why)
+        self._book.spawn(self._stop(lease))
+
+    def end(self, lease: Lease, reason: EndReason, why: str, *, who: str = "broker") -> None:
+        """Write a lease's end; nothing of it runs."""
+        with self._book.transaction() as tx:
+            over = changed(lease, LeaseState.ENDED, end_reason=reason, end_detail=why, ended_at_s=tx.now_s)
+            tx.put_lease(over, who=who, why=why)
+        if lease.node:
+            self._forget(lease)
+
+    async def _stop(self, lease: Lease) -> None:
+        self._stopped_s[lease.id] = self._book.clock.boot_s()
+        order = wire.AgentStop(lease_id=lease.id, fence=lease.fence, grace_s=lease.command.grace_s)
+        try:
+            await self._fleet.call(lease.node, "stop", order)
+        except (NotFound, StaleFence) as error:
+            now = self._book.live.get(lease.id)
+            if lease.id not in self._starting and now is not None and now.state is LeaseState.DRAINING:
+                LOG.info("lease %s: nothing to stop: %s", lease.id, error)
+                self.end(now, now.end_reason or EndReason.RELEASED, now.end_detail)
+
+    def _forget(self, lease: Lease) -> None:
+        self._stopped_s.pop(lease.id, None)
+        if lease.attempt and self.nodes.is_up(lease.node):
+            self._book.spawn(self._fleet.call(lease.node, "forget", wire.LeaseRef(lease_id=lease.id)))
+
+    def lost(self, node: str) -> None:
+        """End every lease of a node that is lost."""
+        for lease in list(self._book.live.values()):
+            if lease.node == node and lease.holds:
+                reason = lease.end_reason or EndReason.NODE_LOST
+                self.end(lease, reason, f"node {node} was lost: not heard of for its term and margin")
+
+    def tick(self) -> None:
+        """Stop again what did not hear it, and end what sits idle past its total."""
+        now_s, utc_s = self._book.clock.boot_s(), self._book.clock.utc_s()
+        for lease in list(self._book.live.values()):
+            if (
+                lease.state is LeaseState.DRAINING
+                and now_s - self._stopped_s.get(lease.id, now_s - STOP_AGAIN_S) >= STOP_AGAIN_S
+            ):
+                self._book.spawn(self._stop(lease))
+            idle = lease.state is LeaseState.ACTIVE and lease.id not in self._book.busy
+            if idle and utc_s >= lease.total_ends_at_s:
+                self.end(lease, EndReason.OUT_OF_TIME, f"its total of {lease.envelope.total_s:g} s is spent")
+
+
+def _is_normal(lease: Lease, end: Exit) -> bool:
+    said = (end.result or {}).get("state")
+    if lease.command.on_event and said in ("done", "continue"):
+        return end.kind in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME)
+    needs_result = lease.command.expects_result
+    return end.kind is ExitKind.COMPLETED and (not needs_result or said in ("done", "continue"))
+
+
+def describe_exit(end: Exit) -> str:
+    """Return one line for people on how an attempt ended: kind, code, witness, peak memory, its last words."""
+    parts: list[str] = [str(end.kind)]
+    if end.kind is ExitKind.FAILED and end.code:
+        parts[0] += f" with code {end.code}"
+    if end.signal:
+        parts[0] += f" by signal {end.signal}"
+    if end.witness:
+        parts.append(end.witness)
+    if end.usage is not None:
+        parts.append(f"peak memory {show_bytes(end.usage.peak_memory_bytes)}")
+    said: Any = (end.result or {}).get("error")
+    if end.kind is not ExitKind.COMPLETED and (said or end.log_tail.strip()):
+        last = str(said or end.log_tail.strip().splitlines()[-1])
+        parts.append(f"last words: {last[:300]}")
+    return "; ".join(parts)

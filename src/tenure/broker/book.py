@@ -1,0 +1,145 @@
+"""The broker's present state: live leases and placement, changed only by what the ledger has written down first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from tenure import wire
+from tenure.decide.placement import Placement
+from tenure.errors import TenureError
+from tenure.events import Event
+from tenure.leases import Lease, LeaseState
+from tenure.ledger import queries
+from tenure.ledger.queries import Invocation
+from tenure.ledger.store import Ledger, Transaction
+from tenure.protocols import Clock
+from tenure.usage import Usage
+
+LOG = logging.getLogger("tenure.broker")
+USAGE_EVERY_S = 2.0
+"""Between two rollups of a lease; doubles with every USAGE_PER_STEP of them, so that a long lease stays small."""
+USAGE_PER_STEP = 900
+
+
+class Book:
+    """What every part of the broker reads. `transaction` is the only way to change it."""
+
+    def __init__(self, ledger: Ledger, clock: Clock) -> None:
+        self.ledger, self.clock = ledger, clock
+        self.placement = Placement()
+        self.live: dict[str, Lease] = {}
+        self.queue_until_s: dict[str, float] = {}
+        self.busy: set[str] = set()
+        """Leases with an attempt that has been ordered and has not been seen to end."""
+        self.invocations: list[tuple[str, str, Invocation]] = []
+        """(run id, stage, invocation) of those that ended since `invocations` last looked."""
+        self.usage: dict[str, Usage] = {}
+        self._points: list[wire.UsagePoint] = []
+        self._rollups: dict[str, tuple[int, float]] = {}
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._load()
+
+    def _load(self) -> None:
+        with self.ledger.reading() as connection:
+            for lease, until in queries.live_leases(connection):
+                self.live[lease.id] = lease
+                self.queue_until_s[lease.id] = until
+                if lease.attempt and lease.attempt not in queries.exited_attempts(connection, lease.id):
+                    self.busy.add(lease.id)
+                self._rollups[lease.id] = (queries.count_usage(connection, lease.id), 0.0)
+        for lease in self.live.values():
+            self.placement.apply(Event(seq=0, at_s=0.0, kind=f"lease.{lease.state}", who="broker", data={"lease": lease}))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Give a ledger transaction; once it is written, take its events in and wake whoever waits."""
+        with self.ledger.transaction() as tx:
+            yield tx
+        for event in tx.events:
+            self.placement.apply(event)
+            if "lease" in event.data:
+                self._take(wire.from_builtins(event.data["lease"], Lease))
+        self.wake()
+
+    def _take(self, lease: Lease) -> None:
+        if lease.state is LeaseState.ENDED:
+            for kept in (self.live, self.queue_until_s, self.usage, self._rollups):
+                kept.pop(lease.id, None)
+            self.busy.discard(lease.id)
+        else:
+            self.live[lease.id] = lease
+
+    def lease(self, lease_id: str) -> Lease:
+        """Return a lease, live or ended. Raises NotFound."""
+        if lease_id in self.live:
+            return self.live[lease_id]
+        with self.ledger.reading() as connection:
+            return queries.get_lease(connection, lease_id)
+
+    def view(self, lease_id: str) -> wire.LeaseView:
+        """Return a lease with its exits and last known usage. Raises NotFound."""
+        lease = self.lease(lease_id)
+        with self.ledger.reading() as connection:
+            exits = queries.lease_exits(connection, lease_id)
+        usage = self.usage.get(lease_id) or (exits[-1].usage if exits else None)
+        return wire.LeaseView(lease=lease, usage=usage, exits=exits)
+
+    def note_usage(self, lease_id: str, usage: Usage) -> None:
+        """Keep a lease's latest usage, and roll it up now and then."""
+        self.usage[lease_id] = usage
+        count, last_s = self._rollups.get(lease_id, (0, 0.0))
+        now_s = self.clock.boot_s()
+        if not last_s or now_s - last_s >= USAGE_EVERY_S * 2 ** (count // USAGE_PER_STEP):
+            self._rollups[lease_id] = (count + 1, now_s)
+            self._points.append(wire.UsagePoint(lease_id=lease_id, at_s=usage.at_s, usage=usage))
+
+    def flush_usage(self) -> None:
+        """Write the rollups gathered since the last call."""
+        points, self._points = self._points, []
+        if points:
+            with self.ledger.transaction() as tx:
+                queries.insert_usage(tx.connection, points)
+
+    def wake(self) -> None:
+        """Have everyone who waits for a change look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self, timeout_s: float) -> None:
+        """Return after the next change, or after the time."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; its TenureErrors are logged, since what it left undone is seen by the next look."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except TenureError as error:
+                LOG.warning("%s: %s", type(error).__name__, error)
+            except Exception:
+                LOG.exception("the broker made a mistake")
+
+        task = asyncio.ensure_future(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self, timeout_s: float = 10.0) -> None:
+        """Wait until everything spawned has finished."""
+        while self._tasks:
+            _, pending = await asyncio.wait(set(self._tasks), timeout=timeout_s)
+            if pending:
+                return
+
+    async def close(self) -> None:
+        """Cancel what still runs beside, and write what was gathered."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.flush_usage()

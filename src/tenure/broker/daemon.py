@@ -1,0 +1,161 @@
+"""The broker's life: one per home, its loop, and when it leaves. What it decides is in the other modules."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tenure import wire
+from tenure.broker.attempts import Attempts
+from tenure.broker.book import LOG, USAGE_EVERY_S, Book
+from tenure.broker.handlers import Handlers
+from tenure.broker.invocations import Invocations
+from tenure.broker.nodes import Nodes
+from tenure.broker.queue import Queue
+from tenure.errors import Conflict, TenureError
+from tenure.fleet.contract import Fleet
+from tenure.ledger.store import Ledger
+from tenure.protocols import Clock, SystemClock
+from tenure.sockets import LineServer, socket_dir
+
+TICK_S = 0.2
+IDLE_S = 5.0
+TERM_S = 60.0
+PERSISTENT_TERM_S = 600.0
+
+
+def _new_lease_id() -> str:
+    return f"l-{secrets.token_hex(5)}"
+
+
+@contextlib.contextmanager
+def home_lock(home: Path) -> Iterator[None]:
+    """Hold the home's broker lock; the kernel lets go of it however the process ends. Raises Conflict when it is held."""
+    home.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(home / "broker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise Conflict(f"home {home} already has a broker (pid {holder}); there is exactly one per home") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Broker:
+    """All parts of one broker, put together. `tick` does what is due; tests call it with a clock of their own."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        fleet: Fleet,
+        *,
+        home: Path,
+        clock: Clock,
+        persistent: bool = False,
+        term_s: float = TERM_S,
+        new_lease_id: Callable[[], str] = _new_lease_id,
+    ) -> None:
+        self.persistent, self.fleet = persistent, fleet
+        self.book = Book(ledger, clock)
+        with self.book.transaction() as tx:
+            self.fence = tx.next_fence()
+            tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
+        self.attempts = Attempts(self.book, fleet, home=home)
+        self.nodes = Nodes(
+            self.book, fleet, fence=self.fence, term_s=term_s, on_up=self.attempts.compare, on_lost=self.attempts.lost
+        )
+        self.attempts.nodes = self.nodes
+        self.queue = Queue(self.book, self.attempts, new_id=new_lease_id)
+        self.invocations = Invocations(self.book, self.attempts, home=home)
+        self.clients: Callable[[], int] = lambda: 0
+        self.leaving = False
+        self.handlers = Handlers(
+            self.book,
+            fleet=fleet,
+            nodes=self.nodes,
+            queue=self.queue,
+            attempts=self.attempts,
+            invocations=self.invocations,
+            fence=self.fence,
+            persistent=persistent,
+            clients=lambda: self.clients(),
+            on_shutdown=self.leave,
+        )
+        self._flushed_s = self._busy_s = clock.boot_s()
+        fleet.listen(self.attempts.heard, self.nodes.cut)
+
+    def leave(self) -> None:
+        """Have the loop end."""
+        self.leaving = True
+        self.book.wake()
+
+    def tick(self) -> None:
+        """Do what is due. Whatever one part refuses is logged and tried again by the next tick."""
+        now_s = self.book.clock.boot_s()
+        for part in (self.nodes.tick, self.attempts.tick, self.queue.tick, self.invocations.tick):
+            try:
+                part()
+            except TenureError as error:
+                LOG.error("%s: %s", type(error).__name__, error)
+        if now_s - self._flushed_s >= USAGE_EVERY_S:
+            self._flushed_s = now_s
+            with contextlib.suppress(TenureError):  # rollups are the one thing that may be lost: a full disk says so above
+                self.book.flush_usage()
+        if self.book.live or self.clients() or self.persistent:
+            self._busy_s = now_s
+        elif now_s - self._busy_s >= IDLE_S:
+            LOG.info("nobody is left: leaving")
+            self.leave()
+
+    async def stop_agents(self) -> None:
+        """Tell each agent without leases to leave; one that holds some stays until its term is over."""
+        held = {lease.node for lease in self.book.live.values() if lease.holds}
+        for name in self.fleet.names():
+            if name not in held and self.nodes.is_up(name):
+                with contextlib.suppress(TenureError):
+                    await self.fleet.call(name, "shutdown", wire.Nothing(), timeout_s=5.0)
+
+    async def close(self) -> None:
+        """Let go of everything; leases and agents stay as they are."""
+        await self.book.close()
+        await self.fleet.close()
+
+
+async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | None = None) -> None:
+    """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held."""
+    clock = clock or SystemClock()
+    ledger = Ledger.open(home / "ledger.sqlite", now_s=clock.utc_s)
+    broker = Broker(
+        ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=PERSISTENT_TERM_S if persistent else TERM_S
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, broker.leave)
+    # Requests queue when a node can't be reached, and the loop goes on trying: a broker that only answers is better than none.
+    await broker.nodes.reach_all()
+    path = socket_dir(home) / "broker.sock"
+    server = LineServer(path, wire.BROKER_OPS, broker.handlers.table(), who="broker", fence=lambda: broker.fence)
+    broker.clients = lambda: len(server.connections)
+    await server.start()
+    try:
+        while not broker.leaving:
+            broker.tick()
+            if not broker.leaving:
+                await broker.book.changed(TICK_S)
+        await asyncio.sleep(0.05)  # the answer to a shutdown is still to be sent
+    finally:
+        await server.close()
+        await broker.stop_agents()
+        await broker.close()
+        ledger.close()

@@ -1,0 +1,227 @@
+"""The broker's operations (`wire.BROKER_OPS`), one method each: look up, hand on, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tenure import wire
+from tenure.broker.attempts import Attempts
+from tenure.broker.book import Book
+from tenure.broker.invocations import Invocations
+from tenure.broker.nodes import Nodes
+from tenure.broker.queue import Queue
+from tenure.errors import IllegalChange, Refused, TenureError
+from tenure.events import Event
+from tenure.fleet.contract import Fleet
+from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
+from tenure.ledger import queries
+from tenure.resources import Envelope
+from tenure.runs import Run
+from tenure.sockets import Connection, Handler
+from tenure.trials import Recommendation, Trial
+
+MAX_WAIT_S = 600.0
+MAX_ROWS = 100_000
+_READY = (LeaseState.ACTIVE, LeaseState.RESIZING, LeaseState.DRAINING, LeaseState.ENDED)
+
+
+class Handlers:
+    """What clients may ask. `on_shutdown` is called after `shutdown` has been answered for."""
+
+    def __init__(
+        self,
+        book: Book,
+        *,
+        fleet: Fleet,
+        nodes: Nodes,
+        queue: Queue,
+        attempts: Attempts,
+        invocations: Invocations,
+        fence: int,
+        persistent: bool,
+        clients: Callable[[], int],
+        on_shutdown: Callable[[], None],
+    ) -> None:
+        self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
+        self._attempts, self._invocations = attempts, invocations
+        self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
+
+    def table(self) -> dict[str, Handler]:
+        """Return operation -> handler."""
+        return {name: getattr(self, f"op_{name}") for name in wire.BROKER_OPS if name != "hello"}
+
+    async def op_status(self, args: wire.Nothing, client: Connection) -> wire.Status:
+        """See wire.Status."""
+        return wire.Status(
+            fence=self._fence,
+            leases=len(self._book.live),
+            clients=self._clients(),
+            nodes=self._nodes.known(),
+            persistent=self._persistent,
+        )
+
+    # --- runs ---
+
+    async def op_submit_run(self, args: wire.SubmitRun, client: Connection) -> Run:
+        """See wire.SubmitRun."""
+        with self._book.transaction() as tx:
+            known = queries.list_runs(tx.connection, run_id=args.run.id)
+            if known:
+                return known[0]
+            tx.put_run(args.run, who=f"tenant:{args.run.tenant}", why=args.run.name)
+        return args.run
+
+    async def op_set_stage(self, args: wire.SetStage, client: Connection) -> None:
+        """See wire.SetStage."""
+        with self._book.transaction() as tx:
+            run = queries.get_run(tx.connection, args.run_id)
+            tx.put_stage(args.run_id, args.stage, who=f"tenant:{run.tenant}")
+
+    async def op_set_run(self, args: wire.SetRun, client: Connection) -> None:
+        """See wire.SetRun."""
+        with self._book.transaction() as tx:
+            run = queries.get_run(tx.connection, args.run_id)
+            tx.put_run_state(args.run_id, args.state, who=f"tenant:{run.tenant}", why=args.why)
+
+    async def op_runs(self, args: wire.ListRuns, client: Connection) -> tuple[Run, ...]:
+        """See wire.ListRuns."""
+        with self._book.ledger.reading() as connection:
+            return queries.list_runs(connection, run_id=args.run_id, max_runs=min(args.max_runs, MAX_ROWS))
+
+    # --- leases ---
+
+    async def op_request_gang(self, args: wire.RequestGang, client: Connection) -> tuple[Lease, ...]:
+        """See wire.RequestGang."""
+        return self._queue.request(args)
+
+    async def op_wait_leases(self, args: wire.WaitLeases, client: Connection) -> tuple[wire.LeaseView, ...]:
+        """See wire.WaitLeases."""
+        ready = _READY if args.until == "active" else (LeaseState.ENDED,)
+        end_s = self._book.clock.boot_s() + min(max(args.timeout_s, 0.0), MAX_WAIT_S)
+        for lease_id in args.lease_ids:
+            self._book.lease(lease_id)
+        while any((lease := self._book.live.get(lease_id)) and lease.state not in ready for lease_id in args.lease_ids):
+            left_s = end_s - self._book.clock.boot_s()
+            if left_s <= 0:
+                break
+            await self._book.changed(left_s)
+        return tuple(self._book.view(lease_id) for lease_id in args.lease_ids)
+
+    async def op_lease(self, args: wire.LeaseRef, client: Connection) -> wire.LeaseView:
+        """Return one lease."""
+        return self._book.view(args.lease_id)
+
+    async def op_leases(self, args: wire.ListLeases, client: Connection) -> tuple[Lease, ...]:
+        """See wire.ListLeases."""
+        with self._book.ledger.reading() as connection:
+            return queries.select_leases(connection, replace(args, max_leases=min(args.max_leases, MAX_ROWS)))
+
+    async def op_renew(self, args: wire.Renew, client: Connection) -> Lease:
+        """See wire.Renew."""
+        now_s = self._book.clock.utc_s()
+        lease = renewed(self._book.lease(args.lease_id), for_s=args.for_s, now_s=now_s)
+        with self._book.transaction() as tx:
+            tx.put_lease(lease, kind="lease.renewed", who=f"tenant:{lease.tenant}")
+        if lease.id in self._book.busy:
+            deadline_s, _ = self._nodes.deadline(lease.node, lease.ends_at_s - now_s)
+            order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
+            await self._fleet.call(lease.node, "renew", order)
+        return lease
+
+    async def op_resize(self, args: wire.Resize, client: Connection) -> Lease:
+        """See wire.Resize. Raises Refused when the node lacks room or the runtime refuses; the lease is then as before."""
+        lease = self._book.lease(args.lease_id)
+        old = lease.envelope
+        new = replace(args.envelope, slot_s=old.slot_s, total_s=old.total_s)
+        if lease.state is not LeaseState.ACTIVE:
+            raise IllegalChange(f"lease {lease.id} is {lease.state}; only an active lease can be resized")
+        short = self._book.placement.resize_shortage(lease.id, new)
+        if short:
+            raise Refused(f"lease {lease.id} cannot be resized on node {lease.node}: {short}")
+        # While under way it holds the larger of both in each respect, so that nobody else is granted what it may still use.
+        held = replace(
+            new,
+            cpus=max(old.cpus, new.cpus),
+            memory_bytes=max(old.memory_bytes, new.memory_bytes),
+            disk_bytes=max(old.disk_bytes, new.disk_bytes),
+        )
+        who = f"tenant:{lease.tenant}"
+        with self._book.transaction() as tx:
+            tx.put_lease(changed(lease, LeaseState.RESIZING, envelope=held), who=who, why=new.describe())
+        try:
+            if lease.id in self._book.busy:
+                order = wire.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=new)
+                await self._fleet.call(lease.node, "resize", order)
+        except TenureError as error:
+            self._resized(lease.id, old, f"refused: {error}")
+            raise
+        return self._resized(lease.id, new, "")
+
+    def _resized(self, lease_id: str, envelope: Envelope, why: str) -> Lease:
+        lease = self._book.lease(lease_id)
+        if lease.state is LeaseState.RESIZING:
+            lease = changed(lease, LeaseState.ACTIVE, envelope=envelope)
+            with self._book.transaction() as tx:
+                tx.put_lease(lease, who="broker", why=why or f"resized to {envelope.describe()}")
+        return lease
+
+    async def op_release(self, args: wire.Release, client: Connection) -> None:
+        """See wire.Release. Leases that have ended are left as they are."""
+        for lease in [self._book.lease(lease_id) for lease_id in args.lease_ids]:
+            self._attempts.drain(lease, args.reason, args.why or f"{args.reason} on request", who=f"tenant:{lease.tenant}")
+
+    async def op_nudge(self, args: wire.Nudge, client: Connection) -> None:
+        """See wire.Nudge."""
+        self._invocations.tick(now=True)
+
+    # --- what was observed ---
+
+    async def op_events(self, args: wire.ListEvents, client: Connection) -> tuple[Event, ...]:
+        """See wire.ListEvents."""
+        with self._book.ledger.reading() as connection:
+            return queries.events_after(
+                connection, args.after_seq, run_id=args.run_id, max_events=min(args.max_events, MAX_ROWS)
+            )
+
+    async def op_usage(self, args: wire.LeaseRef, client: Connection) -> tuple[wire.UsagePoint, ...]:
+        """Return a lease's rollups."""
+        self._book.lease(args.lease_id)
+        self._book.flush_usage()
+        with self._book.ledger.reading() as connection:
+            return queries.lease_usage(connection, args.lease_id)
+
+    async def op_record_trial(self, args: wire.RecordTrial, client: Connection) -> None:
+        """See wire.RecordTrial."""
+        trial = args.trial
+        with self._book.transaction() as tx:
+            if queries.insert_trial(tx.connection, trial):
+                data = {"trial": trial.id, "source": trial.source, "fingerprint": trial.fingerprint}
+                tx.append("trial.recorded", who="broker", run_id=trial.run_id, stage=trial.stage, data=data)
+
+    async def op_trials(self, args: wire.ListTrials, client: Connection) -> tuple[Trial, ...]:
+        """See wire.ListTrials."""
+        with self._book.ledger.reading() as connection:
+            return queries.list_trials(connection, replace(args, max_trials=min(args.max_trials, MAX_ROWS)))
+
+    async def op_record_recommendation(self, args: wire.RecordRecommendation, client: Connection) -> None:
+        """See wire.RecordRecommendation."""
+        made = args.recommendation
+        with self._book.transaction() as tx:
+            if queries.insert_recommendation(tx.connection, made):
+                data = {"recommendation": made.id}
+                tx.append("recommended", who="broker", why=made.why, run_id=made.run_id, stage=made.stage, data=data)
+
+    async def op_recommendations(self, args: wire.ListRecommendations, client: Connection) -> tuple[Recommendation, ...]:
+        """See wire.ListRecommendations."""
+        with self._book.ledger.reading() as connection:
+            return queries.list_recommendations(connection, args.run_id)
+
+    async def op_shutdown(self, args: wire.Nothing, client: Connection) -> None:
+        """End every lease (released), then the agents, then the broker. Answers once all leases have ended, or after 30 s."""
+        for lease in list(self._book.live.values()):
+            self._attempts.drain(lease, EndReason.RELEASED, "the broker was shut down")
+        end_s = self._book.clock.boot_s() + 30.0
+        while self._book.live and self._book.clock.boot_s() < end_s:
+            await self._book.changed(1.0)
+        self._on_shutdown()

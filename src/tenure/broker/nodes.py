@@ -1,0 +1,168 @@
+"""The nodes: reaching their agents, renewing their terms, declaring them lost. What that means for leases is `attempts`' part.
+
+A node not heard of for term + margin is lost: by then its agent has stopped whatever it held, so that nothing runs twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from tenure import wire
+from tenure.broker.book import LOG, Book
+from tenure.errors import TenureError
+from tenure.fleet.contract import Fleet
+from tenure.ledger import queries
+from tenure.nodes import Node, NodeState
+
+MARGIN_S = 5.0
+REACH_EVERY_S = 1.0
+LOST_REACH_EVERY_S = 5.0
+LOOK_EVERY_S = 5.0
+"""Between two comparisons of what runs with what should: a note that got lost delays by no more."""
+
+
+@dataclass(slots=True)
+class _Link:
+    term_s: float
+    """Of the last term the node may have taken."""
+    node: Node | None = None
+    state: NodeState = NodeState.LOST
+    boot_offset_s: float = 0.0
+    boot_id: str = ""
+    heard_s: float = 0.0
+    """Broker's boot clock when the node last confirmed its term."""
+    tried_s: float = float("-inf")
+    looked_s: float = 0.0
+    working: bool = False
+
+
+class Nodes:
+    """Keeps every node of the fleet in reach. `on_up(node)` compares what runs there; `on_lost(node)` ends its leases."""
+
+    def __init__(
+        self,
+        book: Book,
+        fleet: Fleet,
+        *,
+        fence: int,
+        term_s: float,
+        on_up: Callable[[str], Awaitable[None]],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._book, self._fleet, self._fence, self._term_s = book, fleet, fence, term_s
+        self._on_up, self._on_lost = on_up, on_lost
+        held = {lease.node for lease in book.live.values() if lease.holds}
+        self._links = {name: _Link(term_s=term_s) for name in sorted({*fleet.names(), *held})}
+        self._reasons: dict[str, str] = {}
+        with book.ledger.reading() as connection:
+            before = {node.name: node for node in queries.list_nodes(connection)}
+        for name in held:
+            # An earlier broker granted there: it may still run, so it counts as cut off from now, not as lost.
+            link = self._links[name]
+            link.state, link.heard_s, link.node = NodeState.UNREACHABLE, book.clock.boot_s(), before.get(name)
+            link.term_s = max(term_s, link.node.term_s if link.node else 0.0)
+
+    def known(self) -> tuple[Node, ...]:
+        """Return the nodes that were ever reached, with their present state."""
+        return tuple(replace(link.node, state=link.state) for link in self._links.values() if link.node)
+
+    def why_unreached(self) -> dict[str, str]:
+        """Return the last error of each node that can't be reached."""
+        return {name: self._reasons.get(name, "") for name, link in self._links.items() if link.state is not NodeState.UP}
+
+    def is_up(self, name: str) -> bool:
+        """Return whether the node answers."""
+        return name in self._links and self._links[name].state is NodeState.UP
+
+    def deadline(self, name: str, left_s: float) -> tuple[float, str]:
+        """Return (boot_s, boot_id) on the node's own clock, `left_s` from now."""
+        link = self._links[name]
+        return self._book.clock.boot_s() + link.boot_offset_s + left_s, link.boot_id
+
+    def cut(self, name: str) -> None:
+        """Take note that a connection broke."""
+        link = self._links[name]
+        if link.state is NodeState.UP and link.node is not None:
+            link.state, link.tried_s = NodeState.UNREACHABLE, float("-inf")
+            with self._book.transaction() as tx:
+                tx.put_node(replace(link.node, state=link.state), kind="node.unreachable", who="broker", why="connection lost")
+
+    async def reach_all(self) -> None:
+        """Try every node once; `why_unreached` tells which failed."""
+        for name in self._links:
+            try:
+                await self._reach(name)
+            except TenureError as error:
+                LOG.error("node %s: %s", name, error)
+
+    def tick(self) -> None:
+        """Renew what is due, reach what is away, give up what is lost. Returns at once; the work is done beside."""
+        now_s = self._book.clock.boot_s()
+        for name, link in self._links.items():
+            if link.state is NodeState.UNREACHABLE and now_s - link.heard_s > link.term_s + MARGIN_S:
+                self._lose(name, link)
+            if link.working:
+                continue
+            if link.state is NodeState.UP:
+                if now_s - link.heard_s >= self._term_s / 3:
+                    link.working = True
+                    self._book.spawn(self._renew(name, link))
+                elif now_s - link.looked_s >= LOOK_EVERY_S:
+                    link.working = True
+                    self._book.spawn(self._look(name, link))
+            elif now_s - link.tried_s >= (REACH_EVERY_S if link.state is NodeState.UNREACHABLE else LOST_REACH_EVERY_S):
+                self._book.spawn(self._reach(name))
+
+    def _lose(self, name: str, link: _Link) -> None:
+        link.state = NodeState.LOST
+        why = f"not heard of for {link.term_s + MARGIN_S:g} s (term and margin)"
+        if link.node is not None:
+            with self._book.transaction() as tx:
+                tx.put_node(replace(link.node, state=NodeState.LOST), kind="node.lost", who="broker", why=why)
+        self._on_lost(name)
+
+    async def _renew(self, name: str, link: _Link) -> None:
+        try:
+            boot = await self._fleet.call(name, "term", wire.NodeTerm(term_s=self._term_s, broker_fence=self._fence))
+            self._heard(link, boot)
+        except TenureError as error:
+            self._reasons[name] = str(error)
+            self.cut(name)
+        finally:
+            link.working = False
+
+    async def _look(self, name: str, link: _Link) -> None:
+        try:
+            await self._on_up(name)
+        finally:
+            link.looked_s = self._book.clock.boot_s()
+            link.working = False
+
+    async def _reach(self, name: str) -> None:
+        link = self._links[name]
+        if link.working:
+            return
+        link.working = True
+        link.tried_s = self._book.clock.boot_s()
+        try:
+            node, boot = await self._fleet.reach(name, term_s=self._term_s, broker_fence=self._fence)
+            self._heard(link, boot)
+            link.node, link.state = replace(node, state=NodeState.UP, term_s=self._term_s), NodeState.UP
+            self._reasons.pop(name, None)
+            with self._book.transaction() as tx:
+                tx.put_node(link.node, kind="node.up", who=f"agent:{name}")
+            await self._on_up(name)
+            link.looked_s = self._book.clock.boot_s()
+        except TenureError as error:
+            self._reasons[name] = str(error)
+            raise
+        finally:
+            link.working = False
+
+    def _heard(self, link: _Link, boot: wire.BootTime) -> None:
+        # The agent's term began before its answer came: counting from now declares it lost too late rather than too early.
+        link.heard_s = self._book.clock.boot_s()
+        link.boot_id, link.term_s = boot.boot_id, self._term_s
+        same = boot.boot_id == self._book.clock.boot_id()
+        link.boot_offset_s = 0.0 if same else boot.boot_s - self._book.clock.boot_s()

@@ -1,0 +1,142 @@
+"""The queue: gangs asked for, granted when `decide` finds room, given up when their time is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tenure import wire
+from tenure.broker.attempts import Attempts
+from tenure.broker.book import Book
+from tenure.decide.placement import Grant
+from tenure.errors import Conflict, NoPlacement, Refused, SpecError
+from tenure.leases import EndReason, Lease, LeaseState, changed, granted
+from tenure.ledger import queries
+from tenure.tenants import check_name
+
+MAX_LIVE_LEASES = 1000
+MAX_QUEUE_S = 7 * 86400.0
+
+
+class Queue:
+    """Takes requests in and grants them."""
+
+    def __init__(self, book: Book, attempts: Attempts, *, new_id: Callable[[], str]) -> None:
+        self._book, self._attempts, self._new_id = book, attempts, new_id
+
+    def request(self, asked: wire.RequestGang) -> tuple[Lease, ...]:
+        """Write a gang's request down, once per gang id, and grant it when there is room.
+
+        Raises NoPlacement (reason per node) when the nodes could not hold it even if idle, Refused past MAX_LIVE_LEASES,
+        Conflict when the gang id was used for something else, SpecError for a request that makes no sense.
+        """
+        known = self._known(asked)
+        if known:
+            return known
+        _check(asked)
+        if len(self._book.live) + len(asked.members) > MAX_LIVE_LEASES:
+            raise Refused(
+                f"gang {asked.gang_id} refused: {len(self._book.live)} leases are live, the limit is {MAX_LIVE_LEASES}. "
+                "Wait until some have ended, or release some."
+            )
+        if self._book.placement.nodes():
+            reasons = self._book.placement.what_if([member.envelope for member in asked.members], idle=True)
+            if reasons:
+                raise NoPlacement(_cannot_hold(asked), reasons)
+        now_s = self._book.clock.utc_s()
+        with self._book.transaction() as tx:
+            for member in asked.members:
+                lease = Lease(
+                    id=self._new_id(),
+                    run_id=asked.run_id,
+                    stage=asked.stage,
+                    worker=member.worker,
+                    gang_id=asked.gang_id,
+                    tenant=asked.tenant,
+                    envelope=member.envelope,
+                    command=member.command,
+                    requested_at_s=now_s,
+                )
+                who = f"tenant:{asked.tenant}"
+                tx.put_lease(lease, who=who, why=member.envelope.describe(), queue_until_s=now_s + asked.queue_s)
+                self._book.queue_until_s[lease.id] = now_s + asked.queue_s
+        self.tick()
+        return self._known(asked)
+
+    def _known(self, asked: wire.RequestGang) -> tuple[Lease, ...]:
+        with self._book.ledger.reading() as connection:
+            known = queries.gang_leases(connection, asked.gang_id)
+        if known and (known[0].run_id, known[0].stage, len(known)) != (asked.run_id, asked.stage, len(asked.members)):
+            raise Conflict(
+                f"gang {asked.gang_id} exists with {len(known)} leases of run {known[0].run_id} stage {known[0].stage}; "
+                f"this request has {len(asked.members)} for run {asked.run_id} stage {asked.stage}. Use a new gang id."
+            )
+        return known
+
+    def tick(self) -> None:
+        """Give up what queued too long, and grant what has room."""
+        waiting = [lease for lease in self._book.live.values() if not lease.holds]
+        if not waiting:
+            return
+        now_s = self._book.clock.utc_s()
+        plan = self._book.placement.plan(now_s)
+        late = [lease for lease in waiting if now_s >= self._book.queue_until_s.get(lease.id, 0.0)]
+        going = {grant.lease_id for grant in plan.grants}
+        for lease in late:
+            if lease.id not in going:
+                why = plan.waiting.get(lease.id, "no room")
+                self._attempts.end(lease, EndReason.CANCELLED, f"queued for {now_s - lease.requested_at_s:g} s: {why}")
+        for never in plan.impossible:
+            if never.lease_id in self._book.live:
+                reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(never.reasons.items()))
+                self._attempts.end(self._book.live[never.lease_id], EndReason.CANCELLED, f"no node can hold it: {reasons}")
+        gangs: dict[str, list[Grant]] = {}
+        for grant in plan.grants:
+            gangs.setdefault(self._book.live[grant.lease_id].gang_id or grant.lease_id, []).append(grant)
+        for grants in gangs.values():
+            self._grant(grants, now_s)
+        for lease_id, why in plan.waiting.items():
+            waits = self._book.live.get(lease_id)
+            if waits is not None and waits.state is LeaseState.REQUESTED:
+                with self._book.transaction() as tx:
+                    tx.put_lease(changed(waits, LeaseState.QUEUED), who="broker", why=why)
+
+    def _grant(self, grants: list[Grant], now_s: float) -> None:
+        """Grant a gang: one fence, one transaction, then the orders."""
+        started = []
+        with self._book.transaction() as tx:
+            fence = tx.next_fence()
+            for grant in grants:
+                lease = self._book.live[grant.lease_id]
+                lease = granted(lease, node=grant.node, devices=grant.devices, fence=fence, now_s=now_s)
+                if not lease.command.on_event:
+                    lease = replace(lease, attempt=self._attempts.next_attempt(tx, lease))
+                    started.append(lease.id)
+                tx.put_lease(lease, who="broker", why=f"placed on {grant.node}")
+                if lease.command.on_event:
+                    tx.put_lease(changed(lease, LeaseState.ACTIVE), who="broker", why="holds its envelope and waits for events")
+        for lease_id in started:
+            self._attempts.order(lease_id)
+
+
+def _cannot_hold(asked: wire.RequestGang) -> str:
+    wants = {member.envelope.describe() for member in asked.members}
+    leases = f"{len(asked.members)} leases of" if len(asked.members) > 1 else "a lease of"
+    return (
+        f"gang {asked.gang_id} (run {asked.run_id}, stage {asked.stage}) refused: {leases} {' and '.join(sorted(wants))} "
+        "would not fit even on idle nodes. Ask for less."
+    )
+
+
+def _check(asked: wire.RequestGang) -> None:
+    check_name("tenant", asked.tenant)
+    for what, name in (("run", asked.run_id), ("stage", asked.stage), ("gang", asked.gang_id)):
+        if not name or name in (".", "..") or "/" in name or "\0" in name or len(name) > 128:
+            raise SpecError(f"{what} id {name!r} is not allowed: it names a folder (1 to 128 characters, no slash)")
+    if not 1 <= len(asked.members) <= 256:
+        raise SpecError(f"gang {asked.gang_id} must have 1 to 256 members; found {len(asked.members)}")
+    workers = [member.worker for member in asked.members]
+    if len(set(workers)) != len(workers) or min(workers) < 0:
+        raise SpecError(f"gang {asked.gang_id}: worker numbers must be different and not negative; found {workers}")
+    if not 0 <= asked.queue_s <= MAX_QUEUE_S:
+        raise SpecError(f"gang {asked.gang_id}: queue_s must lie between 0 and {MAX_QUEUE_S:g}; found {asked.queue_s!r}")

@@ -1,0 +1,1 @@
+"""How the broker reaches its agents: `contract` is what it needs, `local` is sockets on this machine, `fake` is for tests."""
