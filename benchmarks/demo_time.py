@@ -1,13 +1,14 @@
 """How long the main job takes: `tenure run examples/digits.toml` in a fresh home, after installation.
 
-Counted: wall seconds from starting the command to its end, the report written. Nothing is reused: the home is new, so every trial is
-measured. Checked before a figure is printed: the command ended with 0; every stage is done; the report is one file without
-external links; its JSON has figures for training and for serving. `details` has the seconds of each step, from the command's own
-closing lines, and the CPU seconds of the command and what it waited for (work in leases is not in it).
+Counted: wall seconds from starting the command to its end, the report written. Nothing is reused: the home is new, so every
+trial is measured. Checked before a figure is printed: the command ended with 0; every stage is done; the report is one file
+without external links; its JSON has figures for training and for serving. `details` has the seconds of each step, from the
+command's own closing lines, and the CPU seconds of the command and what it waited for (work in leases is not in it).
 
 --quick runs the stages up to training only; the bar is about the whole job, so `holds` is then null.
 
-Control: the same run held against a bar of 1 s, which must not hold; and a report with a stage missing, which the check must refuse.
+Control: the same run held against a bar of 1 s, which must not hold; and its report without the last stage, which the check
+must refuse.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ JOB_FILE = ROOT / "examples" / "digits.toml"
 STEP = re.compile(r"^\[\s*([0-9.]+) s\] ([^:]+): (.*)$")
 
 
-class WrongAnswer(Exception):
+class WrongAnswer(AssertionError):
     """The run did not do what it is timed for; no figure is given."""
 
 
@@ -96,11 +97,10 @@ def _steps(output: str) -> dict[str, float]:
 
 def check(output: str, *, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Return the report's JSON once what the run left is right. Raises WrongAnswer."""
-    paths = {word: Path(rest) for word, _, rest in (line.partition("   ") for line in output.splitlines()) if rest}
-    page, plain = paths.get("report"), next((path for word, path in paths.items() if word.startswith("figures")), None)
-    if page is None:
+    paths = {word: Path(path) for word, path in re.findall(r"^(report|figures)\s+(/.+)$", output, re.M)}
+    if set(paths) != {"report", "figures"}:
         raise WrongAnswer(f"the run does not say where its report is:\n{output[-2000:]}")
-    plain = plain or page.with_suffix(".json")
+    page, plain = paths["report"], paths["figures"]
     if not page.is_file() or not plain.is_file():
         raise WrongAnswer(f"no report at {page}")
     links = re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^\"'> ]+", page.read_text())
