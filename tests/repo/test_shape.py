@@ -149,31 +149,27 @@ def test_training_and_serving_import_nouns_decide_and_meter_only(room):
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "siblings",
-    [
-        ("runtimes/process", "runtimes/container", "runtimes/microvm"),
-        ("serve/http", "serve/grpc"),
-        ("serve/engines/onnx", "serve/engines/sklearn", "serve/engines/torch", "serve/engines/litert"),
-        ("fleet/local", "fleet/ray"),
-    ],
-)
+SIBLINGS = [
+    ("runtimes/process", "runtimes/container", "runtimes/microvm"),
+    ("serve/http", "serve/grpc"),
+    ("fleet/local", "fleet/ray"),
+    *(
+        tuple(str(path.relative_to(SRC).with_suffix("")) for path in modules(SRC / folder) if path.stem != "__init__")
+        for folder in ("serve/engines", "serve/transports")
+    ),
+]
+
+
+@pytest.mark.parametrize("siblings", SIBLINGS, ids=lambda siblings: siblings[0])
 def test_siblings_never_import_each_other(siblings):
+    names = {sibling: "tenure." + sibling.replace("/", ".") for sibling in siblings}
     for sibling in siblings:
         home = SRC / sibling
         paths = modules(home) if home.is_dir() else [home.with_suffix(".py")]
-        others = ["tenure." + other.replace("/", ".") for other in siblings if other != sibling]
+        others = [names[other] for other in siblings if other != sibling]
         for path in (p for p in paths if p.exists()):
             wrong = [name for name in imports(path) if any(name == o or name.startswith(o + ".") for o in others)]
             assert not wrong, f"{path.relative_to(SRC)} imports its sibling: {wrong}"
-
-
-def test_engines_never_import_each_other():
-    engines = [path for path in modules(SRC / "serve" / "engines") if path.stem not in ("__init__", "base")]
-    names = {f"tenure.serve.engines.{path.stem}" for path in engines}
-    for path in engines:
-        others = names - {f"tenure.serve.engines.{path.stem}"}
-        assert not [name for name in imports(path) if any(name == o or name.startswith(o + ".") for o in others)]
 
 
 def test_only_the_broker_opens_the_ledger():
