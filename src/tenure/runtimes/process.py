@@ -32,7 +32,7 @@ from tenure.runtimes.confine import Confine, Confinement, find_confiner
 from tenure.runtimes.environment import job_environment, lease_file
 from tenure.runtimes.execin import run_inside
 from tenure.runtimes.forkserver import ForkServer
-from tenure.runtimes.state import LeaseFiles, read_json, write_json
+from tenure.runtimes.state import LeaseFiles, read_json, term_file, write_json
 from tenure.usage import Usage
 
 
@@ -42,6 +42,7 @@ class ProcessRuntime:
     name = "process"
 
     def __init__(self, state_dir: Path | str, *, confine: Confine = "auto", clock: Clock | None = None) -> None:
+        """state_dir: absolute or relative; made when missing."""
         self._state_dir = Path(state_dir).absolute()
         (self._state_dir / "leases").mkdir(parents=True, exist_ok=True)
         self._confiner = find_confiner(confine)
@@ -107,6 +108,7 @@ class ProcessRuntime:
             "spec": data,
             "env": job_environment(spec),
             "folder": str(files.root),
+            "term_file": str(term_file(self._state_dir)),
             "confinement": self._confiner.for_attempt(f"tenure.{spec.lease_id}.{spec.attempt}").to_plan(),
             "uid": entry.pw_uid if entry else None,
             "gid": entry.pw_gid if entry else None,
@@ -169,6 +171,11 @@ class ProcessRuntime:
     def known(self) -> Sequence[str]:
         """Return the ids of all leases that the runtime keeps something of, ended ones included."""
         return sorted(os.listdir(self._state_dir / "leases"))
+
+    def newest_fence(self, lease_id: str) -> int:
+        """Return the newest fence seen for a lease. Raises NotFound."""
+        files, last = self._last(lease_id)
+        return int((read_json(files.control) or last)["fence"])
 
     def usage(self, handle: RuntimeHandle) -> Usage:
         """Return the attempt's consumption so far; for an ended one its last counters. Raises NotFound."""

@@ -75,6 +75,7 @@ class Shim:
         self._confinement = Confinement.from_plan(plan["confinement"])
         self._envelope = Envelope(**self._spec["envelope"])
         self._deadline_s = float(self._spec["deadline_boot_s"])
+        self._term_s = float("inf")
         self._stop: dict[str, Any] | None = None
         self._hangup = False
         self._terminate = False
@@ -216,7 +217,7 @@ class Shim:
                 return
             until = min(next_memory, next_disk, next_control, next_usage, self._kill_at_s)
             if not self._kind:
-                until = min(until, self._deadline_s)
+                until = min(until, self._deadline_s, self._term_s)
             readable, _, _ = select.select([wakeup], [], [], max(0.0, min(until - _boot_s(), CONTROL_EVERY_S)))
             if readable:
                 with contextlib.suppress(BlockingIOError):
@@ -244,7 +245,13 @@ class Shim:
                 self._envelope = Envelope(**control["envelope"])
                 self._stop = control.get("stop")
         except (OSError, TenureError, KeyError, TypeError, ValueError):
-            return
+            pass
+        try:  # the node's term holds although the agent may be dead
+            term = read_json(self._plan["term_file"])
+            if term and term["boot_id"] == self._spec["boot_id"]:
+                self._term_s = float(term["ends_boot_s"])
+        except (OSError, TenureError, KeyError, TypeError, ValueError):
+            pass
 
     def _check_end(self, now: float) -> None:
         order: dict[str, Any] | None = None
@@ -252,6 +259,9 @@ class Shim:
             order = self._stop
         elif self._terminate:
             order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": "the shim was sent SIGTERM"}
+        elif now >= self._term_s:
+            why = f"the node's term ended at {self._term_s:.3f} s of CLOCK_BOOTTIME without word from the broker"
+            order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": why}
         elif now >= self._deadline_s:
             why = f"deadline {self._deadline_s:.3f} s of CLOCK_BOOTTIME reached at {now:.3f} s"
             order = {"kind": "out_of_time", "grace_s": self._spec["grace_s"], "why": why}

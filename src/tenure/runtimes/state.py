@@ -50,6 +50,11 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     return data
 
 
+def term_file(state_dir: str | Path) -> Path:
+    """Return where a node's term lies: {"ends_boot_s", "boot_id"}, written by the agent, obeyed by shims too."""
+    return Path(state_dir) / "term.json"
+
+
 class LeaseFiles:
     """Where one lease's state lies. Raises SpecError for a lease id that is no plain name."""
 

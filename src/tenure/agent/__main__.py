@@ -1,0 +1,83 @@
+"""`python -m tenure.agent`: run one node's agent until its term ends or it is told to leave. People use `tenure up`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tenure.agent import shares
+from tenure.agent.node import Agent
+from tenure.errors import Refused, TenureError
+from tenure.meter.machine import capacity
+from tenure.protocols import SystemClock
+from tenure.resources import parse_bytes, parse_duration
+from tenure.runtimes.process import ProcessRuntime
+
+REFUSED = 3
+"""Exit code: the machine's share that was asked for is taken."""
+TAKEN = 4
+"""Exit code: this home already has an agent for this node."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the agent; return an exit code: 0, 1 for an error, REFUSED, TAKEN."""
+    options = _options(argv)
+    state_dir = options.home / "nodes" / options.node
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"node {options.node} of {options.home} already has an agent", file=sys.stderr)  # noqa: T201
+        return TAKEN
+    try:
+        asyncio.run(_run(options, state_dir))
+    except TenureError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return REFUSED if isinstance(error, Refused) else 1
+    finally:
+        os.close(lock)
+    return 0
+
+
+async def _run(options: argparse.Namespace, state_dir: Path) -> None:
+    clock = SystemClock()
+    offered = shares.reserve(
+        str(options.home),
+        options.node,
+        capacity(options.home),
+        boot_id=clock.boot_id(),
+        cpus=options.cpus,
+        memory_bytes=options.memory,
+    )
+    try:
+        runtime = ProcessRuntime(state_dir, confine=options.confine, clock=clock)
+        agent = Agent(
+            options.node, options.socket, runtime, state_dir=state_dir, capacity=offered, clock=clock, term_s=options.term
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, agent.end)
+        await agent.run()
+    finally:
+        shares.release()
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tenure.agent", description=__doc__)
+    parser.add_argument("--home", type=lambda text: Path(text).absolute(), required=True)
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--cpus", type=float, help="cores to offer; default: all that is not reserved by other agents")
+    parser.add_argument("--memory", type=parse_bytes, help="memory to offer, e.g. 4GiB")
+    parser.add_argument("--term", type=parse_duration, default=60.0, help="how long to act without hearing from the broker")
+    parser.add_argument("--confine", choices=("auto", "cgroup", "rlimit"), default="auto")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""A node's agent: does the broker's orders through the runtime, tells it what happens, and holds the node's term.
+
+For: `wire.AGENT_OPS` and the `attempt` notes. Not for: deciding who gets what (`decide`), starting the agent (`start`).
+
+The term is counted on CLOCK_BOOTTIME. Unrenewed, the agent stops its leases when it runs out (their shims do so too, should
+the agent be dead), and leaves once nothing runs. Exits are heard of through the shims' pidfds, not by asking around.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tenure import wire
+from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unsupported
+from tenure.meter.machine import machine
+from tenure.nodes import Node
+from tenure.protocols import Clock, ExitKind, RuntimeHandle
+from tenure.resources import Capacity
+from tenure.runtimes.pidfds import open_pidfd
+from tenure.runtimes.process import ProcessRuntime
+from tenure.runtimes.state import read_json, term_file, write_json
+from tenure.sockets import Connection, LineServer
+
+T = TypeVar("T")
+NOTE_EVERY_S = 1.0
+STOP_GRACE_S = 5.0
+"""SIGTERM to SIGKILL for attempts that end with the term or the agent."""
+_MAX_ORDERS = 16
+_MAX_EXECS = 8
+
+
+class Agent:
+    """One node's agent. Runs until `shutdown`, or until its term is over and nothing runs."""
+
+    def __init__(
+        self,
+        node: str,
+        socket: Path,
+        runtime: ProcessRuntime,
+        *,
+        state_dir: Path,
+        capacity: Capacity,
+        clock: Clock,
+        term_s: float,
+    ) -> None:
+        self._node, self._runtime, self._capacity, self._clock = node, runtime, capacity, clock
+        self._state_dir = state_dir
+        self._term_s = term_s
+        self._broker_fence = int((read_json(state_dir / "broker.json") or {}).get("fence", 0))
+        self._term_ends_s = 0.0
+        self._set_term(term_s)
+        self._fences: dict[Connection, int] = {}
+        self._watched: dict[int, RuntimeHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._orders = ThreadPoolExecutor(_MAX_ORDERS, thread_name_prefix="order")
+        self._execs = ThreadPoolExecutor(_MAX_EXECS, thread_name_prefix="exec")
+        self._over = asyncio.Event()
+        handlers: dict[str, Callable[[Any, Connection], Awaitable[Any]]] = {
+            "describe": self._describe,
+            "term": self._term,
+            "start": self._start,
+            "renew": self._renew,
+            "resize": self._resize,
+            "stop": self._stop,
+            "attempts": self._attempts,
+            "forget": self._forget,
+            "exec": self._exec,
+            "shutdown": self._shutdown,
+        }
+        self._server = LineServer(
+            socket,
+            wire.AGENT_OPS,
+            handlers,
+            who=f"agent {node}",
+            on_close=self._hung_up,
+        )
+
+    async def run(self) -> None:
+        """Serve until the end, then leave nothing running that the term no longer covers."""
+        for lease_id in self._runtime.known():
+            with contextlib.suppress(TenureError):  # one unreadable lease must not keep the node down
+                await self._adopt(lease_id)
+        await self._server.start()
+        beat = asyncio.ensure_future(self._beat())
+        try:
+            await self._over.wait()
+        finally:
+            beat.cancel()
+            await asyncio.gather(beat, *self._tasks, return_exceptions=True)
+            await self._server.close()
+            for fd in list(self._watched):
+                self._unwatch(fd)
+            self._orders.shutdown()
+            self._execs.shutdown(cancel_futures=True)
+            self._runtime.close()
+
+    def _hung_up(self, connection: Connection) -> None:
+        self._fences.pop(connection, None)
+
+    def end(self) -> None:
+        """Stop every attempt and leave (also on SIGTERM)."""
+        self._spawn(self._end_all("the agent was told to leave"))
+
+    # --- orders ---
+
+    async def _describe(self, _args: wire.Nothing, _connection: Connection) -> Node:
+        return Node(
+            name=self._node,
+            capacity=self._capacity,
+            machine=await self._do(machine),
+            runtimes=(self._runtime.name,),
+            bounds={self._runtime.name: self._runtime.bounds()},
+            confinement={self._runtime.name: self._runtime.confinement()},
+            term_s=self._term_s,
+        )
+
+    async def _term(self, args: wire.NodeTerm, connection: Connection) -> wire.BootTime:
+        if args.broker_fence < self._broker_fence:
+            raise StaleFence(
+                f"node {self._node} refused a term: broker fence {args.broker_fence} is older than {self._broker_fence}, "
+                "which it obeys; end this broker"
+            )
+        if args.broker_fence > self._broker_fence:
+            self._broker_fence = args.broker_fence
+            write_json(self._state_dir / "broker.json", {"fence": args.broker_fence}, sync=True)
+        self._fences[connection] = args.broker_fence
+        self._set_term(args.term_s)
+        return wire.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
+
+    async def _start(self, args: wire.AgentStart, connection: Connection) -> RuntimeHandle:
+        self._check_broker(connection)
+        if args.runtime != self._runtime.name:
+            raise Unsupported("runtime", f"node {self._node} has {self._runtime.name}; found {args.runtime!r}")
+        if self._clock.boot_s() >= self._term_ends_s or self._over.is_set():
+            raise Conflict(f"node {self._node} refused to start lease {args.spec.lease_id}: its term is over; renew it first")
+        handle = await self._do(self._runtime.start, args.spec)
+        self._watch(handle)
+        return handle
+
+    async def _renew(self, args: wire.AgentRenew, connection: Connection) -> None:
+        self._check_broker(connection)
+        handle = await self._do(self._runtime.attach, args.lease_id)
+        await self._do(lambda: self._runtime.renew(handle, deadline_boot_s=args.deadline_boot_s, fence=args.fence))
+
+    async def _resize(self, args: wire.AgentResize, connection: Connection) -> None:
+        self._check_broker(connection)
+        handle = await self._do(self._runtime.attach, args.lease_id)
+        await self._do(lambda: self._runtime.resize(handle, args.envelope, fence=args.fence))
+
+    async def _stop(self, args: wire.AgentStop, connection: Connection) -> None:
+        self._check_broker(connection)
+        handle = await self._do(self._runtime.attach, args.lease_id)
+        await self._do(lambda: self._runtime.stop(handle, grace_s=args.grace_s, fence=args.fence, kind=args.kind))
+
+    async def _attempts(self, _args: wire.Nothing, _connection: Connection) -> tuple[wire.AttemptView, ...]:
+        return await self._do(lambda: tuple(view for lease_id in self._runtime.known() for view in self._views(lease_id)))
+
+    async def _forget(self, args: wire.LeaseRef, connection: Connection) -> None:
+        self._check_broker(connection)
+        await self._do(self._runtime.forget, args.lease_id)
+
+    async def _exec(self, args: wire.AgentExec, _connection: Connection) -> wire.ExecResult:
+        handle = await self._do(self._runtime.attach, args.lease_id)
+        loop = asyncio.get_running_loop()
+        code, output = await loop.run_in_executor(
+            self._execs, lambda: self._runtime.exec(handle, args.argv, timeout_s=args.timeout_s)
+        )
+        return wire.ExecResult(code=code, output=output.decode("utf-8", "replace"))
+
+    async def _shutdown(self, _args: wire.Nothing, connection: Connection) -> None:
+        self._check_broker(connection)
+        self.end()
+
+    def _check_broker(self, connection: Connection) -> None:
+        fence = self._fences.get(connection)
+        if fence is not None and fence < self._broker_fence:
+            raise StaleFence(f"node {self._node} obeys the broker with fence {self._broker_fence}; not {fence}: end this one")
+
+    async def _do(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._orders, work, *args)
+
+    # --- attempts ---
+
+    def _views(self, lease_id: str) -> list[wire.AttemptView]:
+        try:
+            handle = self._runtime.attach(lease_id)
+            ended = self._runtime.wait(handle, 0.0)
+            usage = ended.usage if ended else self._runtime.usage(handle)
+        except NotFound:
+            return []  # forgotten meanwhile
+        return [wire.AttemptView(handle=handle, usage=usage, exit=ended)]
+
+    async def _adopt(self, lease_id: str) -> None:
+        for view in await self._do(self._views, lease_id):
+            if view.exit is None:
+                self._watch(view.handle)
+
+    def _watch(self, handle: RuntimeHandle) -> None:
+        fd = open_pidfd(handle.pid, handle.start_ticks)
+        if fd is None:
+            self._spawn(self._tell(handle.lease_id))
+            return
+        self._watched[fd] = handle
+        asyncio.get_running_loop().add_reader(fd, self._ended, fd)
+
+    def _ended(self, fd: int) -> None:
+        handle = self._unwatch(fd)
+        self._spawn(self._tell(handle.lease_id))
+
+    def _unwatch(self, fd: int) -> RuntimeHandle:
+        asyncio.get_running_loop().remove_reader(fd)
+        os.close(fd)
+        return self._watched.pop(fd)
+
+    async def _tell(self, lease_id: str) -> None:
+        for view in await self._do(self._views, lease_id):
+            await self._server.notify_all("attempt", view)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- term ---
+
+    def _set_term(self, term_s: float) -> None:
+        self._term_ends_s = self._clock.boot_s() + term_s
+        self._term_s = term_s
+        write_json(term_file(self._state_dir), {"ends_boot_s": self._term_ends_s, "boot_id": self._clock.boot_id()})
+
+    async def _beat(self) -> None:
+        """About once a second: tell usage, and look whether the term is over."""
+        while True:
+            await asyncio.sleep(max(0.01, min(NOTE_EVERY_S, self._term_ends_s - self._clock.boot_s())))
+            with contextlib.suppress(TenureError, OSError):
+                if self._clock.boot_s() >= self._term_ends_s:
+                    await self._end_term()
+                elif self._server.connections:
+                    for handle in list(self._watched.values()):
+                        await self._tell(handle.lease_id)
+
+    async def _end_term(self) -> None:
+        await self._stop_attempts(f"the node's term of {self._term_s:g} s ended without word from the broker")
+        if self._clock.boot_s() >= self._term_ends_s and not self._watched:
+            self._over.set()
+
+    async def _end_all(self, why: str) -> None:
+        await self._stop_attempts(why)
+        self._over.set()
+
+    async def _stop_attempts(self, why: str) -> None:
+        """Stop every attempt and wait for their ends, a bounded time: shims end what is left in any case."""
+        for handle in list(self._watched.values()):
+            with contextlib.suppress(TenureError):
+                await self._do(self._stop_one, handle, why)
+        deadline_s = self._clock.boot_s() + STOP_GRACE_S + 5.0
+        while self._watched and self._clock.boot_s() < deadline_s:
+            await asyncio.sleep(0.02)
+
+    def _stop_one(self, handle: RuntimeHandle, why: str) -> None:
+        fence = self._runtime.newest_fence(handle.lease_id)
+        self._runtime.stop(handle, grace_s=STOP_GRACE_S, fence=fence, kind=ExitKind.STOPPED, why=why)

@@ -1,0 +1,159 @@
+"""Who has reserved which part of this machine: one file for all homes and users, so that no core is promised twice.
+
+An entry belongs to a process (pid + start time + boot) and is void once that process is dead. The file is locked while
+it is read and written, readable and writable by everybody, and lies where every user looks (TENURE_SHARES_FILE names
+another place, for tests). Not for: what a node leases out of its part (`decide`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tenure.errors import Refused
+from tenure.resources import Capacity, show_bytes
+from tenure.runtimes import procfs
+
+_LEAST_MEMORY_BYTES = 64 << 20
+_MAX_FILE_BYTES = 1 << 20
+
+
+def shares_path() -> Path:
+    """Return where the machine's shares lie."""
+    named = os.environ.get("TENURE_SHARES_FILE")
+    if named:
+        return Path(named)
+    return Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp") / "tenure-shares.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One agent's part of the machine."""
+
+    home: str
+    node: str
+    user: str
+    pid: int
+    start_ticks: int
+    boot_id: str
+    cpus: float
+    memory_bytes: int
+
+
+def reserve(
+    home: str,
+    node: str,
+    whole: Capacity,
+    *,
+    boot_id: str,
+    cpus: float | None = None,
+    memory_bytes: int | None = None,
+    path: Path | None = None,
+) -> Capacity:
+    """Reserve a part of the machine for this process until it ends, and return it.
+
+    cpus, memory_bytes: what is needed; None takes what the others have left. Raises Refused, with who holds the rest, when
+    that is less than needed or next to nothing; SpecError when more is asked than the machine has.
+    """
+    whole.with_part(cpus=cpus, memory_bytes=memory_bytes)
+    with _locked(path or shares_path()) as fd:
+        others = [share for share in _read(fd) if _is_held(share, boot_id) and share.pid != os.getpid()]
+        left_cpus = whole.cpus - sum(share.cpus for share in others)
+        left_bytes = whole.memory_bytes - sum(share.memory_bytes for share in others)
+        part_cpus = left_cpus if cpus is None else cpus
+        part_bytes = left_bytes if memory_bytes is None else memory_bytes
+        if (
+            min(part_cpus, left_cpus) <= 1e-9
+            or part_cpus > left_cpus + 1e-9
+            or not _LEAST_MEMORY_BYTES <= part_bytes <= left_bytes
+        ):
+            raise Refused(_refusal(home, node, cpus, memory_bytes, left_cpus, left_bytes, others))
+        mine = Share(
+            home=home,
+            node=node,
+            user=_user(),
+            pid=os.getpid(),
+            start_ticks=procfs.start_ticks(os.getpid()),
+            boot_id=boot_id,
+            cpus=part_cpus,
+            memory_bytes=part_bytes,
+        )
+        _write(fd, [*others, mine])
+    return whole.with_part(cpus=part_cpus, memory_bytes=part_bytes)
+
+
+def release(path: Path | None = None) -> None:
+    """Give this process's part back."""
+    with _locked(path or shares_path()) as fd:
+        _write(fd, [share for share in _read(fd) if share.pid != os.getpid()])
+
+
+def _refusal(
+    home: str, node: str, cpus: float | None, memory_bytes: int | None, left_cpus: float, left_bytes: int, others: list[Share]
+) -> str:
+    asked = " and ".join(
+        ([] if cpus is None else [f"{cpus:g} cpus"]) + ([] if memory_bytes is None else [show_bytes(memory_bytes)])
+    )
+    holders = "; ".join(
+        f"node {share.node} of {share.home} (user {share.user}, pid {share.pid}) holds {share.cpus:g} cpus, "
+        f"{show_bytes(share.memory_bytes)}"
+        for share in others
+    )
+    return (
+        f"node {node} of {home} refused: it needs {asked or 'a part of this machine'}, but {max(0.0, left_cpus):g} cpus and "
+        f"{show_bytes(max(0, left_bytes))} are not reserved; {holders or 'nobody holds the rest'}. "
+        "Offer less of the machine there or here, or end the other."
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    # Without O_CREAT first: in a sticky folder the kernel refuses O_CREAT on another user's file (fs.protected_regular).
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int) -> list[Share]:
+    """Return the entries; what is not one (a torn or foreign write) holds nothing."""
+    try:
+        data: Any = json.loads(os.pread(fd, _MAX_FILE_BYTES, 0) or b"[]")
+    except ValueError:
+        return []
+    found = []
+    for entry in data if isinstance(data, list) else []:
+        with contextlib.suppress(TypeError):
+            found.append(Share(**entry))
+    return found
+
+
+def _write(fd: int, shares: list[Share]) -> None:
+    text = json.dumps([asdict(share) for share in shares]).encode()
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, text, 0)
+
+
+def _is_held(share: Share, boot_id: str) -> bool:
+    return share.boot_id == boot_id and procfs.is_alive(share.pid, share.start_ticks)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
