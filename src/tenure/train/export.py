@@ -25,7 +25,7 @@ from tenure.train.spec import read_spec
 def export(stage_dir: Path, *, min_equal: float = 0.999) -> dict[str, Any]:
     """Write the model of a stage's result and compare it with the program on the held-out examples.
 
-    min_equal: least share of equal labels. Returns path, equal, accuracy, examples.
+    min_equal: least share of equal labels. Returns path, equal, accuracy, examples, note.
     Raises NotFound without a result, SpecError when the program can't export or the labels differ too often, CorruptData.
     """
     spec = read_spec(stage_dir)
@@ -46,7 +46,9 @@ def export(stage_dir: Path, *, min_equal: float = 0.999) -> dict[str, Any]:
             f'program "{spec.program}": ONNX labels equal its own on {equal:.2%} of held-out; needs {min_equal:.2%}'
         )
     temp.replace(path)
-    return {"path": str(path), "equal": equal, "examples": len(held_out["x"]), "accuracy": header.meta["accuracy"]}
+    examples = len(held_out["x"])
+    note = f"labels equal the program's on {equal:.2%} of {examples} held-out examples"
+    return {"path": str(path), "equal": equal, "examples": examples, "accuracy": header.meta["accuracy"], "note": note}
 
 
 def export_command() -> tuple[str, ...]:

@@ -102,8 +102,8 @@ class Store:
     def forget_before(self, round_: int) -> None:
         """Remove weights, gradients and combine claims that no step from `round_` on can need."""
         oldest = round_ - KEEP_ROUNDS + 1
-        for name in self.files.names(self.root / "weights"):
-            if int(name) < oldest:
+        for name in self.files.names(self.root / "weights", hidden=True):
+            if int(name.lstrip(".").split(".")[0]) < oldest:  # unfinished ones of killed writers too
                 self.files.remove(self.root / "weights" / name)
         for name in self.files.names(self.root / "gradients"):
             if int(name) < oldest:
