@@ -12,5 +12,6 @@ def _own_runtime_folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", folder)
         patch.setenv("TENURE_HOME", f"{folder}/home")
+        patch.setenv("TENURE_SHARES_FILE", f"{folder}/shares.json")
         yield
     shutil.rmtree(folder, ignore_errors=True)
