@@ -23,7 +23,8 @@ find_python() {
 if ! [ -x "$venv/bin/python" ] || ! fits "$venv/bin/python"; then
   python=$(find_python) || {
     found=$(python3 --version 2>&1 || echo "no python3")
-    die "Tenure needs Python 3.11 or newer; found: ${PYTHON:+PYTHON=$PYTHON, }$found." \
+    if [ -n "${PYTHON:-}" ]; then found="PYTHON=$PYTHON, which is not one"; fi
+    die "Tenure needs Python 3.11 or newer; found: $found." \
         "Install one (Debian 12 or newer: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11"
   }
   echo "make: making $venv with $("$python" --version 2>&1)"

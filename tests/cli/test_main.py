@@ -158,3 +158,33 @@ def test_listing_passes_its_filters_on(verbs, capsys):
     assert cli.run(["events", "--run", "r-1", "--after", "12"]) == 0
     assert seen == {"home": None, "run": "r-1", "after": 12}
     assert capsys.readouterr().out == "no events\n"
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ok: bool | None
+    found: str
+    means: str
+    remedy: str = ""
+
+
+def test_doctor_says_what_is_missing_and_what_it_would_take(verbs, capsys):
+    verbs.doctor = lambda _home: (
+        Finding("cgroups", True, "v2, writable", "memory is exact"),
+        Finding("GPU", None, "none", "jobs run on CPUs", "install a driver"),
+    )
+    assert cli.run(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ok      cgroups: v2, writable",
+        "        memory is exact",
+        "absent  GPU: none",
+        "        jobs run on CPUs",
+        "        -> install a driver",
+    ]
+
+
+def test_doctor_ends_with_1_when_something_needed_is_broken(verbs, capsys):
+    verbs.doctor = lambda _home: (Finding("home", False, "not writable", "nothing can run", "set TENURE_HOME"),)
+    assert cli.run(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["ok"] is False

@@ -119,19 +119,13 @@ def recommend(file: JobFileArgument, home: Home = None, json: Json = False) -> N
 
 @app.command()
 def doctor(home: Home = None, json: Json = False) -> None:
-    """Say what this machine can do, and what each missing thing would take."""
+    """Say what this machine can do, and what each missing thing would take. Ends with 1 if something needed is missing."""
     from tenure import verbs
 
     findings = verbs.doctor(home)
-
-    def as_text(items: Any) -> str:
-        lines = []
-        for item in items:
-            lines.append(f"{'ok     ' if item.ok else 'missing'}  {output.clean(item.name)}: {output.clean(item.found)}")
-            lines += [f"         {output.clean(line)}" for line in (item.means, "" if item.ok else item.remedy) if line]
-        return "\n".join(lines)
-
-    _show(findings, as_text, json)
+    _show(findings, output.findings_text, json)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(exits.JOB_FAILED)
 
 
 @app.command()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
     from tenure.events import Event
     from tenure.experiments.flow import Outcome
     from tenure.leases import Lease
+    from tenure.meter.doctor import Finding
     from tenure.nodes import Node
     from tenure.runs import Run
     from tenure.trials import Candidate, Recommendation, Trial
@@ -158,6 +159,16 @@ def nodes_table(nodes: Sequence[Node]) -> str:
         for node in nodes
     ]
     return table(("NODE", "STATE", "CPUS", "MEMORY", "GPUS", "CONFINEMENT", "CPU MODEL"), rows, empty="no nodes")
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """Return what `doctor` found: what is there, what follows from it, and what each missing thing would take."""
+    words = {True: "ok", False: "BROKEN", None: "absent"}
+    lines = []
+    for finding in findings:
+        lines.append(f"{words[finding.ok]:<7} {clean(finding.name)}: {clean(finding.found)}")
+        lines += [f"{'':<7} {prefix}{clean(text)}" for prefix, text in (("", finding.means), ("-> ", finding.remedy)) if text]
+    return "\n".join(lines)
 
 
 def recommendations_text(recommendations: Sequence[Recommendation]) -> str:
