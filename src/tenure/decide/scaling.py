@@ -121,6 +121,18 @@ def memory_with_margin(peaks: Sequence[Summary]) -> Prediction:
     return Prediction(value=whole.maximum, low=max(0.0, low), high=float(high), level=LEVEL)
 
 
+def memory_used(peaks: Sequence[Summary]) -> Prediction:
+    """Return the peak memory in bytes that is to be expected, without the margin that a lease adds.
+
+    10 % on both sides of what was seen, doubled after one repeat. Raises SpecError for no peaks.
+    """
+    whole = pool(peaks)
+    part = SAME_ERROR * (1 + 1 / whole.n)
+    return Prediction(
+        value=whole.maximum, low=whole.minimum * max(0.0, 1 - part), high=whole.maximum * (1 + part), level=LEVEL
+    )  # fmt: skip
+
+
 def closed_bounds(clients: int, response_s: float, demand_s: float, cores: float) -> tuple[float, float]:
     """Return least and most operations per second of N clients that each wait for an answer before asking again.
 
