@@ -8,7 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
-from tenure.broker.daemon import home_lock, serve
+from tenure.broker.client import EXIT_HELD
+from tenure.broker.daemon import HomeHeld, home_lock, serve
 from tenure.errors import SpecError, TenureError
 from tenure.fleet.local import LocalFleet, Part
 from tenure.resources import parse_bytes
@@ -26,7 +27,7 @@ def _part(text: str) -> Part:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run until nobody is left. Returns the exit code: 0, or 1 with the reason on stderr."""
+    """Run until nobody is left. Returns the exit code: 0, EXIT_HELD, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser(prog="python -m tenure.broker", description="Be the broker of a home.")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--persistent", action="store_true", help="stay when no client and no lease is left")
@@ -34,11 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--confine", default="auto", choices=("auto", "cgroup", "rlimit"))
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         parts = [_part(text) for text in options.node] or [Part()]
         home = options.home.resolve()
         with home_lock(home):
             asyncio.run(serve(home, LocalFleet(home, parts, confine=options.confine), persistent=options.persistent))
+    except HomeHeld as error:
+        logging.info("%s", error)
+        return EXIT_HELD
     except TenureError as error:
         logging.error("%s: %s", type(error).__name__, error)
         return 1

@@ -15,7 +15,7 @@ from typing import Any
 from tenure import wire
 from tenure.broker.book import LOG, Book
 from tenure.broker.nodes import Nodes
-from tenure.errors import NotFound, Refused, StaleFence, TenureError, Unavailable
+from tenure.errors import Conflict, NotFound, Refused, StaleFence, TenureError, Unavailable
 from tenure.fleet.contract import Fleet
 from tenure.leases import EndReason, Lease, LeaseState, changed
 from tenure.ledger import queries
@@ -65,11 +65,12 @@ class Attempts:
         try:
             args = wire.AgentStart(spec=self._spec(lease, event_file))
             handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
-        except Unavailable as error:
-            LOG.warning("lease %s: start not answered: %s", lease.id, error)  # `compare` finds out whether it runs
-            return
         except TenureError as error:
-            self.ended(lease.id, lease.attempt, Exit(kind=ExitKind.FAILED, code=127, witness=f"could not be started: {error}"))
+            if isinstance(error, (Unavailable, Conflict)) and not isinstance(error, StaleFence):
+                LOG.warning("lease %s: not started: %s", lease.id, error)  # `compare` finds out, and starts it again
+                return
+            end = Exit(kind=ExitKind.FAILED, code=127, witness=f"could not be started: {error}")
+            self.ended(lease.id, lease.attempt, replace(end, ended_at_s=self._book.clock.utc_s()))
             return
         finally:
             self._starting.discard(lease.id)
@@ -195,6 +196,8 @@ class Attempts:
         """Nothing runs where something should, or nothing was meant to."""
         if lease.state is LeaseState.DRAINING:
             self.end(lease, lease.end_reason or EndReason.RELEASED, lease.end_detail)
+        elif lease.state is LeaseState.GRANTING and self._book.clock.utc_s() >= lease.ends_at_s:
+            self.end(lease, EndReason.FAILED, f"node {lease.node} could not start it within its first slot")
         elif lease.state is LeaseState.GRANTING:
             with self._book.transaction() as tx:
                 again = replace(lease, attempt=self.next_attempt(tx, lease))

@@ -27,6 +27,8 @@ from tenure.trials import Recommendation, Trial
 
 START_MAX_S = 15.0
 MAX_IDLE_CONNECTIONS = 8
+EXIT_HELD = 75
+"""Exit code of a broker that found its home held by another."""
 
 
 def connect(home: Path, *, start: bool = True, who: str = "client") -> BrokerClient:
@@ -52,17 +54,17 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
         log = home / "broker.log"
         argv = [sys.executable, "-m", "tenure.broker", "--home", str(home), "--confine", confine]
         argv += ["--persistent"] * persistent + [word for node in nodes for word in ("--node", node)]
-        with log.open("ab") as stream:
-            said_from = stream.tell()
-            process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True, cwd="/"
-            )
+        said_from = log.stat().st_size if log.exists() else 0
+        process = _spawn(argv, log)
         while time.monotonic() < end_s:
             if _answers(home):
                 # It is meant to outlive us; whoever inherits it reaps it.
                 process.returncode = 0
                 return
-            if process.poll() is not None and not _lock_held(home):
+            code = process.poll()
+            if code == EXIT_HELD and not _lock_held(home):
+                process = _spawn(argv, log)  # an earlier broker was just leaving
+            elif code not in (None, EXIT_HELD):
                 break
             time.sleep(0.02)
         if process.poll() is None:
@@ -74,6 +76,11 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
         stream.seek(max(said_from, log.stat().st_size - 2000))
         tail = stream.read().decode(errors="replace").strip()
     raise Unavailable(f"the broker of home {home} did not answer within {START_MAX_S:g} s. Its log ({log}) ends:\n{tail}")
+
+
+def _spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as stream:
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True, cwd="/")
 
 
 @contextlib.contextmanager

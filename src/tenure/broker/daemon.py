@@ -30,13 +30,17 @@ TERM_S = 60.0
 PERSISTENT_TERM_S = 600.0
 
 
+class HomeHeld(Conflict):
+    """Another broker holds this home."""
+
+
 def _new_lease_id() -> str:
     return f"l-{secrets.token_hex(5)}"
 
 
 @contextlib.contextmanager
 def home_lock(home: Path) -> Iterator[None]:
-    """Hold the home's broker lock; the kernel lets go of it however the process ends. Raises Conflict when it is held."""
+    """Hold the home's broker lock; the kernel lets go of it however the process ends. Raises HomeHeld when it is held."""
     home.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(home / "broker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -44,7 +48,7 @@ def home_lock(home: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise Conflict(f"home {home} already has a broker (pid {holder}); there is exactly one per home") from error
+            raise HomeHeld(f"home {home} already has a broker (pid {holder}); there is exactly one per home") from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
