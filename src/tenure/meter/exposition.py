@@ -42,7 +42,8 @@ _SERIES = (
 def expose(snapshots: Iterable[tuple[Mapping[str, str], Usage]]) -> bytes:
     """Return usage as Prometheus text, one set of series per snapshot.
 
-    snapshots: (labels, usage) pairs; every pair has the same label names, e.g. ``{"lease": "l-1", "tenant": "ada"}``, and no two the same values. Raises SpecError otherwise.
+    snapshots: (labels, usage) pairs; every pair has the same label names, e.g. ``{"lease": "l-1", "tenant": "ada"}``, and
+    no two the same values. Raises SpecError otherwise.
     """
     pairs = [(dict(labels), usage) for labels, usage in snapshots]
     names = sorted(pairs[0][0]) if pairs else []
