@@ -122,6 +122,12 @@ def test_errors_are_also_json_when_asked(verbs, capsys):
     assert error == {"kind": "NotFound", "message": "no lease l-9", "exit_code": 4}
 
 
+def test_a_jobs_own_words_in_an_error_keep_their_lines_but_not_their_escapes(verbs, capsys):
+    verbs.run = lambda *_args, **_options: an_outcome(failed="ended 1\n  \x1b[2Jlast words")
+    assert cli.run(["run", "x.toml"]) == 1
+    assert capsys.readouterr().err == "tenure: ended 1\n  �[2Jlast words\n"
+
+
 def test_interrupting_ends_with_130_and_says_how_to_go_on(verbs, capsys):
     verbs.run = raising(KeyboardInterrupt())
     assert cli.run(["run", "x.toml"]) == 130

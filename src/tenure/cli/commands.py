@@ -74,7 +74,7 @@ def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", 
         _print(f"run      {output.clean(outcome.run.id)} {outcome.run.state}")
         _print(f"report   {outcome.report_html}\nfigures  {outcome.report_json}")
     if outcome.failed:
-        output.say(f"tenure: {outcome.failed}", sys.stderr)
+        output.say(output.clean_lines(f"tenure: {outcome.failed}"), sys.stderr)
     raise typer.Exit(code)
 
 

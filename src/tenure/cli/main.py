@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from tenure.cli import exits
-from tenure.cli.output import as_json, say
+from tenure.cli.output import as_json, clean_lines, say
 from tenure.errors import TenureError
 
 
@@ -62,7 +62,7 @@ def _tell(error: BaseException, message: str, json: bool) -> int:
     code = exits.exit_code(error)
     if os.environ.get("TENURE_DEBUG"):
         traceback.print_exc()
-    say(f"tenure: {message}", sys.stderr)
+    say(clean_lines(f"tenure: {message}"), sys.stderr)
     if json:
         _print_error(type(error).__name__, message, code)
     return code

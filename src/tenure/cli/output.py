@@ -22,8 +22,16 @@ MAX_CELL = 60
 
 def clean(text: str) -> str:
     """Return the text in one line without control, format or surrogate characters, which could move or recolour a terminal."""
-    spaced = " ".join(str(text).split())
-    return "".join("�" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in spaced)
+    return _printable(" ".join(str(text).split()))
+
+
+def clean_lines(text: str) -> str:
+    """Return the text as `clean` does, its lines and their indents kept."""
+    return "\n".join(_printable(line.expandtabs(4)) for line in text.splitlines())
+
+
+def _printable(line: str) -> str:
+    return "".join("�" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in line)
 
 
 def say(text: str, out: TextIO) -> None:
