@@ -73,6 +73,17 @@ class ForkServer:
 
         Raises Unavailable when no report came within the bound; a shim that comes up later finds nobody and its files tell.
         """
+        text = self._ask(plan) or self._ask(plan)  # a channel closed in silence was never taken up: the server was dying
+        try:
+            report = json.loads(text)
+        except ValueError as error:
+            raise Unavailable(f"the shim ended without a report; look into {self._log_path}") from error
+        if not isinstance(report, dict):
+            raise Unavailable(f"a shim reported {report!r} instead of an object")
+        return report
+
+    def _ask(self, plan: dict[str, Any]) -> bytes:
+        """Return the report, or nothing when neither server nor shim holds the channel any more."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -84,12 +95,11 @@ class ForkServer:
                 parts = []
                 while part := ours.recv(65536):
                     parts.append(part)
-                report = json.loads(b"".join(parts))
-            except (OSError, ValueError) as error:
-                raise Unavailable(f"no shim reported within {self._answer_s:g} s: {error!r}; try again") from error
-        if not isinstance(report, dict):
-            raise Unavailable(f"a shim reported {report!r} instead of an object")
-        return report
+            except TimeoutError as error:
+                raise Unavailable(f"no shim reported within {self._answer_s:g} s; try again") from error
+            except OSError:
+                return b""
+        return b"".join(parts)
 
     def _send(self, channel: socket.socket) -> None:
         fds = array.array("i", [channel.fileno()])
