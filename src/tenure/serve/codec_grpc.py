@@ -122,10 +122,11 @@ def _typed(tensor: Any) -> Array:
         raise InputRefused(f'tensor "{tensor.name}" has {len(elements)} elements; shape {list(tensor.shape)} takes {count}')
     if dtype.kind == "O":
         return np.array([*elements, None], dtype=object)[:-1].reshape(tensor.shape)
-    try:
-        return np.array(elements, dtype=dtype).reshape(tensor.shape)
-    except OverflowError as error:
-        raise InputRefused(f'tensor "{tensor.name}" has elements outside the range of {tensor.datatype}') from error
+    found = np.array(elements)  # as wide as the field: converting at once would wrap 300 into a UINT8 of 44
+    array = found.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(array, found):
+        raise InputRefused(f'tensor "{tensor.name}" has elements outside the range of {tensor.datatype}')
+    return array.reshape(tensor.shape)
 
 
 def _described(arrays: Any, tensors: Any, raw: Any) -> None:

@@ -1,0 +1,1 @@
+"""Tests of serve: engines, data plane, doors, client, load."""

@@ -1,0 +1,186 @@
+"""The serving process: its ports, its end, its bounds."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tenure.errors import Unavailable
+from tenure.serve import Model
+from tenure.serve.dataplane import DataPlane, Limits
+from tenure.serve.faults import Overloaded, TooLarge
+from tenure.serve.messages import InferRequest
+from tenure.serve.processes import leased_threads
+from tenure.serve.repository import LoadedModel, find_models
+from tenure.serve.tensors import TensorMetadata
+
+from .conftest import Server
+
+
+class SlowEngine:
+    """Answers when it is let go."""
+
+    platform = "fake"
+    inputs = (TensorMetadata("x", "FP32", (-1,)),)
+    outputs = (TensorMetadata("x", "FP32", (-1,)),)
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def infer(self, inputs, outputs=()):
+        assert self.go.wait(30)
+        return dict(inputs)
+
+    def close(self):
+        pass
+
+
+class FakeRepository:
+    def __init__(self, engine):
+        self._model = LoadedModel("slow", "1", engine)
+
+    def all(self):
+        return [self._model]
+
+    def find(self, name, version=""):
+        return self._model
+
+
+REQUEST = InferRequest(model="slow", inputs={"x": np.ones(2, np.float32)})
+
+
+def test_requests_past_the_queue_are_refused_and_those_within_are_answered():
+    async def go():
+        engine = SlowEngine()
+        plane = DataPlane(FakeRepository(engine), Limits(max_queue=3))
+        waiting = [asyncio.create_task(plane.infer(REQUEST)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await plane.infer(REQUEST)
+        assert caught.value.retry_after_s > 0
+        engine.go.set()
+        assert len(await asyncio.gather(*waiting)) == 3
+        assert await plane.drain(10)
+        assert plane.statistics()[("slow", "1")].outcomes == {"overloaded": 1, "ok": 3}
+        plane.close()
+
+    asyncio.run(go())
+
+
+def test_a_hanging_model_times_out_and_keeps_its_place_until_it_really_ends():
+    async def go():
+        engine = SlowEngine()
+        plane = DataPlane(FakeRepository(engine), Limits(max_queue=1, timeout_s=0.05))
+        with pytest.raises(Unavailable, match="did not answer within"):
+            await plane.infer(REQUEST)
+        with pytest.raises(Overloaded):
+            await plane.infer(REQUEST)
+        engine.go.set()
+        assert await plane.drain(10)
+        assert (await plane.infer(REQUEST)).outputs
+        plane.close()
+
+    asyncio.run(go())
+
+
+def test_bytes_held_are_bounded_over_all_requests():
+    plane = DataPlane(FakeRepository(SlowEngine()), Limits(max_request_bytes=100, max_held_bytes=150))
+    plane.hold(100)
+    with pytest.raises(TooLarge):
+        plane.hold(101)
+    with pytest.raises(Overloaded):
+        plane.hold(51)
+    plane.release(100)
+    plane.hold(51)
+    plane.close()
+
+
+@pytest.mark.real
+def test_sigterm_drains_and_leaves_a_result(digits, tmp_path):
+    server = Server(digits.path, tmp_path / "w", "--name", "renamed", "--grpc-port", "off")
+    assert json.loads((tmp_path / "w" / "endpoints.json").read_text()) == server.endpoints == {"http": server.http}
+    with Model(f"http://{server.http}", "renamed") as model:
+        model.predict(digits.x)  # its connection stays open: it must not hold the server up
+        assert server.end() == 0
+    assert json.loads((tmp_path / "w" / "result.json").read_text()) == {"state": "done", "drained": True}
+
+
+@pytest.mark.real
+def test_sigterm_under_load_answers_or_refuses_but_never_answers_wrong(digits, tmp_path):
+    server = Server(digits.path, tmp_path / "w", "--grpc-port", "off")
+    counts = {"right": 0, "wrong": 0, "refused": 0}
+
+    def ask():
+        with Model(f"http://{server.http}", "digits", timeout_s=10) as model:
+            for _ in range(100_000):
+                try:
+                    found = model.predict(digits.x)["label"]
+                except Unavailable:
+                    counts["refused"] += 1
+                    return
+                counts["right" if np.array_equal(found, digits.label) else "wrong"] += 1
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    ends_at_s = time.monotonic() + 20
+    while counts["right"] < 30 and time.monotonic() < ends_at_s:
+        time.sleep(0.005)
+    assert server.end() == 0
+    for thread in threads:
+        thread.join(20)
+    assert counts["right"] >= 30
+    assert (counts["wrong"], counts["refused"]) == (0, 3)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("door", ["--http-port", "--grpc-port"])
+def test_a_taken_port_is_named_and_ends_with_code_2(door, digits):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        argv = [sys.executable, "-m", "tenure.serve", "--model", str(digits.path), door, port]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"port {port} on 127.0.0.1 cannot be had" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.real
+def test_a_missing_model_ends_with_code_2_and_its_name(tmp_path):
+    argv = [sys.executable, "-m", "tenure.serve", "--model", str(tmp_path / "gone.onnx")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "gone.onnx" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+def test_models_are_found_in_every_layout(tmp_path: Path):
+    for name in ("a.onnx", "b/model.onnx", "c/1/model.skops", "c/12/model.onnx", "d/readme.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_models(tmp_path)
+    assert {name: sorted(versions) for name, versions in found.items()} == {"a": ["1"], "b": ["1"], "c": ["1", "12"]}
+
+
+def test_threads_come_from_the_lease_then_the_environment(tmp_path):
+    lease = tmp_path / "lease.json"
+    lease.write_text(json.dumps({"threads": 3, "envelope": {"cpus": 1.5}}))
+    assert leased_threads({"TENURE_LEASE_FILE": str(lease)}) == 3
+    lease.write_text(json.dumps({"envelope": {"cpus": 0.5}}))
+    assert leased_threads({"TENURE_LEASE_FILE": str(lease)}) == 1
+    assert leased_threads({"OMP_NUM_THREADS": "2"}) == 2
+    assert leased_threads({}) >= 1
+
+
+def test_the_generated_descriptor_is_up_to_date():
+    pytest.importorskip("grpc_tools", reason="grpcio-tools (extra dev) is not installed")
+    script = Path(__file__).parents[2] / "tools" / "generate_v2.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
