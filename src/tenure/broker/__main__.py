@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import sys
 from pathlib import Path
 
 from tenure.broker.client import EXIT_HELD
 from tenure.broker.daemon import HomeHeld, home_lock, serve
-from tenure.errors import SpecError, TenureError
+from tenure.errors import CorruptData, SpecError, TenureError
 from tenure.fleet.local import LocalFleet, Part
 from tenure.resources import parse_bytes
 
@@ -26,6 +27,30 @@ def _part(text: str) -> Part:
         raise SpecError(f"the cpus of node {text!r} must be a number") from error
 
 
+def _remembered(home: Path, options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options, or those of a broker that died here without leave: its agents and leases are still about.
+
+    Options given by hand go first. Raises CorruptData when the note cannot be read.
+    """
+    note = home / "broker.json"
+    if not options.node and not options.persistent and note.exists():
+        try:
+            kept = json.loads(note.read_text())
+            options.node, options.persistent, options.confine = (
+                list(kept["nodes"]),
+                bool(kept["persistent"]),
+                str(kept["confine"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptData(
+                f"{note} should hold nodes, persistent and confine: {error!r}. Remove it and try again."
+            ) from error
+    draft = home / ".broker.json"
+    draft.write_text(json.dumps({"nodes": options.node, "persistent": options.persistent, "confine": options.confine}))
+    draft.replace(note)
+    return options
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run until nobody is left. Returns the exit code: 0, EXIT_HELD, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser(prog="python -m tenure.broker", description="Be the broker of a home.")
@@ -37,10 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        parts = [_part(text) for text in options.node] or [Part()]
         home = options.home.resolve()
         with home_lock(home):
-            asyncio.run(serve(home, LocalFleet(home, parts, confine=options.confine), persistent=options.persistent))
+            options = _remembered(home, options)
+            parts = [_part(text) for text in options.node] or [Part()]
+            fleet = LocalFleet(home, parts, confine=options.confine)
+            if asyncio.run(serve(home, fleet, persistent=options.persistent)) == 0:
+                (home / "broker.json").unlink(missing_ok=True)
     except HomeHeld as error:
         logging.info("%s", error)
         return EXIT_HELD

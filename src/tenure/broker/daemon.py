@@ -136,8 +136,11 @@ class Broker:
         await self.fleet.close()
 
 
-async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | None = None) -> None:
-    """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held."""
+async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | None = None) -> int:
+    """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held.
+
+    Returns how many leases are left behind: after a SIGTERM they go on under their agents until a term is over.
+    """
     clock = clock or SystemClock()
     ledger = Ledger.open(home / "ledger.sqlite", now_s=clock.utc_s)
     broker = Broker(
@@ -161,5 +164,7 @@ async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | No
     finally:
         await server.close()
         await broker.stop_agents()
+        left = len(broker.book.live)
         await broker.close()
         ledger.close()
+    return left
