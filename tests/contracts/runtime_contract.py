@@ -37,9 +37,7 @@ class Bench:
     def __init__(self, runtime, folder):
         self.runtime, self.folder = runtime, Path(folder)
 
-    def spec(
-        self, *argv, lease="lease-1", attempt=1, fence=1, slot_s=60.0, memory=256 * MIB, disk=256 * MIB, cpus=1.0, **fields
-    ):
+    def spec(self, *argv, lease="lease-1", attempt=1, fence=1, slot_s=60.0, memory=256 * MIB, disk=256 * MIB, cpus=1.0, **more):
         envelope = Envelope(cpus=cpus, memory_bytes=memory, disk_bytes=disk)
         worker = self.folder / lease / str(attempt)
         return StartSpec(
@@ -282,7 +280,7 @@ class RuntimeContract:
         assert bench.end(handle).usage.cpu_s > 0.1
 
     @pytest.mark.parametrize(
-        "fields",
+        "more",
         [
             {"image": "x"},
             {"mounts": {"/a": "/b"}},

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tenure import wire
-from tenure.agent.__main__ import REFUSED
+from tenure.agent.__main__ import REFUSED, TAKEN
 from tenure.errors import Refused, Unavailable
 from tenure.sockets import LineClient
 
@@ -62,7 +62,7 @@ def start_agent(
             code = os.waitstatus_to_exitcode(ended[1])
             if code == REFUSED:
                 raise Refused(_tail(log, start_at) or f"node {node} was refused a share of this machine")
-        if time.monotonic() > deadline:
+        if code not in (None, TAKEN) or time.monotonic() > deadline:
             fate = "still runs" if code is None else f"ended with code {code}"
             raise Unavailable(
                 f"the agent of node {node} did not answer on {socket} within {wait_s:g} s ({fate}); end of {log}: "
