@@ -184,3 +184,48 @@ def test_the_generated_descriptor_is_up_to_date():
     script = Path(__file__).parents[2] / "tools" / "generate_v2.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def make_endless(path):
+    """Write a model that counts to n, one loop turn each: n in the billions is as good as a hang."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["sum", "one"], ["sum_out"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", kinds.INT64, []),
+            helper.make_tensor_value_info("go", kinds.BOOL, []),
+            helper.make_tensor_value_info("sum", kinds.INT64, []),
+        ],
+        [helper.make_tensor_value_info("go_on", kinds.BOOL, []), helper.make_tensor_value_info("sum_out", kinds.INT64, [])],
+        [helper.make_tensor("one", kinds.INT64, [], [1])],
+    )
+    constants = [helper.make_tensor("zero", kinds.INT64, [], [0]), helper.make_tensor("yes", kinds.BOOL, [], [True])]
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["n", "yes", "zero"], ["count"], body=body)],
+        "endless",
+        [helper.make_tensor_value_info("n", kinds.INT64, [])],
+        [helper.make_tensor_value_info("count", kinds.INT64, [])],
+        constants,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+@pytest.mark.real
+def test_a_model_that_hangs_takes_neither_other_models_nor_the_end_with_it(digits, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    make_endless(models / "endless.onnx")
+    (models / "digits.onnx").write_bytes(digits.path.read_bytes())
+    server = Server(models, tmp_path / "w", "--timeout-s", "0.3", "--grace-s", "0.3", "--threads", "1")
+    try:
+        with Model(f"http://{server.http}", "endless") as endless, Model(f"grpc://{server.grpc}", "digits") as other:
+            assert endless.predict(np.array(5)) == 5
+            with pytest.raises(Unavailable, match="did not answer within"):
+                endless.predict(np.array(10**12))
+            np.testing.assert_array_equal(other.predict(digits.x)["label"], digits.label)
+    finally:
+        code = server.end()
+    assert code == 1
+    assert json.loads((tmp_path / "w" / "result.json").read_text())["drained"] is False

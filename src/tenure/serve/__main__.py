@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if folder is not None:
         write_json(folder / "result.json", {"state": "done", "drained": drained})
-    return 0 if drained else 1
+    if not drained:  # a model that hangs holds its thread, and the interpreter would wait for it without end
+        sys.stderr.write("tenure.serve: some accepted requests were not answered within the grace\n")
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

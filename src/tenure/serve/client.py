@@ -8,7 +8,6 @@ Importing it loads neither an engine nor a network library: `Model` loads what i
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -75,6 +74,8 @@ class Model:
     async def predict_timed_async(self, x: Any, *, outputs: Sequence[str] = ()) -> tuple[dict[str, Array], Stages]:
         """See predict_timed."""
         if self._metadata is None:  # asked once, off the event loop
+            import asyncio  # who awaits has it; a sync client stays 4 MB smaller without
+
             await asyncio.to_thread(self.metadata)
         return await self._transport.infer_async(self.name, self._inputs(x), outputs)
 

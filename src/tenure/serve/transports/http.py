@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import time
@@ -19,6 +18,8 @@ from tenure.serve.tensors import Array, ModelMetadata
 from tenure.serve.transports import Stages
 
 if TYPE_CHECKING:
+    import asyncio
+
     import aiohttp
 
 _Parts = list[bytes | memoryview]
@@ -97,6 +98,8 @@ class HttpTransport:
         self.close()
 
     async def _opened(self) -> aiohttp.ClientSession:
+        import asyncio  # who awaits has it; a sync client stays 4 MB smaller without
+
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop:
             import aiohttp  # only an async client pays for it
