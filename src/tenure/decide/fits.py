@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ MAX_WIDTH = 0.5
 
 MODEL_ERROR = 0.1
 """Share of the rounds still to come by which real learning leaves a fitted power law."""
+CURVE_ERROR = 0.02
+"""Share of the error by which a learning curve bends away from any power law (plateaus and steps), at least."""
+MAX_FREEDOM = 16.0
+"""Bends are long, so that more evaluations of one curve are not more independent points for ever."""
 _PASSES = 4
 
 Floats = NDArray[np.float64]
@@ -104,7 +108,8 @@ def rounds_to_goal(rounds: Sequence[float], accuracy: Sequence[float], goal: flo
     Model: 1 - accuracy = a + b (r + r0)^-c with a, b, r0 >= 0 and 0 < c <= 4, the power law with offset used for
     learning curves by Domhan, Springenberg & Hutter (2015, "pow3"/"pow4"). Least squares, later rounds weighing more;
     the interval is the profile over all parameters whose residuals are plausible beside the best (F test with one
-    degree of freedom, effective number of points after lag-1 autocorrelation).
+    degree of freedom, effective number of points after lag-1 autocorrelation); the value is the median of those that
+    reach the goal at all, weighed by likelihood.
     """
     if len(rounds) != len(accuracy) or any(r < 0 for r in rounds):
         raise SpecError(f"a curve needs as many rounds as accuracies, none below 0; found {len(rounds)} and {len(accuracy)}")
@@ -124,8 +129,11 @@ def rounds_to_goal(rounds: Sequence[float], accuracy: Sequence[float], goal: flo
         )
     prediction = _extrapolate(np.asarray(rounds, float), np.asarray(accuracy, float), goal, top)
     thin = _why_thin(prediction, seen, top, goal)
-    more = math.ceil(min(prediction.value * 1.1, 4 * seen)) if thin else 0
-    return RoundsToGoal(rounds=prediction, thin=thin, more_rounds=more)
+    if not thin:
+        return RoundsToGoal(rounds=prediction)
+    # far out the fit's own lower end says little: a plateau may end with the next round
+    prediction = replace(prediction, low=min(prediction.value, seen + 1))
+    return RoundsToGoal(rounds=prediction, thin=thin, more_rounds=math.ceil(min(prediction.value * 1.1, 4 * seen)))
 
 
 def _why_thin(prediction: Prediction, seen: float, top: float, goal: float) -> str:
@@ -144,7 +152,7 @@ def _extrapolate(rounds: Floats, accuracy: Floats, goal: float, top: float) -> P
     weights = np.clip(rounds / seen, 0.1, 1.0)
     steps = np.diff(np.unique(accuracy))
     resolution = float(steps.min()) / 2 if steps.size else 1e-3
-    least = max(resolution**2 / 3 * float(weights.sum()), 1e-15)
+    least = max(resolution**2 / 3 * float(weights.sum()), float(np.sum(weights * (CURVE_ERROR * error) ** 2)), 1e-15)
     # offset, power and floor; each pass looks closer at the box that the plausible parameters of the last one span
     box = [(0.0 if rounds.min() > 0 else 0.25, 3 * seen), (0.1, 4.0), (0.0, float(error.min()))]
     low = high = value = top
@@ -153,14 +161,16 @@ def _extrapolate(rounds: Floats, accuracy: Floats, goal: float, top: float) -> P
         floors, offsets, powers, scales, squares = grid
         best = np.unravel_index(int(np.argmin(squares)), squares.shape)
         fitted = floors[best] + scales[best] * (rounds + offsets[best]) ** -powers[best]
-        freedom = max(1.0, _effective_points((error - fitted) * np.sqrt(weights)) - 4)
+        freedom = min(MAX_FREEDOM, max(1.0, _effective_points((error - fitted) * np.sqrt(weights)) - 4))
         noise_squares = max(float(squares[best]), least)
         f_ratio = float(student_t.ppf(0.5 + LEVEL / 2, freedom)) ** 2
         plausible = squares <= float(squares[best]) + noise_squares * f_ratio / freedom
         noise = math.sqrt(noise_squares / float(weights.sum()))
         needed = _needed(floors, offsets, powers, scales, limit, top)
         early = _needed(floors, offsets, powers, scales, limit + noise, top)
-        value, low, high = float(needed[best]), float(early[plausible].min()), float(needed[plausible].max())
+        low, high = float(early[plausible].min()), float(needed[plausible].max())
+        likely = np.exp((float(squares[best]) - squares) * freedom / (2 * noise_squares))
+        value = _median(needed[plausible & (needed < top)], likely[plausible & (needed < top)], otherwise=top)
         box = [_closer(axis, plausible, sides) for axis, sides in zip((offsets, powers, floors), box, strict=True)]
     value = min(top, max(seen + 1, math.ceil(value)))
     beyond = MODEL_ERROR * (value - seen)
@@ -206,6 +216,14 @@ def _needed(floors: Floats, offsets: Floats, powers: Floats, scales: Floats, lim
         rounds = np.where(gap > 0, (scales / np.maximum(gap, 1e-300)) ** (1 / powers) - offsets, top)
     clipped: Floats = np.clip(np.nan_to_num(rounds, nan=top, posinf=top), 0.0, top)
     return clipped
+
+
+def _median(values: Floats, weights: Floats, *, otherwise: float) -> float:
+    """Return the weighted median: who sets a goal holds it to be reachable, so that only such parameters are asked."""
+    if not values.size:
+        return otherwise
+    order = np.argsort(values)
+    return float(values[order][int(np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2))])
 
 
 def _effective_points(residuals: Floats) -> float:
