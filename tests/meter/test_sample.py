@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tenure.errors import SpecError
+from tenure.meter import tree
 from tenure.meter.sample import CgroupSampler, HostSampler, NvmlSampler, ProcessTreeSampler
 from tenure.meter.watch import Watcher
 from tenure.usage import Usage
@@ -151,6 +152,27 @@ def test_kernels_without_a_list_of_children_are_served_by_a_scan(job):
     sampler = ProcessTreeSampler(job(code).pid)
     sampler._has_children_file = False
     until(sampler.sample, lambda usage: usage.processes == 2)
+    sampler.close()
+
+
+@pytest.mark.real
+def test_a_tree_with_more_processes_than_files_may_stay_open_is_seen_whole(job, monkeypatch):
+    monkeypatch.setattr(tree, "MAX_OPEN", 2)
+    code = (
+        "import os, signal, sys\n"
+        "pids = [os.fork() for _ in range(1)]\n"
+        "for _ in range(11):\n"
+        "    if pids[-1] != 0: pids.append(os.fork())\n"
+        "if pids[-1] == 0: signal.pause()\n"
+        "print('ready', flush=True); sys.stdin.read()\n"
+        "for pid in pids: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)"
+    )
+    sampler = ProcessTreeSampler(job(code).pid)
+    before = len(os.listdir("/proc/self/fd"))
+    usage = until(sampler.sample, lambda usage: usage.processes == 13)
+    assert usage.memory_bytes > 13 << 20
+    assert len(os.listdir("/proc/self/fd")) <= before + 8
+    assert not sampler.overflowed
     sampler.close()
 
 

@@ -9,6 +9,7 @@ repeating and summing up (`watch`), other parties (`sample`).
 from __future__ import annotations
 
 import os
+import resource
 import time
 
 from tenure.usage import Usage
@@ -18,36 +19,59 @@ SLOW_S = 1.0
 """How often a tree's disk counters, and children started by threads other than the first, are looked at."""
 MAX_WATCHED = 4096
 """Processes of one tree that are watched at most; more are not counted, and `overflowed` says so."""
+MAX_OPEN = max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 32)
+"""Processes of one tree whose files stay open at most (4 each); those of further ones are opened for each reading."""
 _READ = 8192
+_PAGE = 2048
+"""A list of children at least this long may go on: the kernel hands out long ones in pieces."""
 
 
 class _Process:
-    """The open /proc files of one process, and what was last read of it."""
+    """The /proc files of one process, and what was last read of it."""
 
-    __slots__ = ("children_fd", "cpu_ticks", "io", "io_fd", "memory_bytes", "parent", "pid", "stat_fd", "status_fd", "threads")
+    __slots__ = ("alive", "base", "cpu_ticks", "fds", "io", "memory_bytes", "parent", "pid", "started", "threads")
 
-    def __init__(self, pid: int, proc: str) -> None:
+    def __init__(self, pid: int, proc: str, *, keep_open: bool) -> None:
         """Raises OSError when the process is gone or may not be read."""
-        self.pid = pid
-        self.stat_fd = self.status_fd = self.io_fd = self.children_fd = -1
-        try:
-            self.stat_fd = os.open(f"{proc}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-            self.status_fd = os.open(f"{proc}/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self.close()
-            raise
-        self.io_fd = _open_or_none(f"{proc}/{pid}/io")
-        self.children_fd = _open_or_none(f"{proc}/{pid}/task/{pid}/children")
+        self.pid, self.base = pid, f"{proc}/{pid}"
+        self.fds = dict.fromkeys(("stat", "status", "io", f"task/{pid}/children"), -1)
         self.parent = self.threads = self.cpu_ticks = self.memory_bytes = 0
         self.io = (0, 0)
+        self.started, self.alive = b"", True
+        if keep_open:
+            self._open()
+        self.read()
+
+    def _open(self) -> None:
+        """Keep the files open, as far as we may: a file that stays closed is opened for each reading."""
+        for name in self.fds:
+            try:
+                self.fds[name] = os.open(f"{self.base}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+
+    def _text(self, name: str) -> bytes:
+        fd = self.fds[name]
+        if fd >= 0:
+            return os.pread(fd, _READ, 0)
+        with open(f"{self.base}/{name}", "rb") as file:
+            return file.read()
 
     def read(self) -> None:
         """Read CPU (own and reaped children's) and memory. Raises OSError once the process is reaped."""
-        stat = os.pread(self.stat_fd, _READ, 0)
-        fields = stat[stat.rindex(b")") + 2 :].split(b" ", 18)
-        self.parent, self.threads = int(fields[1]), int(fields[17])
+        try:
+            stat = self._text("stat")
+            fields = stat[stat.rindex(b")") + 2 :].split(b" ", 20)
+            status = self._text("status")
+        except OSError:
+            self.close()
+            raise
+        if self.started and self.started != fields[19]:
+            self.close()
+            raise ProcessLookupError(f"process {self.pid} is another one now")
+        self.parent, self.threads, self.started = int(fields[1]), int(fields[17]), fields[19]
+        self.alive = fields[0] not in (b"Z", b"X")
         self.cpu_ticks = int(fields[11]) + int(fields[12]) + int(fields[13]) + int(fields[14])
-        status = os.pread(self.status_fd, _READ, 0)
         at = status.find(b"RssAnon:")
         # A zombie and a kernel thread have no memory lines.
         self.memory_bytes = (_kib(status, at) + _kib(status, status.find(b"RssShmem:", at))) << 10 if at >= 0 else 0
@@ -55,18 +79,19 @@ class _Process:
     def read_io(self) -> None:
         """Read the disk counters, reaped children's included. They stay as they were where we may not."""
         try:
-            text = os.pread(self.io_fd, _READ, 0) if self.io_fd >= 0 else b""
+            values = dict(line.split(b": ") for line in self._text("io").splitlines())
         except OSError:
             return
-        values = dict(line.split(b": ") for line in text.splitlines())
         if b"read_bytes" in values:
             self.io = (int(values[b"read_bytes"]), int(values[b"write_bytes"]))
 
     def children(self, proc: str, every_thread: bool) -> list[int]:
         """Return the pids that this process's first thread started, or all its threads did."""
-        if self.children_fd < 0:
-            return []
-        found = [int(pid) for pid in _pread_all(self.children_fd).split()]
+        name = f"task/{self.pid}/children"
+        text = self._text(name)
+        if len(text) >= _PAGE and (fd := self.fds[name]) >= 0:
+            text += _rest(fd, len(text))
+        found = [int(pid) for pid in text.split()]
         if every_thread and self.threads > 1:
             for thread in _names(f"{proc}/{self.pid}/task"):
                 if thread != str(self.pid):
@@ -74,10 +99,10 @@ class _Process:
         return found
 
     def close(self) -> None:
-        for fd in (self.stat_fd, self.status_fd, self.io_fd, self.children_fd):
+        for name, fd in self.fds.items():
             if fd >= 0:
                 os.close(fd)
-        self.stat_fd = self.status_fd = self.io_fd = self.children_fd = -1
+                self.fds[name] = -1
 
 
 class ProcessTreeSampler:
@@ -85,6 +110,7 @@ class ProcessTreeSampler:
 
     cpu_s holds ended children too, and never falls. memory_bytes is anonymous + shared memory, summed over the processes: pages
     that several of them share count once for each (an upper figure). peak_memory_bytes is the highest sum that was read.
+    processes counts those alive: 0 when all have ended and one still waits to be reaped.
     """
 
     def __init__(self, root_pid: int, *, proc: str = "/proc") -> None:
@@ -94,13 +120,13 @@ class ProcessTreeSampler:
         self._proc = proc
         self._known: dict[int, _Process] = {}
         self._fork_fd = os.open(f"{proc}/loadavg", os.O_RDONLY | os.O_CLOEXEC)
-        self._last_pid = b""
+        self._last_pid, self._looked = b"", False
         self._slow_at_s = 0.0
         self._scan_all = True
         self._retired_ticks, self._retired_io = 0, (0, 0)
         self._cpu_ticks, self._peak_bytes, self._io = 0, 0, (0, 0)
         self._add(root_pid)
-        self._has_children_file = root_pid not in self._known or self._known[root_pid].children_fd >= 0
+        self._has_children_file = os.path.exists(f"{proc}/thread-self/children")
 
     def sample(self) -> Usage | None:
         """Return the tree's usage now; None when no process of it is left (`lost` says so)."""
@@ -109,7 +135,9 @@ class ProcessTreeSampler:
         if slow:
             self._slow_at_s = now_s
         newest = os.pread(self._fork_fd, 128, 0).rsplit(b" ", 1)[-1] if self._fork_fd >= 0 else b""
-        look, self._last_pid = newest != self._last_pid, newest
+        # A pid is handed out just before its process is listed as a child: look once more after the last change.
+        fresh = newest != self._last_pid
+        look, self._looked, self._last_pid = fresh or self._looked, fresh, newest
         self._scan_all |= look  # threads' children are looked for at the next slow reading
         ended: list[_Process] = []
         # Parents stand before their children in the dict: a child reaped meanwhile is missed once, never counted twice.
@@ -156,7 +184,7 @@ class ProcessTreeSampler:
             peak_memory_bytes=self._peak_bytes,
             read_bytes=self._io[0],
             write_bytes=self._io[1],
-            processes=len(self._known),
+            processes=sum(process.alive for process in self._known.values()),
         )
 
     def _read(self, process: _Process, ended: list[_Process], *, io: bool) -> None:
@@ -173,7 +201,7 @@ class ProcessTreeSampler:
             self.overflowed = True
             return None
         try:
-            process = _Process(pid, self._proc)
+            process = _Process(pid, self._proc, keep_open=len(self._known) < MAX_OPEN)
         except OSError:
             return None  # ended between being listed and being opened: its parent's counters hold it
         self._known[pid] = process
@@ -214,18 +242,6 @@ class ProcessTreeSampler:
 def _kib(text: bytes, at: int) -> int:
     """Return the number of a status line that starts at `at`."""
     return int(text[text.index(b":", at) + 1 : text.index(b"\n", at)].split()[0]) if at >= 0 else 0
-
-
-def _open_or_none(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
-
-
-def _pread_all(fd: int) -> bytes:
-    text = os.pread(fd, 1 << 16, 0)
-    return text if len(text) < 4096 else text + _rest(fd, len(text))
 
 
 def _rest(fd: int, offset: int) -> bytes:
