@@ -36,26 +36,36 @@ def until(true: Callable[[], bool], *, limit_s: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "home"
-    with contextlib.suppress(Unavailable), connect(tmp_path / "home", start=False) as client:
+def shut_down(home: Path) -> None:
+    with contextlib.suppress(Unavailable), connect(home, start=False) as client:
         client.shutdown()
 
 
 @pytest.fixture
-def client(home: Path) -> Iterator[BrokerClient]:
-    try:
-        start_broker(home, nodes=NODES)
-        client = connect(home)
-    except Unavailable as error:
-        pytest.fail(str(error))
-    if len(client.status().nodes) < 2:
-        why = (home / "broker.log").read_text()[-600:]
-        client.close()
-        pytest.skip(f"this machine has no room left for two small agents: {why}")
-    yield client
-    client.close()
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "home"
+    shut_down(tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerClient]:
+    home = tmp_path_factory.mktemp("broker") / "home"
+    start_broker(home, nodes=NODES)
+    with connect(home) as client:
+        if len(client.status().nodes) < 2:
+            shut_down(home)
+            pytest.skip(f"this machine has no room left for two small agents: {(home / 'broker.log').read_text()[-600:]}")
+        yield client
+    shut_down(home)
+
+
+@pytest.fixture
+def client(shared: BrokerClient) -> Iterator[BrokerClient]:
+    """One broker for all, with nothing live before and after."""
+    yield shared
+    live = [lease.id for lease in shared.leases(live=True)]
+    shared.release(live)
+    shared.wait_leases(live)
 
 
 def envelope(**fields) -> Envelope:

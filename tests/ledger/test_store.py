@@ -170,7 +170,7 @@ def test_usage_comes_back_oldest_first(ledger: Ledger) -> None:
 moves = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["ask", "grant", "start", "end"]), st.booleans()), max_size=30)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moves=moves)
 def test_live_leases_are_those_that_the_events_tell(tmp_path_factory: pytest.TempPathFactory, moves) -> None:
     """Whatever is written, kept or rolled back: folding the events gives the rows."""

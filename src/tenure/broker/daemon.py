@@ -10,6 +10,7 @@ import secrets
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec
 
 from tenure import wire
 from tenure.broker.attempts import Attempts
@@ -24,6 +25,7 @@ from tenure.ledger.store import Ledger
 from tenure.protocols import Clock, SystemClock
 from tenure.sockets import LineServer, socket_dir
 
+P = ParamSpec("P")
 TICK_S = 0.2
 IDLE_S = 5.0
 TERM_S = 60.0
@@ -54,6 +56,18 @@ def home_lock(home: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _logged(heard: Callable[P, None]) -> Callable[P, None]:
+    """Return the function with its TenureErrors logged: what could not be written down now is found by the next look."""
+
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            heard(*args, **kwargs)
+        except TenureError as error:
+            LOG.error("%s: %s", type(error).__name__, error)
+
+    return guarded
 
 
 class Broker:
@@ -97,7 +111,7 @@ class Broker:
             on_shutdown=self.leave,
         )
         self._flushed_s = self._busy_s = clock.boot_s()
-        fleet.listen(self.attempts.heard, self.nodes.cut)
+        fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
 
     def leave(self) -> None:
         """Have the loop end."""

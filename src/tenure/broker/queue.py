@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from tenure import wire
 from tenure.broker.attempts import Attempts
-from tenure.broker.book import Book
+from tenure.broker.book import LOG, Book
 from tenure.decide.placement import Grant
-from tenure.errors import Conflict, NoPlacement, Refused, SpecError
+from tenure.errors import Conflict, NoPlacement, Refused, SpecError, TenureError
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
 from tenure.ledger import queries
 from tenure.tenants import check_name
@@ -60,7 +60,10 @@ class Queue:
                 who = f"tenant:{asked.tenant}"
                 tx.put_lease(lease, who=who, why=member.envelope.describe(), queue_until_s=now_s + asked.queue_s)
                 self._book.queue_until_s[lease.id] = now_s + asked.queue_s
-        self.tick()
+        try:
+            self.tick()
+        except TenureError as error:  # written down as asked for; what kept it from being granted now may pass while it queues
+            LOG.error("gang %s: %s", asked.gang_id, error)
         return self._known(asked)
 
     def _known(self, asked: wire.RequestGang) -> tuple[Lease, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, select, update
 
 from tenure import wire
 from tenure.errors import NotFound
@@ -271,11 +271,6 @@ def count_usage(connection: Connection, lease_id: str) -> int:
     """Return how many rollups a lease has."""
     query = select(func.count()).select_from(t.usage_points).where(t.usage_points.c.lease_id == lease_id)
     return int(connection.execute(query).scalar_one())
-
-
-def trim_usage(connection: Connection, *, before_s: float) -> int:
-    """Remove rollups older than a time; return how many."""
-    return int(connection.execute(delete(t.usage_points).where(t.usage_points.c.at_s < before_s)).rowcount)
 
 
 def insert_trial(connection: Connection, trial: Trial) -> bool:
