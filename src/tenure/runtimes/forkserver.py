@@ -134,6 +134,7 @@ def main() -> None:
     server = socket.socket(fileno=int(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects ended shims
     gc.collect()
     gc.freeze()
     server.send(_READY)
@@ -146,15 +147,11 @@ def main() -> None:
 
 
 def _fork_shim(server: socket.socket, channel_fd: int) -> None:
-    """Fork twice, so that the shim is nobody's child, and wait for the one in between."""
-    middle = os.fork()
-    if middle:
+    """Fork a shim. It is this server's child in name only: nobody waits for it, and it lives on when the server ends."""
+    if os.fork():
         os.close(channel_fd)
-        os.waitpid(middle, 0)
         return
     try:
-        if os.fork():
-            os._exit(0)
         os.close(server.detach())
         shim.serve(socket.socket(fileno=channel_fd))
         os._exit(0)

@@ -1,7 +1,7 @@
 """The shim: parent and subreaper of one attempt's processes, from fork to exit record.
 
-    fork server ─fork─► middle ─fork─► shim (own session; survives agent, fork server and broker)
-                                        └─fork─► job (joins its groups, drops rights, exec)
+    fork server ─fork─► shim (own session; survives agent, fork server and broker)
+                         └─fork─► job (joins its groups, drops rights, exec)
 
 It ends the job at the deadline of CLOCK_BOOTTIME (SIGTERM, the grace, SIGKILL), on order, and when a poll finds memory
 or disk over its bound; kills every descendant, double-forked ones included (as subreaper they come to it); writes the
