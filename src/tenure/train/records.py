@@ -85,7 +85,15 @@ def read_arrays(path: Path, names: tuple[str, ...] | None = None) -> tuple[Heade
     """
     with open(path, "rb") as file:
         header = _header(file, path)
-        return header, {name: _array(file, path, header, name) for name in names or tuple(header.arrays)}
+        if names is None:
+            payload = _blocks(file, path, header, 0, header.payload_bytes)
+            return header, {name: _view(payload, entry, 0) for name, entry in header.arrays.items()}
+        found = {}
+        for name in names:
+            entry = header.arrays[name]
+            first = entry["offset"] // BLOCK_BYTES * BLOCK_BYTES
+            found[name] = _view(_blocks(file, path, header, first, entry["offset"] + entry["bytes"]), entry, first)
+        return header, found
 
 
 def _header(file: BinaryIO, path: Path) -> Header:
@@ -109,23 +117,25 @@ def _header(file: BinaryIO, path: Path) -> Header:
     )
 
 
-def _array(file: BinaryIO, path: Path, header: Header, name: str) -> NDArray[Any]:
-    entry = header.arrays[name]
-    start, size = int(entry["offset"]), int(entry["bytes"])
-    first = start // BLOCK_BYTES
-    end = min(-(-(start + size) // BLOCK_BYTES) * BLOCK_BYTES, header.payload_bytes)
-    buffer = bytearray(max(0, end - first * BLOCK_BYTES))
-    file.seek(header.payload_at + first * BLOCK_BYTES)
+def _blocks(file: BinaryIO, path: Path, header: Header, start: int, stop: int) -> bytearray:
+    """Return the payload from `start`, a block's beginning, to the end of the block that holds `stop`, verified."""
+    stop = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, header.payload_bytes)
+    buffer = bytearray(max(0, stop - start))
+    file.seek(header.payload_at + start)
     got = file.readinto(buffer)  # type: ignore[attr-defined]
     if got != len(buffer):
-        raise CorruptData(f"{path}: {len(buffer) - got} bytes of array {name!r} are missing; the file is torn")
-    view = memoryview(buffer)
-    for at in range(0, len(buffer), BLOCK_BYTES):
-        block = first + at // BLOCK_BYTES
-        if zlib.crc32(view[at : at + BLOCK_BYTES]) != header.crcs[block]:
-            raise CorruptData(f"{path}: block {block} (array {name!r}) does not match its checksum")
-    inside = start - first * BLOCK_BYTES
-    flat = np.frombuffer(buffer, dtype=np.uint8)[inside : inside + size]
+        raise CorruptData(f"{path}: {len(buffer) - got} of {len(buffer)} bytes are missing; the file is torn")
+    with memoryview(buffer) as view:
+        for at in range(0, len(buffer), BLOCK_BYTES):
+            block = (start + at) // BLOCK_BYTES
+            if zlib.crc32(view[at : at + BLOCK_BYTES]) != header.crcs[block]:
+                raise CorruptData(f"{path}: block {block} of the payload does not match its checksum")
+    return buffer
+
+
+def _view(buffer: bytearray, entry: Mapping[str, Any], start: int) -> NDArray[Any]:
+    inside = entry["offset"] - start
+    flat = np.frombuffer(buffer, dtype=np.uint8)[inside : inside + entry["bytes"]]
     values: NDArray[Any] = flat.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
     return values
 

@@ -98,11 +98,12 @@ class Rounds:
             self.store.publish_json("failure.json", {"error": self._not_finite(round_, loss, n), "round": round_}, durable=True)
             return
         following = self.program.update(self.weights(round_), total, n, round_)
-        combine_s = self.timer() - began
+        added_s = self.timer() - began
         last = rounds >= self.spec.last_round
         accuracy = None
         if last or rounds % self.spec.evaluate_every == 0:
             accuracy = float(self.program.evaluate(following, self.held_out))
+        combine_s = self.timer() - began
         record = {
             "round": rounds,
             "loss": loss / n,
@@ -112,7 +113,7 @@ class Rounds:
             "shard_s": shard_s,
             "wait_s": waited_s,
             "combine_s": combine_s,
-            "evaluate_s": self.timer() - began - combine_s,
+            "evaluate_s": combine_s - added_s,
             "round_s": self.timer() - round_began,
             "at_s": self.utc(),
         }
