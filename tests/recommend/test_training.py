@@ -106,6 +106,15 @@ def test_probing_stops_when_its_time_is_spent():
     assert found.thin
 
 
+def test_thin_data_is_judged_by_values_and_says_so_instead_of_ruling_everything_out():
+    world = World(power=0.75, max_s=3.0, time_s=120.0)
+    trials = measured(world)
+    found = recommended(world, trials)
+    assert found.thin
+    assert found.chosen is not None
+    assert found.chosen.predictions["rounds"].high <= world.job.max_rounds
+
+
 def test_known_trials_of_the_same_fingerprint_spare_the_probes():
     world = World()
     trials = measured(world)

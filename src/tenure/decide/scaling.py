@@ -51,7 +51,7 @@ class RoundModel:
         same = [t for t in self.trials if number(t, "workers") == workers and number(t, "cpus", 1.0) == cpus]
         if same:
             return predict_mean(summaries(same, "round_s"), model_error=SAME_ERROR)
-        near_workers = min({number(t, "workers") for t in self.trials}, key=lambda w: abs(math.log2(w / workers)))
+        near_workers = min(sorted({number(t, "workers") for t in self.trials}), key=lambda w: abs(math.log2(w / workers)))
         near = [t for t in self.trials if number(t, "workers") == near_workers]
         value = math.ceil(self.shards / workers) * self._shard_s(workers, cpus) + self._rest_s(near, workers, cpus)
         spread = half_width(summaries(near, "round_s")) / pool(summaries(near, "round_s")).mean

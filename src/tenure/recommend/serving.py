@@ -102,9 +102,9 @@ class ServeModel:
     """What trials foretell for one goal: rate and latency with N clients, memory, CPUs and cost."""
 
     def __init__(self, trials: Sequence[Trial], goal: ServeGoal, capacity: Capacity, prices: PriceVector) -> None:
-        """trials: of one fingerprint; those without `images_per_s` and `p99_s` are left out."""
+        """trials: of one fingerprint; those that lack the rate, p99 or memory (of the server too, if any) are left out."""
         self.goal, self.capacity, self.prices = goal, capacity, prices
-        self.trials = [t for t in trials if {"images_per_s", "p99_s"} <= set(t.metrics)]
+        self.trials = [t for t in trials if _needs(t) <= set(t.metrics)]
 
     def configurations(self) -> list[Configuration]:
         """Return what was measured, each with the goal's clients."""
@@ -295,6 +295,11 @@ def describe_goal(goal: ServeGoal) -> str:
     if goal.memory_bytes:
         parts.append(f"at most {show_bytes(goal.memory_bytes)}")
     return ", ".join(parts) + ", at the least cost"
+
+
+def _needs(trial: Trial) -> set[str]:
+    needs = {"images_per_s", "p99_s", "app_memory_bytes"}
+    return needs if trial.configuration.get("architecture") == "simple" else {*needs, "server_memory_bytes"}
 
 
 def _base(configuration: Configuration) -> Configuration:

@@ -97,6 +97,8 @@ class TrainTunable:
         `peak_memory_bytes` (of the highest worker) and `cost_usd`. Raises SpecError without usable trials."""
         workers, cpus = int(configuration["workers"]), float(configuration["cpus"])
         rounds = self.rounds(trials).rounds
+        # a run ends at max_rounds, so that a goal it does reach takes no more
+        rounds = replace(rounds, high=max(rounds.value, min(rounds.high, float(self.job.max_rounds))))
         round_s = round_model(trials, shards=self.job.shards, cores=self.capacity.cpus).predict(workers, cpus)
         startup_s = _slower(_startup_s(trials), 1 / min(cpus, 1.0) * max(1.0, workers * cpus / self.capacity.cpus))
         once_s = Prediction(
@@ -132,13 +134,17 @@ class TrainTunable:
             total_s=float(min(max(math.ceil(TOTAL_FACTOR * time_s.high), slot), 30 * 86400)),
         )
 
-    def limits(self) -> list[Limit]:
-        """Return the goal's bounds on the predictions."""
+    def limits(self, *, thin: bool = False) -> list[Limit]:
+        """Return the goal's bounds on the predictions.
+
+        thin: the interval is so wide that its end would rule out everything; judge by values, and let the
+        recommendation say that it is thin.
+        """
         limits = [Limit(metric="rounds", value=float(self.job.max_rounds), by_interval=False)]
         if self.goal.time_s:
-            limits.append(Limit(metric="time_s", value=self.goal.time_s))
+            limits.append(Limit(metric="time_s", value=self.goal.time_s, by_interval=not thin))
         if self.goal.cost_usd:
-            limits.append(Limit(metric="cost_usd", value=self.goal.cost_usd))
+            limits.append(Limit(metric="cost_usd", value=self.goal.cost_usd, by_interval=not thin))
         return limits
 
     def candidate(self, configuration: Configuration, trials: Sequence[Trial]) -> Candidate:
@@ -151,7 +157,7 @@ class TrainTunable:
         )  # fmt: skip
 
     def _memory(self, workers: int, trials: Sequence[Trial]) -> Prediction:
-        known = [t for t in trials if "peak_memory_bytes" in t.metrics]
+        known = [t for t in trials if "peak_memory_bytes" in t.metrics and t.metrics["peak_memory_bytes"].maximum > 0]
         if not known:
             raise SpecError("no trial measured peak_memory_bytes; an envelope can't be recommended without one")
         return memory_with_margin(
@@ -181,7 +187,7 @@ def recommend_training(
 
     return choose(
         candidates,
-        tunable.limits(),
+        tunable.limits(thin=bool(rounds.thin)),
         id=id,
         run_id=run_id,
         stage=stage,
