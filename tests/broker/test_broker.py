@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sqlalchemy as sa
 
 from tenure import wire
 from tenure.errors import Conflict, IllegalChange, NoPlacement, Refused, SpecError, Unavailable
@@ -413,5 +414,66 @@ def test_a_broker_without_clients_and_leases_leaves_after_a_while(play) -> None:
         assert not world.broker.leaving
         await world.after(3.0)
         assert world.broker.leaving
+
+    play(scene)
+
+
+def test_a_full_disk_refuses_requests_and_grants_go_on_once_there_is_room(play) -> None:
+    async def scene(world: World) -> None:
+        def pages(limit: int) -> None:
+            with world.ledger.reading() as connection:
+                connection.execute(sa.text(f"PRAGMA max_page_count = {limit}"))
+
+        (lease,) = await world.gang("one")
+        pages(1)  # SQLite takes the present size when that is larger
+
+        async def ask_on() -> None:
+            for number in range(200):
+                await world.gang(f"more-{number}", memory_bytes=900 * MIB, stage="t")
+
+        with pytest.raises(Refused, match="disk is full"):
+            await ask_on()
+        world.fleet.finish(lease.id, DONE)
+        await world.settle()
+        pages(1_000_000)
+        await world.after(10.0)
+        assert world.lease(lease.id).end_reason is EndReason.COMPLETED
+        assert {state.state for state in world.broker.book.live.values()} <= {LeaseState.ACTIVE, LeaseState.QUEUED}
+
+    play(scene)
+
+
+def test_a_resize_that_the_runtime_refuses_leaves_the_lease_as_it_was(play) -> None:
+    async def scene(world: World) -> None:
+        def refuse(node: str, args: wire.AgentResize) -> wire.Nothing:
+            raise Refused("the lease uses more than that")
+
+        world.fleet._resize = refuse
+        (lease,) = await world.gang()
+        with pytest.raises(Refused, match="uses more"):
+            await world.ask("resize", lease_id=lease.id, envelope=Envelope(memory_bytes=32 * MIB))
+        assert world.lease(lease.id) == lease
+
+    play(scene)
+
+
+def test_shutting_down_ends_every_lease_first(play) -> None:
+    async def scene(world: World) -> None:
+        leases = await world.gang(members=2)
+        await world.ask("shutdown")
+        assert {world.lease(lease.id).end_reason for lease in leases} == {EndReason.RELEASED}
+        assert world.broker.leaving
+
+    play(scene)
+
+
+def test_a_release_during_the_start_is_not_lost(play) -> None:
+    async def scene(world: World) -> None:
+        world.fleet.refuse_start = lambda spec: Unavailable("slow")
+        (lease,) = await world.gang()
+        await world.ask("release", lease_ids=(lease.id,))
+        await world.after(6.0)
+        ended = world.lease(lease.id)
+        assert (ended.state, ended.end_reason) == (LeaseState.ENDED, EndReason.RELEASED)
 
     play(scene)

@@ -231,3 +231,21 @@ def test_a_gang_of_two_is_driven_by_events_to_its_end(client: BrokerClient) -> N
     assert [event.data["event"] for event in client.events(run_id="r1") if event.kind == "invoked"] == [
         "start", "w1-0", "w1-1", "w1-2",
     ]  # fmt: skip
+
+
+def test_a_broker_and_its_agent_leave_by_themselves_when_nobody_is_left(home: Path) -> None:
+    connect(home).close()
+    agents = list((home / "nodes").iterdir())
+    assert [agent.name for agent in agents] == ["local"] or "no node" in (home / "broker.log").read_text()
+    until(lambda: "leaving" in (home / "broker.log").read_text())
+    until(lambda: not (home / "broker.json").exists())
+    with pytest.raises(Unavailable, match="no broker answers"):
+        connect(home, start=False)
+
+
+def test_a_ledger_that_cannot_be_read_is_said_by_the_client_and_left_as_it_is(home: Path) -> None:
+    home.mkdir()
+    (home / "ledger.sqlite").write_bytes(b"this is no database" * 1000)
+    with pytest.raises(Unavailable, match="restore a backup"):
+        connect(home)
+    assert (home / "ledger.sqlite").read_bytes().startswith(b"this is no database")
