@@ -75,6 +75,12 @@ def test_contents_that_contradict_each_other_are_refused(call, digits):
         assert refused(call, message) is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_bytes_that_are_no_message_are_an_invalid_argument(server):
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/{v2.SERVICE}/ModelInfer")(b"\x0a\xff\xff", timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_typed_value_out_of_range_is_refused(call):
     message = v2.ModelInferRequest(model_name="same_uint8")
     message.inputs.add(name="x", datatype="UINT8", shape=[1]).contents.uint_contents.append(300)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import random
 import socket
 
 import numpy as np
@@ -186,6 +187,23 @@ def infer_chunked(server, chunks):
         return connection.getresponse().status
     finally:
         connection.close()
+
+
+def test_mutated_requests_are_answered_or_refused_and_never_a_server_error(server, digits):
+    body, headers = binary_request(digits.x[:2])
+    head = f"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    start = (head + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n").encode()
+    chance = random.Random(11)
+    for _ in range(300):
+        sent = bytearray(start + body)
+        for _ in range(chance.randint(1, 4)):
+            sent[chance.randrange(len(sent))] = chance.randrange(256)
+        with socket.create_connection(tuple(server.http.split(":")), timeout=20) as raw:
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)  # a length that was raised ends here
+            answer = raw.recv(4096)
+            assert not answer or answer[9:10] in (b"2", b"4"), answer
+    assert infer(server, json_request(digits.x[:1]))[0] == 200
 
 
 def test_a_client_that_leaves_within_its_body_harms_nobody(server, digits):

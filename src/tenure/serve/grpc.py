@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.serve import codec_grpc, v2
 from tenure.serve.dataplane import EXTENSIONS, SERVER_NAME, DataPlane
-from tenure.serve.faults import Overloaded, TooLarge
+from tenure.serve.faults import InputRefused, Overloaded, TooLarge
 
 _CODES: tuple[tuple[type[TenureError], grpc.StatusCode], ...] = (
     (TooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -36,8 +37,7 @@ class GrpcDoor:
         methods = {}
         for name, (request, response) in v2.METHODS.items():
             methods[name] = grpc.unary_unary_rpc_method_handler(
-                _guarded(getattr(self, f"_{name}")),
-                request_deserializer=request.FromString,
+                _guarded(request, getattr(self, f"_{name}")),
                 response_serializer=response.SerializeToString,
             )
         return grpc.method_handlers_generic_handler(v2.SERVICE, methods)
@@ -81,9 +81,15 @@ def make_server(plane: DataPlane) -> grpc.aio.Server:
     return server
 
 
-def _guarded(call: Callable[[Any], Awaitable[Any]]) -> _Handler:
-    async def handler(message: Any, context: Any) -> Any:
+def _guarded(kind: Any, call: Callable[[Any], Awaitable[Any]]) -> _Handler:
+    """Wrap a call: parse its request here, so that bytes which are no message are the sender's fault, not "unknown"."""
+
+    async def handler(content: bytes, context: Any) -> Any:
         try:
+            try:
+                message = kind.FromString(content)
+            except DecodeError as error:
+                raise InputRefused(f"the request is not a {kind.DESCRIPTOR.name}: {error}") from error
             return await call(message)
         except TenureError as error:
             code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +115,8 @@ def _http_server(plane: DataPlane, grace_s: float) -> uvicorn.Server:
             """Leave the signals to `serve`: both doors close together."""
             yield
 
+    # One line for each malformed request would let any client fill the log; failures of our own are still written.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         HttpDoor(plane),
         http="httptools",
