@@ -179,7 +179,7 @@ def serving_candidate(architecture, transport, batch, rate, p99_s, memory_mib, u
             "images_per_s": around(rate),
             "p99_s": around(p99_s, 0.3),
             "memory_bytes": around(memory_mib * MIB, 0.1),
-            "cost_usd_per_hour": around(usd, 0.1),
+            "cost_usd": around(usd, 0.1),
         },
         broken=broken,
     )

@@ -190,7 +190,12 @@ def test_any_part_of_the_rows_may_be_missing():
     empty = {"leases": (), "events": (), "trials": (), "recommendations": (), "usage": (), "jobs": {}, "node": None}
     for name, value in empty.items():
         part = {name: value, "recommendations": ()} if name == "trials" else {name: value}
-        assert "Tenure report" in render_html(build_report(replace(data, **part)))
+        report = build_report(replace(data, **part))
+        assert [section["name"] for section in report["sections"]] == ["train", "serve"]
+        assert all(section["blocks"] for section in report["sections"])
+    nothing = build_report(ReportData(run=data.run))
+    assert figures(nothing) == []
+    assert "Nothing was measured or granted" in render_html(nothing)
     assert "Tenure report" in render_html(build_report(ReportData(run=replace(data.run, stages=()))))
 
 

@@ -90,6 +90,8 @@ def _dress(axes: Any, figure: Figure) -> None:
         axis.set_minor_formatter("")
     elif figure.get("from_zero", True) and figure["kind"] in ("lines", "bars"):
         axes.set_ylim(bottom=0)
+    if figure.get("whole"):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes.get_legend_handles_labels()
     if labels and (len(labels) > 1 or figure["kind"] == "lines"):
         names = [_short(text, 34) for text in labels]
@@ -98,10 +100,14 @@ def _dress(axes: Any, figure: Figure) -> None:
 
 
 def _categories(figure: Figure) -> list[str]:
-    """Return the rows of a figure: as it orders them, else in order of first appearance."""
+    """Return the rows of a figure: as it orders them, else in order of first appearance. Levels across have none."""
     if "rows" in figure:
         return [str(row) for row in figure["rows"]]
-    return list(dict.fromkeys(str(point["x"]) for series in figure["series"] for point in series["points"]))
+    return list(
+        dict.fromkeys(
+            str(point["x"]) for series in figure["series"] if series.get("style") != "level" for point in series["points"]
+        )
+    )
 
 
 def _colour(series: Mapping[str, Any], index: int) -> str:
@@ -132,11 +138,13 @@ def _lines(axes: Any, figure: Figure) -> None:
         xs = [point["x"] - figure.get("x_origin", 0.0) for point in points]
         if series.get("style") == "points":
             reach = list(zip(*(_reach(point, figure) for point in points), strict=True))
-            marker = "o" if index % 2 else "s"
-            axes.errorbar(xs, ys, yerr=reach, fmt=marker, markersize=6, color=colour, capsize=3, label=series["name"])
+            axes.errorbar(
+                xs, ys, yerr=reach, fmt="o" if index % 2 else "s", markersize=6, color=colour, capsize=3, label=series["name"]
+            )
             continue
-        few = len(xs) < 30
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o" if few else None, markersize=3.5, label=series["name"])
+        width = max(1.4, 4.4 - index)  # equal curves lie on each other: the later ones are thinner, so all are seen
+        marker = "o" if len(xs) < 30 else None
+        axes.plot(xs, ys, color=colour, linewidth=width, alpha=0.85, marker=marker, markersize=2 + width, label=series["name"])
         if any("low" in point for point in points):
             lows, highs = zip(*(_reach(point, figure) for point in points), strict=True)
             axes.fill_between(
@@ -173,10 +181,14 @@ def _bars(axes: Any, figure: Figure) -> None:
             label=series["name"],
         )
     axes.set_xticks(range(len(names)), [_short(name, 28) for name in names])
+    _levels_across(axes.axhline, figure)
+
+
+def _levels_across(draw_line: Callable[..., Any], figure: Figure) -> None:
     for series in figure["series"]:
         if series.get("style") == "level":
             level = _scaled(series["points"][0], figure)
-            axes.axhline(level, color=_colour(series, 0), linewidth=1.2, linestyle="--", label=series["name"])
+            draw_line(level, color=_colour(series, 0), linewidth=1.2, linestyle="--", label=series["name"])
 
 
 def _whiskers(series: Mapping[str, Any], figure: Figure) -> list[tuple[float, ...]] | None:
@@ -187,12 +199,13 @@ def _whiskers(series: Mapping[str, Any], figure: Figure) -> list[tuple[float, ..
 def _hbars(axes: Any, figure: Figure) -> None:
     """Draw bars to the right, one row per x; several series side by side, or on top of each other when `stacked`."""
     names = _categories(figure)
+    bars = [series for series in figure["series"] if series.get("style") != "level"]
     stacked = bool(figure.get("stacked"))
-    height = 0.75 if stacked else 0.8 / max(1, len(figure["series"]))
+    height = 0.75 if stacked else 0.8 / max(1, len(bars))
     reached = dict.fromkeys(names, 0.0)
-    for index, series in enumerate(figure["series"]):
+    for index, series in enumerate(bars):
         points = series["points"]
-        shift = 0.0 if stacked else (index - (len(figure["series"]) - 1) / 2) * height
+        shift = 0.0 if stacked else (index - (len(bars) - 1) / 2) * height
         ys = [_scaled(point, figure) for point in points]
         axes.barh(
             [names.index(str(point["x"])) + shift for point in points],
@@ -205,12 +218,13 @@ def _hbars(axes: Any, figure: Figure) -> None:
             error_kw={"linewidth": 0.9, "capsize": 2},
             edgecolor="white",
             linewidth=0.6,
-            hatch=_HATCHES[index % len(_HATCHES)] if len(figure["series"]) > 1 and not series.get("role") else "",
+            hatch=_HATCHES[index % len(_HATCHES)] if len(bars) > 1 and not series.get("role") else "",
             label=series["name"],
         )
         if stacked:
             for point, y in zip(points, ys, strict=True):
                 reached[str(point["x"])] += y
+    _levels_across(axes.axvline, figure)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
 

@@ -153,7 +153,7 @@ def _stage_cards(rows: Rows, stage: Stage) -> list[dict[str, Any]]:
     for recommendation in recommendations:
         if recommendation.chosen is not None:
             goal = recommendation.goal or stage.name
-            cards.append({"name": f"leased for: {goal}", "text": label(recommendation.chosen.configuration), "cite": {}})
+            cards.append({"name": f"recommended for: {goal}", "text": label(recommendation.chosen.configuration), "cite": {}})
     observed = [trial for trial in trials if trial.source == "observed"]
     for metric, name in (("accuracy", "held-out accuracy"), ("time_s", "time to the goal"), ("cost_usd", "cost of training")):
         found = [trial for trial in observed if metric in trial.metrics]

@@ -40,7 +40,11 @@ def training_figures(rows: Rows, stage: Stage) -> list[Figure]:
 def serving_figures(rows: Rows, stage: Stage) -> list[Figure]:
     """Return throughput, latency and CPU per image of the architectures, and the cost of each goal's candidates."""
     trials, recommendations, _ = rows.of_stage(stage)
-    measured = [trial for trial in trials if "architecture" in trial.configuration and trial.source != "observed"]
+    measured = [
+        trial
+        for trial in trials
+        if "architecture" in trial.configuration and trial.source != "observed" and trial.configuration.get("clients", 1) == 1
+    ]
     made = [
         *(_throughput(rows, stage, measured, interaction) for interaction in _levels(measured, "interaction")),
         _latency(rows, stage, measured),
@@ -148,10 +152,10 @@ def _memory_peaks(rows: Rows, stage: Stage, trials: Sequence[Trial], leases: Seq
     granted = rows.lease(gang[-1], "envelope.memory_bytes") if gang else None
     return _figure(
         f"{stage.name}-memory",
-        "bars",
+        "hbars",
         "Peak memory against the envelope",
         "Highest memory of one worker in each trial; the dashed line is the envelope that was granted per worker.",
-        y_label="MiB, highest worker",
+        x_label="MiB, highest worker",
         scale=MIB,
         series=[{"name": "peak memory", "points": points}, *_level("envelope granted", granted, "envelope")],
     )
@@ -211,6 +215,7 @@ def _round_time(rows: Rows, stage: Stage, trials: Sequence[Trial], recommendatio
         "Time of one round by workers",
         "Predicted time of one round with its interval, by number of workers, and what probes and the real run measured.",
         x_label="workers",
+        whole=True,
         y_label="ms per round",
         scale=1e-3,
         series=series,
@@ -246,7 +251,7 @@ def _cost(rows: Rows, stage: Stage, recommendation: Recommendation) -> Figure:
         )
         series[_standing(index, candidate)].append(point)
         order.append(name)
-    hourly = bool(kept) and "hour" in kept[0][3]
+    hourly = stage.kind == "serve" or (bool(kept) and "hour" in kept[0][3])
     scale, unit = _money(max((entry[0] for entry in kept), default=0.0))
     return _figure(
         f"{stage.name}-cost-{recommendation.id}",

@@ -19,18 +19,12 @@ from tenure.trials import Recommendation, Trial
 
 Block = dict[str, Any]
 _MAX_ROWS = 80
+_FOLD_ABOVE = 10
+"""Longer tables are opened by a click: the plots show the same."""
 _TRAINING = ("startup_s", "shard_s", "combine_s", "round_s", "peak_memory_bytes", "time_s", "rounds", "accuracy", "cost_usd")
-_SERVING = (
-    "images_per_s",
-    "p50_s",
-    "p99_s",
-    "app_cpu_s_per_image",
-    "server_cpu_s_per_image",
-    "app_memory_bytes",
-    "server_memory_bytes",
-    "memory_bytes",
-)
-_SERVING_PARTS = ("prepare_model_s", "prepare_data_s", "send_s", "recognise_s", "fetch_s", "wrong_answers")
+_SERVING = ("images_per_s", "p50_s", "p99_s", "wrong_answers")
+_SERVING_USE = ("app_cpu_s_per_image", "server_cpu_s_per_image", "app_memory_bytes", "server_memory_bytes", "memory_bytes")
+_SERVING_PARTS = ("prepare_model_s", "prepare_data_s", "send_s", "recognise_s", "fetch_s")
 
 
 def stage_blocks(rows: Rows, stage: Stage) -> list[Block]:
@@ -76,15 +70,22 @@ def _measured(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
         if kept:
             table = [_trial_row(rows, trial, metrics) for trial in kept]
             columns = ["trial", "configuration", "n", *(words(metric) for metric in metrics)]
-            blocks.append(_table(title, columns, table))
-    noted = [trial for trial in trials if trial.note]
-    blocks += [{"kind": "text", "text": f"{trial.id}: {trial.note}"} for trial in noted[:10]]
+            blocks.append(_table(title, columns, table, folded=len(table) > _FOLD_ABOVE))
+    notes: dict[str, list[str]] = {}
+    for trial in trials:
+        if trial.note:
+            notes.setdefault(trial.note, []).append(trial.id)
+    blocks += [{"kind": "small", "text": f"{note} (trials {', '.join(ids)})"} for note, ids in list(notes.items())[:10]]
     return blocks
 
 
 def _tables(trials: Sequence[Trial], serving: bool) -> list[tuple[str, Sequence[str]]]:
     if serving:
-        return [("Rate, latency, CPU and memory", _SERVING), ("Parts of a request", _SERVING_PARTS)]
+        return [
+            ("Rate and latency", _SERVING),
+            ("CPU and memory by party", _SERVING_USE),
+            ("Parts of a request", _SERVING_PARTS),
+        ]
     known = [("Rounds, memory and cost", _TRAINING)]
     other = sorted({metric for trial in trials for metric in trial.metrics} - set(_TRAINING) - {"examples_per_s"})
     return [*known, ("Further metrics", other)] if other else list(known)
@@ -150,7 +151,7 @@ def _ruled_out(rows: Rows, recommendation: Recommendation) -> Block:
             )
             table.append([name, text_cell(words(broken.constraint)), limit, found, text_cell(broken.reason)])
     columns = ["configuration", "constraint broken", "limit", "found", "why"]
-    return _table("What was ruled out", columns, table, folded=len(table) > 8)
+    return _table("What was ruled out", columns, table, folded=len(table) > _FOLD_ABOVE)
 
 
 def lease_table(rows: Rows, leases: Sequence[Lease]) -> Block:
@@ -171,7 +172,7 @@ def lease_table(rows: Rows, leases: Sequence[Lease]) -> Block:
         for lease in leases
     ]
     columns = ["lease", "worker", "node", "cpus", "memory", "slot", "total", "held", "end", "detail"]
-    return _table(f"{len(leases)} lease{'s' if len(leases) != 1 else ''}", columns, table, folded=len(table) > 8)
+    return _table(f"{len(leases)} lease{'s' if len(leases) != 1 else ''}", columns, table, folded=len(table) > _FOLD_ABOVE)
 
 
 def bounds_blocks(rows: Rows) -> list[Block]:

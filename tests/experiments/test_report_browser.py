@@ -1,0 +1,70 @@
+"""The page in a real browser: every plot is there and has something in it."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from tests.experiments.synthetic import full_run
+
+from tenure.experiments.report import build_report, figures, render_html, write_report
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"),
+]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
+
+
+def chromium(folder, *words):
+    """Run a headless browser with a profile of its own and return what it prints."""
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, cwd=folder).stdout
+
+
+def test_the_browser_finds_every_plot_with_its_title_and_marks(tmp_path):
+    page, _ = write_report(full_run(), tmp_path)
+    dom = chromium(tmp_path, "--dump-dom", page.as_uri())
+    for figure in figures(build_report(full_run())):
+        start = dom.index(f'<figure id="{figure["id"]}"')
+        svg = dom[start : dom.index("</figure>", start)]
+        marks = sum(len(series["points"]) for series in figure["series"] if series.get("style") != "level")
+        assert f'aria-labelledby="{figure["id"]}--t' in svg
+        drawn = len(re.findall(r"<path |<use ", svg))
+        assert drawn > (10 if figure["kind"] == "lines" else marks), figure["id"]
+
+
+def test_the_browser_paints_every_plot(tmp_path):
+    """All plots on one sheet, each in a box of known size, so that one screenshot tells of each."""
+    from PIL import Image
+
+    report = build_report(full_run())
+    page = render_html(report)
+    svgs = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
+    assert len(svgs) == len(figures(report))
+    box = '<div style="width:640px;height:480px;overflow:hidden">'
+    sheet = tmp_path / "sheet.html"
+    sheet.write_text(
+        "<!doctype html><meta charset=utf-8><style>body{margin:0}svg{width:640px;height:480px}</style>"
+        + "".join(f"{box}{svg}</div>" for svg in svgs)
+    )
+    chromium(tmp_path, f"--window-size=640,{480 * len(svgs)}", f"--screenshot={tmp_path / 'sheet.png'}", sheet.as_uri())
+    with Image.open(tmp_path / "sheet.png") as shot:
+        for index, figure in enumerate(figures(report)):
+            part = shot.convert("RGB").crop((0, 480 * index, 640, 480 * (index + 1)))
+            colours = part.getcolors(maxcolors=640 * 480)
+            coloured = sum(count for count, (r, g, b) in colours if max(r, g, b) - min(r, g, b) > 40)
+            assert len(colours) > 20, figure["id"]
+            assert coloured > 150, figure["id"]
