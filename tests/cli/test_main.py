@@ -1,6 +1,8 @@
 """The command as a whole: arguments in, one answer and an exit code out. The verbs behind it are stood in for here."""
 
 import json
+import os
+import signal
 import sys
 import types
 from dataclasses import dataclass
@@ -126,6 +128,16 @@ def test_a_jobs_own_words_in_an_error_keep_their_lines_but_not_their_escapes(ver
     verbs.run = lambda *_args, **_options: an_outcome(failed="ended 1\n  \x1b[2Jlast words")
     assert cli.run(["run", "x.toml"]) == 1
     assert capsys.readouterr().err == "tenure: ended 1\n  �[2Jlast words\n"
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(verbs):
+    def run(*_args, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    verbs.run = run
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(["run", "x.toml"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_interrupting_ends_with_130_and_says_how_to_go_on(verbs, capsys):
