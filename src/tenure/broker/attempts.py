@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,8 @@ class Attempts:
         left_s = max(0.0, lease.ends_at_s - now_s)
         deadline_s, boot_id = self.nodes.deadline(lease.node, left_s)
         env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
+        # A command that says "python" means the one Tenure runs under, whether or not its environment was activated.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env |= {name: str(max(1, math.floor(lease.envelope.cpus))) for name in THREAD_VARIABLES}
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"} | dict(lease.command.env)
         env |= {

@@ -19,6 +19,8 @@ from tenure.ledger.queries import Invocation
 from tenure.runs import RunFiles
 
 SCAN_EVERY_S = 1.0
+EAGER_S = 3.0
+"""How long every tick looks after a start: a role that has just begun is the likeliest to call others."""
 MAX_EVENT_BYTES = 1 << 20
 MAX_BAD_READS = 10
 """Looks at a file that is no event yet, after which it never will be."""
@@ -85,13 +87,14 @@ class Invocations:
     def __init__(self, book: Book, attempts: Attempts, *, home: Path) -> None:
         self._book, self._attempts, self._home = book, attempts, home
         self._stages: dict[Stage, _Events] = {}
-        self._scanned_s = float("-inf")
+        self._scanned_s = self._eager_until_s = float("-inf")
 
     def tick(self, *, now: bool = False) -> None:
         """Look into every live stage's events, at most once a second unless `now`, and start what is due."""
         boot_s = self._book.clock.boot_s()
         # A member that has just left may have published its successor: look at once rather than within a second.
-        scan = now or bool(self._book.invocations) or boot_s - self._scanned_s >= SCAN_EVERY_S
+        soon = bool(self._book.invocations) or boot_s < self._eager_until_s
+        scan = now or soon or boot_s - self._scanned_s >= SCAN_EVERY_S
         if scan:
             self._scanned_s = boot_s
         driven = [lease for lease in self._book.live.values() if lease.command.on_event]
@@ -162,4 +165,5 @@ class Invocations:
             data = {"event": name, "attempt": attempt, "start": made.starts}
             tx.put_lease(lease, kind="invoked", who="broker", why=f"event {name}", data=data)
         events.made[name] = made
+        self._eager_until_s = self._book.clock.boot_s() + EAGER_S
         self._attempts.order(lease.id, found.path)
