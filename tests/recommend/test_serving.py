@@ -38,7 +38,7 @@ def measure(configuration, rng, noise=0.03, wrong=0):
     infer_s = 0.0002 + 0.0003 / batch
     app_s, server_s = (infer_s, 0.0) if configuration["architecture"] == "simple" else (app_s, server_s + infer_s)
     alone_s = (app_s + server_s) * batch + wait_s
-    x = min(clients * batch / alone_s, 2 * 0.9 / (app_s + server_s))
+    x = min(clients * batch / alone_s, 2 * 0.9 / (app_s + server_s), 0.95 / server_s if server_s else 1e9)
     latency_s = clients * batch / x
     noisy = lambda mean: summarize([mean * (1 + noise * rng.normal()) for _ in range(3)])  # noqa: E731
     memory = {"app_memory_bytes": noisy(150 * MIB if configuration["architecture"] == "simple" else 40 * MIB)}

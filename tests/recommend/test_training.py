@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,16 @@ def test_a_time_bound_brings_in_a_second_worker():
     assert found.chosen.configuration == {"workers": 2, "cpus": 1.0}
     one = next(c for c in found.ruled_out if c.configuration == {"workers": 1, "cpus": 1.0})
     assert [broken.constraint for broken in one.broken] == ["time_s"]
+
+
+def test_what_a_run_takes_around_its_rounds_is_learned_from_whole_times():
+    world = World()
+    trials = measured(world)
+    before = world.tunable.predict({"workers": 1, "cpus": 1.0}, trials)["time_s"].value
+    first = trials[0].metrics
+    whole_s = first["startup_s"].mean + 10 * first["round_s"].mean + 0.7
+    told = [replace(trials[0], metrics={**first, "time_s": summarize([whole_s])}), *trials[1:]]
+    assert world.tunable.predict({"workers": 1, "cpus": 1.0}, told)["time_s"].value == pytest.approx(before + 0.7)
 
 
 def test_a_job_without_a_goal_is_refused():

@@ -42,7 +42,7 @@ def choose(
     """Return the recommendation: the candidate with the least predicted `cost_usd` among those that break nothing.
 
     candidates: with predictions; what they already list as `broken` (node capacity, say) stays and rules them out.
-    explain: one more sentence about the chosen one. Ties: fewer leases, then the order of the configuration's text.
+    explain: one more sentence about the chosen one. Ties: fewer leases, lower p99, then the order of the configuration's text.
     """
     judged = [replace(c, broken=(*c.broken, *broken_limits(c.predictions, limits))) for c in candidates]
     qualified = sorted((c for c in judged if not c.broken), key=_rank)
@@ -131,9 +131,10 @@ def _reason(limit: Limit, prediction: Prediction, found: float) -> str:
     return text if found == prediction.value else f"{text}, and it may be {show(limit.metric, found)}"
 
 
-def _rank(candidate: Candidate) -> tuple[float, int, str]:
-    cost = candidate.predictions.get("cost_usd")
-    return (cost.value if cost else float("inf"), candidate.leases, describe(candidate.configuration))
+def _rank(candidate: Candidate) -> tuple[float, int, float, str]:
+    cost, p99 = candidate.predictions.get("cost_usd"), candidate.predictions.get("p99_s")
+    cost_usd = cost.value if cost else float("inf")
+    return (cost_usd, candidate.leases, p99.value if p99 else 0.0, describe(candidate.configuration))
 
 
 def _usd(candidate: Candidate) -> str:
@@ -145,7 +146,7 @@ def _dearer(candidate: Candidate, chosen: Candidate) -> Broken:
     cost, least = candidate.predictions.get("cost_usd"), chosen.predictions.get("cost_usd")
     found, limit = (cost.value if cost else float("inf")), (least.value if least else 0.0)
     if found == limit:
-        reason = f"meets the goal, but costs as much as {describe(chosen.configuration)}, which needs no more leases"
+        reason = f"meets the goal, but costs as much as {describe(chosen.configuration)}, which is no worse otherwise"
     else:
         reason = f"meets the goal, but costs {_usd(candidate)}; {describe(chosen.configuration)} costs {_usd(chosen)}"
     return Broken(constraint="cost_usd", limit=limit, found=found, reason=reason)

@@ -27,11 +27,15 @@ FACTORS = ("architecture", "transport", "interaction", "batch", "link")
 CPU_HEADROOM = 1.5
 """Leased CPU over mean CPU used."""
 CPU_PERIOD_S = 0.1
-"""Period over which a CPU share is enforced (kernel documentation, CFS bandwidth control: 100 ms): a burst of one request
-per client must fit into it, or the share itself would add its throttling to the latency."""
+"""Period over which a CPU share is enforced (kernel documentation, CFS bandwidth control: 100 ms): the burst of one request
+must fit into a client's share of it."""
+HOLDER_CPUS = 1.0
+"""What holds a model gets at least the CPU it was measured under: a smaller share would throttle it within each period."""
 LEAST_CPUS = 0.05
 SLOT_S, TOTAL_S = 900.0, 3600.0
 DISK_BYTES = 256 << 20
+MEMORY_STEP_BYTES = 32 << 20
+"""Memory is leased in steps, so that no choice hangs on the last page measured."""
 
 Parts = list[tuple[int, Envelope]]
 """Leases of a candidate: how many of each envelope. The first is the one that holds the model."""
@@ -118,7 +122,11 @@ class ServeModel:
         measured = predict_mean(summaries(near, "images_per_s"), model_error=SAME_ERROR)
         if number(near[0], "clients", 1) == clients:
             return measured
-        least, most = closed_bounds(clients, self._alone_s(near), sum(self._cpu_s(near)), self.capacity.cpus)
+        (app_s, server_s), alone_s = self._cpu_s(near), self._alone_s(near)
+        least, most = closed_bounds(clients, alone_s, app_s + server_s, self.capacity.cpus)
+        if server_s:  # one server has the CPU it was measured with, at least a whole one
+            most = min(most, max(HOLDER_CPUS, server_s * number(near[0], "clients", 1) / alone_s) / server_s)
+            least = min(least, most)
         error = _spread(near, "images_per_s") + OTHER_ERROR
         return Prediction(value=(least + most) / 2, low=max(0.0, least * (1 - error)), high=most * (1 + error))
 
@@ -137,6 +145,8 @@ class ServeModel:
             )
         memory = _total(self._memory(near, memory_used))
         parts = self.parts(configuration, rate)
+        stalled_s = max(0.0, 1 - parts[0][1].cpus) * CPU_PERIOD_S  # a share below one CPU may pause this long in each period
+        p99 = replace(p99, high=p99.high + stalled_s)
         cost = sum(cost_usd(envelope, 3600.0, self.prices, leases=count) for count, envelope in parts)
         error = _spread(near, "images_per_s")
         return {
@@ -153,15 +163,14 @@ class ServeModel:
         batch = int(configuration.get("batch", 1))
         busy = rate * (app_s + server_s)
         factor = max(1.0, min(CPU_HEADROOM, self.capacity.cpus / busy)) if busy > 0 else 1.0
-        app_cpus = max(LEAST_CPUS, rate * app_s / clients * factor, min(1.0, batch * app_s / CPU_PERIOD_S))
-        app_cpus = _twentieths(app_cpus, self.capacity.cpus / clients)
         memory = self._memory(near, memory_with_margin)
-        apps = (clients, _envelope(app_cpus, memory[0][1].high))
+        used = rate * app_s / clients * factor
         if configuration["architecture"] == "simple":
-            return [apps]
-        server_cpus = max(LEAST_CPUS, rate * server_s * factor, batch * server_s * clients / CPU_PERIOD_S)
-        server_cpus = _twentieths(server_cpus, max(LEAST_CPUS, self.capacity.cpus - clients * app_cpus))
-        return [(1, _envelope(server_cpus, memory[1][1].high)), apps]
+            cpus = _twentieths(max(HOLDER_CPUS, used), self.capacity.cpus / clients)
+            return [(clients, _envelope(cpus, memory[0][1].high))]
+        app_cpus = _twentieths(max(LEAST_CPUS, used, min(1.0, batch * app_s / CPU_PERIOD_S)), self.capacity.cpus)
+        server_cpus = _twentieths(max(HOLDER_CPUS, rate * server_s * factor), self.capacity.cpus)
+        return [(1, _envelope(server_cpus, memory[1][1].high)), (clients, _envelope(app_cpus, memory[0][1].high))]
 
     def candidate(self, configuration: Configuration, rate: float) -> Candidate:
         """Return one configuration judged against the node and against wrong answers; the goal's limits come in `choose`.
@@ -331,7 +340,8 @@ def _twentieths(cpus: float, most: float) -> float:
 
 
 def _envelope(cpus: float, memory_bytes: float) -> Envelope:
-    return Envelope(cpus=cpus, memory_bytes=int(memory_bytes), disk_bytes=DISK_BYTES, slot_s=SLOT_S, total_s=TOTAL_S)
+    leased_bytes = math.ceil(memory_bytes / MEMORY_STEP_BYTES) * MEMORY_STEP_BYTES
+    return Envelope(cpus=cpus, memory_bytes=leased_bytes, disk_bytes=DISK_BYTES, slot_s=SLOT_S, total_s=TOTAL_S)
 
 
 def _value(candidate: Candidate, metric: str) -> float:

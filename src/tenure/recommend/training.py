@@ -101,10 +101,11 @@ class TrainTunable:
         rounds = replace(rounds, high=max(rounds.value, min(rounds.high, float(self.job.max_rounds))))
         round_s = round_model(trials, shards=self.job.shards, cores=self.capacity.cpus).predict(workers, cpus)
         startup_s = _slower(_startup_s(trials), 1 / min(cpus, 1.0) * max(1.0, workers * cpus / self.capacity.cpus))
+        around_s = _around_s(trials)
         once_s = Prediction(
-            value=startup_s.value + rounds.value * round_s.value,
-            low=startup_s.low + rounds.low * round_s.low,
-            high=startup_s.high + rounds.high * round_s.high,
+            value=startup_s.value + rounds.value * round_s.value + around_s,
+            low=startup_s.low + rounds.low * round_s.low + around_s / 2,
+            high=startup_s.high + rounds.high * round_s.high + around_s * 2,
         )
         restarts = math.floor(once_s.value / slot_s(once_s.value))
         time_s = Prediction(
@@ -221,6 +222,13 @@ def _has_curve(trial: Trial) -> bool:
 def _startup_s(trials: Sequence[Trial]) -> Prediction:
     known = summaries(trials, "startup_s")
     return predict_mean(known, model_error=SAME_ERROR) if known else Prediction(value=0.0, low=0.0, high=0.0)
+
+
+def _around_s(trials: Sequence[Trial]) -> float:
+    """Grant, first round and ending: what trials that tell their whole `time_s` took beside startup and usual rounds."""
+    whole = [t for t in trials if "time_s" in t.metrics and "round_s" in t.metrics]
+    around = [t.metrics["time_s"].mean - _spent_s(t) for t in whole]
+    return max(0.0, sum(around) / len(around)) if around else 0.0
 
 
 def _slower(prediction: Prediction, by: float) -> Prediction:
