@@ -249,9 +249,12 @@ def _spans(axes: Any, figure: Figure) -> None:
 
 
 def _ratios(axes: Any, figure: Figure) -> None:
-    """Draw observed over predicted, one row per x, with the predicted interval; within ±25 % is shaded."""
+    """Draw observed over predicted, one row per x, with the predicted interval.
+
+    Shaded is a miss of at most 25 % of the observed value, as `recommend.observe` counts it: ratios from 1/1.25 to 1/0.75.
+    """
     names = _categories(figure)
-    axes.axvspan(0.75, 1.25, color="#e8f1ec", label="within ±25 %")
+    axes.axvspan(1 / 1.25, 1 / 0.75, color="#e8f1ec", label="miss of at most 25 %")
     axes.axvline(1.0, color=SOFT, linewidth=1.0)
     points = [point for series in figure["series"] for point in series["points"] if point["predicted"]]
     rows = [names.index(str(point["x"])) for point in points]
@@ -262,7 +265,7 @@ def _ratios(axes: Any, figure: Figure) -> None:
     axes.plot(seen, rows, "o", color=PALETTE[0], markersize=6, label="observed")
     top = max([1.6, *[value * 1.05 for value in (*highs, *seen) if math.isfinite(value)]])
     axes.set_xlim(0.0, min(top, 5.0))
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), [_short(name, 60) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 

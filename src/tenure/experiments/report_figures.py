@@ -240,7 +240,8 @@ def _cost(rows: Rows, stage: Stage, recommendation: Recommendation) -> Figure:
     order = []
     for _, index, candidate, metric in kept:
         low, high = (rows.prediction(recommendation, index, metric, part) for part in ("low", "high"))
-        name = label(candidate.configuration) + (f" ({_size(candidate.envelope)})" if candidate.envelope else "")
+        name = label(candidate.configuration)
+        name += f" ({_size(candidate.envelope)})" if candidate.envelope and name in order else ""
         point = _point(
             name,
             rows.prediction(recommendation, index, metric),

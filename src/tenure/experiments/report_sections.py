@@ -21,7 +21,8 @@ Block = dict[str, Any]
 _MAX_ROWS = 80
 _FOLD_ABOVE = 10
 """Longer tables are opened by a click: the plots show the same."""
-_TRAINING = ("startup_s", "shard_s", "combine_s", "round_s", "peak_memory_bytes", "time_s", "rounds", "accuracy", "cost_usd")
+_TRAINING = ("startup_s", "shard_s", "combine_s", "round_s", "peak_memory_bytes")
+_REACHED = ("rounds", "accuracy", "time_s", "cost_usd")
 _SERVING = ("images_per_s", "p50_s", "p99_s", "wrong_answers")
 _SERVING_USE = ("app_cpu_s_per_image", "server_cpu_s_per_image", "app_memory_bytes", "server_memory_bytes", "memory_bytes")
 _SERVING_PARTS = ("prepare_model_s", "prepare_data_s", "send_s", "recognise_s", "fetch_s")
@@ -86,9 +87,10 @@ def _tables(trials: Sequence[Trial], serving: bool) -> list[tuple[str, Sequence[
             ("CPU and memory by party", _SERVING_USE),
             ("Parts of a request", _SERVING_PARTS),
         ]
-    known = [("Rounds, memory and cost", _TRAINING)]
-    other = sorted({metric for trial in trials for metric in trial.metrics} - set(_TRAINING) - {"examples_per_s"})
-    return [*known, ("Further metrics", other)] if other else list(known)
+    known = [("Times of a round, and memory", _TRAINING), ("What was reached", _REACHED)]
+    shown = {"examples_per_s", *_TRAINING, *_REACHED}
+    other = sorted({metric for trial in trials for metric in trial.metrics} - shown)
+    return [*known, *[("Further metrics", tuple(other[at : at + 5])) for at in range(0, len(other), 5)]]
 
 
 def _trial_row(rows: Rows, trial: Trial, metrics: Sequence[str]) -> list[Cell]:
