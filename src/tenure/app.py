@@ -1,0 +1,116 @@
+"""The composition root: finds the home, connects to the broker, and puts a run together. Nothing is decided here."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tenure.broker.client import BrokerClient, connect
+from tenure.data import price_table
+from tenure.errors import SpecError, Unavailable
+from tenure.experiments.context import Display, RunContext
+from tenure.experiments.flow import Outcome, new_run, resumed_run, run_stages
+from tenure.meter.machine import versions
+from tenure.nodes import Node
+from tenure.protocols import SystemClock
+from tenure.runs import RunFiles
+
+LIBRARIES = ("tenure", "numpy", "scipy", "scikit-learn", "onnxruntime", "onnx")
+"""Versions of these belong to every trial."""
+
+
+def find_home(home: str | Path | None = None) -> Path:
+    """Return the absolute folder of all state: the argument, else $TENURE_HOME, else the platform's data directory."""
+    if home is None and not (home := os.environ.get("TENURE_HOME")):
+        import platformdirs  # a few ms that a given home saves
+
+        home = platformdirs.user_data_path("tenure")
+    path = Path(home).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(
+            f"the home {path} cannot be made: {error.strerror}. Set TENURE_HOME to a folder you may write."
+        ) from error
+    if not os.access(path, os.W_OK):
+        raise SpecError(f"the home {path} cannot be written. Set TENURE_HOME to a folder you may write.")
+    return path
+
+
+@contextmanager
+def broker(home: Path) -> Iterator[BrokerClient]:
+    """Connect to the home's broker, starting one when none answers, and hang up at the end."""
+    client = connect(home, who=f"cli:{os.getpid()}")
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def new_id(kind: str) -> str:
+    """Return a fresh id, e.g. ``r-8f3a01c2``: 40 random bits, enough for one ledger and short enough to type."""
+    return f"{kind}-{secrets.token_hex(5)}"
+
+
+def run_job_file(
+    job_file: Path | None, *, home: Path, display: Display, resume: str = "", only: str = "", until: str = "done"
+) -> Outcome:
+    """Run a job file, or go on with a run. See `experiments.flow`."""
+    clock = SystemClock()
+    text, source = _read(job_file)
+    if not resume:
+        run, jobs = new_run(text, source=source, run_id=new_id("r"), now_s=clock.utc_s(), only=only)
+    with broker(home) as client:
+        if resume:
+            run, jobs = resumed_run(client.runs(run_id=resume), resume)
+        run = client.submit_run(run)
+        node = _node(client)
+        context = RunContext(
+            client=client,
+            files=RunFiles(home, run.id),
+            run=run,
+            folder=Path(run.source).parent,
+            display=display,
+            node=node,
+            prices=price_table(_own_prices(home)).owned,
+            clock=clock,
+            new_id=new_id,
+            versions=versions(*LIBRARIES),
+            until=until,
+        )
+        return run_stages(context, jobs)
+
+
+def _read(job_file: Path | None) -> tuple[str, Path]:
+    """Return the job file's text and path. A folder stands for the one job file in it."""
+    if job_file is None:
+        return "", Path()
+    path = job_file.absolute()
+    if path.is_dir():
+        found = sorted(path.glob("*.toml"))
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found) or "none"
+            raise SpecError(f"{job_file} is a folder; it should hold exactly one job file (*.toml), found: {names}")
+        path = found[0]
+    try:
+        return path.read_text(), path
+    except FileNotFoundError as error:
+        raise SpecError(f"job file {job_file} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"job file {job_file} cannot be read: {error}") from error
+
+
+def _own_prices(home: Path) -> Path | None:
+    own = home / "prices.toml"
+    return own if own.exists() else None
+
+
+def _node(client: BrokerClient) -> Node:
+    """Return the largest node: probes and predictions are made for it."""
+    nodes = client.status().nodes
+    if not nodes:
+        raise Unavailable('no node answers the broker; "tenure doctor" tells what this machine can do')
+    return max(nodes, key=lambda node: (node.capacity.cpus, node.capacity.memory_bytes, node.name))

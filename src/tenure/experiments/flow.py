@@ -1,0 +1,170 @@
+"""One run of a job file, stage by stage, from the first or from where it stopped; a report at the end, however it ended.
+
+Ctrl-C, an error and a failed stage all take the same way out: live leases of the run are ended, its state is recorded, the
+report is written. `resume` then goes on with the stage that was not done; what was measured and trained is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tenure.broker.client import BrokerClient
+from tenure.errors import NotFound, SpecError, TenureError
+from tenure.experiments.context import RunContext
+from tenure.experiments.report import ReportData, write_report
+from tenure.experiments.stage_serve import run_serve
+from tenure.experiments.stage_task import run_task
+from tenure.experiments.stage_train import run_train
+from tenure.jobfile import JobFile, parse_job_file
+from tenure.jobs import Job, JobKind
+from tenure.runs import Run, RunFiles, RunState, Stage
+
+MAX_EVENTS = 100_000
+
+STAGE_RUNNERS: Mapping[JobKind, Callable[[RunContext, Job], None]] = {
+    "task": run_task,
+    "workspace": run_task,
+    "train": run_train,
+    "serve": run_serve,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    run: Run
+    closing: tuple[str, ...]
+    """One line per step."""
+    report_html: Path
+    report_json: Path
+    failed: str = ""
+    """Why it failed, empty when it did not."""
+    error: TenureError | None = None
+
+
+def new_run(text: str, *, source: Path, run_id: str, now_s: float, only: str = "") -> tuple[Run, JobFile]:
+    """Return a new run of a job file and its jobs. only: a stage's name or kind; earlier tasks it needs still run."""
+    job_file = parse_job_file(text, source=str(source))
+    if only:
+        job_file = _restricted(job_file, only)
+    run = Run(
+        id=run_id,
+        name=job_file.name,
+        tenant=job_file.tenant,
+        job_file=text,
+        source=str(source),
+        stages=tuple(Stage(name=job.name, kind=job.kind) for job in job_file.stages),
+        created_at_s=now_s,
+    )
+    return run, job_file
+
+
+def _restricted(job_file: JobFile, only: str) -> JobFile:
+    """Keep the named stage and, before it, every stage whose artefacts it needs."""
+    wanted = [job for job in job_file.stages if only in (job.name, job.kind)]
+    if not wanted:
+        stages = ", ".join(f"{job.name} ({job.kind})" for job in job_file.stages)
+        raise SpecError(f"the job file has no {only} stage; it has: {stages}")
+    needed = {job.name for job in wanted}
+    for job in reversed(job_file.stages):
+        if job.name in needed:
+            references = [*job.inputs.values(), job.model]
+            needed |= {reference.partition(":")[0] for reference in references if ":" in reference}
+    return replace(job_file, stages=tuple(job for job in job_file.stages if job.name in needed))
+
+
+def resumed_run(runs: tuple[Run, ...], run_id: str) -> tuple[Run, JobFile]:
+    """Return a recorded run and its jobs, to go on with. Raises NotFound, SpecError when it is done already."""
+    found = [run for run in runs if run.id == run_id]
+    if not found:
+        raise NotFound(f'no run {run_id!r}; "tenure runs" lists those there are')
+    run = found[0]
+    if run.state is RunState.DONE:
+        raise SpecError(f'run {run_id} is done; there is nothing to resume. See it with "tenure report {run_id}".')
+    job_file = parse_job_file(run.job_file, source=run.source)
+    names = {stage.name for stage in run.stages}
+    return run, replace(job_file, stages=tuple(job for job in job_file.stages if job.name in names))
+
+
+def run_stages(context: RunContext, job_file: JobFile) -> Outcome:
+    """Run every stage that is not done, and write the report. Ctrl-C is raised again once everything is cleaned up."""
+    error: BaseException | None = None
+    stage_name = ""
+    try:
+        context.set_run(RunState.RUNNING)
+        for job in job_file.stages:
+            stage_name = job.name
+            _run_stage(context, job)
+        context.set_run(RunState.DONE)
+    except BaseException as caught:  # also Ctrl-C and our own mistakes: nothing of the run may stay behind
+        error = caught
+        interrupted = isinstance(caught, KeyboardInterrupt)
+        state = RunState.CANCELLED if interrupted else RunState.FAILED
+        why = "interrupted" if interrupted else str(caught) or type(caught).__name__
+        context.release_all(why=why[:500])
+        if stage_name:
+            context.set_stage(stage_name, state=state, detail=why[:2000])
+        context.set_run(state, why[:2000])
+    html, json = report_run(
+        context.client, context.files, context.run.id, now_s=context.clock.utc_s(), notes=tuple(context.closing)
+    )
+    if error is not None and not isinstance(error, TenureError):
+        raise error
+    return Outcome(
+        run=context.run,
+        closing=tuple(context.closing),
+        report_html=html,
+        report_json=json,
+        failed=str(error) if error else "",
+        error=error,
+    )
+
+
+def _run_stage(context: RunContext, job: Job) -> None:
+    stage = next(stage for stage in context.run.stages if stage.name == job.name)
+    if stage.state is RunState.DONE:
+        context.artefacts[job.name] = dict(stage.artefacts)
+        context.close_step(job.name, "kept", "done before; its artefacts are used as they are")
+        return
+    context.set_stage(job.name, state=RunState.RUNNING, attempts=stage.attempts + 1, detail="")
+    STAGE_RUNNERS[job.kind](context, job)
+    context.set_stage(job.name, state=RunState.DONE)
+
+
+def report_run(
+    client: BrokerClient,
+    files: RunFiles,
+    run_id: str,
+    *,
+    now_s: float,
+    folder: Path | None = None,
+    notes: tuple[str, ...] = (),
+) -> tuple[Path, Path]:
+    """Write a run's report from the ledger; return the paths of the HTML and the JSON. Raises NotFound."""
+    found = client.runs(run_id=run_id)
+    if not found:
+        raise NotFound(f'no run {run_id!r}; "tenure runs" lists those there are')
+    run = found[0]
+    recommendations = tuple(client.recommendations(run_id=run_id))
+    cited = {trial for recommendation in recommendations for trial in recommendation.trials}
+    fingerprints = {stage.fingerprint for stage in run.stages if stage.fingerprint}
+    older = (trial for fingerprint in sorted(fingerprints) for trial in client.trials(fingerprint=fingerprint))
+    own = tuple(client.trials(run_id=run_id))
+    leases = tuple(client.leases(run_id=run_id))
+    nodes = client.status().nodes
+    data = ReportData(
+        run=run,
+        node=nodes[0] if nodes else None,
+        leases=leases,
+        events=tuple(client.events(run_id=run_id, max_events=MAX_EVENTS)),
+        trials=(*(trial for trial in older if trial.id in cited and trial.run_id != run_id), *own),
+        recommendations=recommendations,
+        usage=tuple(point for lease in leases for point in client.usage(lease.id)),
+        jobs={job.name: job for job in parse_job_file(run.job_file, source=run.source).stages},
+        notes=notes,
+        at_s=now_s,
+    )
+    return write_report(data, folder or files.root / "report")

@@ -1,0 +1,256 @@
+"""A serving stage: measure the architectures, recommend one per goal, lease the winner and use it as its users will.
+
+How architectures are measured is in `architectures`; which one wins is decided in `recommend.serving`. The distributed
+architecture is measured and reported, but not a candidate: it has its clients on another node, and a lease is on one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tenure.errors import JobFailed, SpecError
+from tenure.experiments.architectures import (
+    INTERACTIONS,
+    TRANSPORTS,
+    Served,
+    measure_clients,
+    measure_serving,
+    server_command,
+)
+from tenure.experiments.context import RunContext
+from tenure.jobs import Job, ServeGoal
+from tenure.protocols import Launched, LaunchRequest
+from tenure.recommend.observe import compare
+from tenure.recommend.serving import ServeTunable
+from tenure.recommend.tune import tune
+from tenure.resources import Envelope, show_bytes
+from tenure.serve.client import Model
+from tenure.trials import Candidate, Configuration, Recommendation, Trial
+
+BATCHES = (1, 8, 32)
+MEASURE_S = 600.0
+"""Slot of what is measured: a bound for a hanging server, far above what a measurement takes."""
+
+
+def run_serve(context: RunContext, job: Job) -> None:
+    """Run the stage. Raises JobFailed, Refused or SpecError with the reason; what was measured stays recorded."""
+    model = context.resolve(job.model)
+    if not model.exists():
+        raise SpecError(f"stage {job.name}: model {model} does not exist; model is a path or stage:file")
+    inputs = context.inputs(job)
+    context.set_stage(job.name, fingerprint=context.fingerprint(job, inputs={**inputs, "model": model}))
+    if job.envelope is not None:
+        _serve_until_ended(context, job, model, job.envelope)
+        return
+    if "x" not in inputs:
+        raise SpecError(
+            f'stage {job.name} needs inputs.x, an .npy file of examples to measure with, as in "prepare:x_test.npy"'
+        )
+    service = _Service(context, job, model, inputs["x"])
+    trials = service.measured()
+    recommendations = [service.recommend(goal, trials) for goal in job.serve_goals]
+    if context.until == "done":
+        for goal, recommendation in zip(job.serve_goals, recommendations, strict=True):
+            if goal.lease and recommendation.chosen is not None:
+                service.lease(goal, recommendation.chosen)
+    if unmet := [recommendation.goal for recommendation in recommendations if recommendation.chosen is None]:
+        raise JobFailed(f"stage {job.name}: nothing that was measured meets {'; '.join(unmet)}. The report shows by how much.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """One model of one stage, and the examples it is measured with."""
+
+    context: RunContext
+    job: Job
+    model: Path
+    x: Path
+
+    @property
+    def fingerprint(self) -> str:
+        return next(stage.fingerprint for stage in self.context.run.stages if stage.name == self.job.name)
+
+    def served(self, clients: int = 1, server: Envelope | None = None) -> Served:
+        """Return how to measure with so many clients at once; all of it has to fit the node beside the server."""
+        capacity = self.context.node.capacity
+        memory_bytes = min(1 << 30, capacity.memory_bytes // (2 * (clients + 1)))
+        generous = Envelope(cpus=capacity.cpus / 2, memory_bytes=memory_bytes, slot_s=MEASURE_S, total_s=MEASURE_S)
+        server = server or generous
+        app = replace(generous, cpus=min(generous.cpus, (capacity.cpus - server.cpus) / clients))
+        return Served(
+            name=self.context.run.name,
+            model=self.model,
+            inputs=self.x,
+            expected=self._expected(),
+            launch=self.context.launch(self.job.name),
+            workdir=self.context.files.stage(self.job.name) / "load",
+            app=app,
+            server=server,
+            seed=self.job.seed,
+            repeats=self.job.probe.repeats,
+        )
+
+    def _expected(self) -> Path:
+        """Write what the model answers in this process, once: every other answer is checked against it."""
+        path = self.context.files.stage(self.job.name) / "expected.npy"
+        if not path.exists():
+            with Model(str(self.model)) as model:
+                answers, _ = model.predict_timed(np.load(self.x, mmap_mode="r"))
+            # Labels where the model gives some; else its first output, compared within a tolerance.
+            whole = [array for array in answers.values() if array.dtype.kind in "iu"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, whole[0] if whole else next(iter(answers.values())))
+        return path
+
+    # --- measure and recommend ---
+
+    def tunable(self) -> ServeTunable:
+        """Return the stage's goals as something to be tuned: the architectures of one node."""
+        places = [("simple", "none", "in-process"), *(("microservice", transport, "loopback") for transport in TRANSPORTS)]
+        candidates: list[Configuration] = [
+            {"architecture": architecture, "transport": transport, "link": link, "interaction": interaction, "batch": batch}
+            for (architecture, transport, link), interaction, batch in itertools.product(places, INTERACTIONS, BATCHES)
+        ]
+        node = self.context.node
+        return ServeTunable(
+            self.job, node.capacity, self.context.prices, self.fingerprint, self._probe, configurations=candidates
+        )
+
+    def measured(self) -> tuple[Trial, ...]:
+        """Return the trials to choose from: known ones of this fingerprint, and what was still missing."""
+        context, job = self.context, self.job
+        context.step(job.name, "measure", "three architectures, sync and async")
+        known = [t for t in context.client.trials(fingerprint=self.fingerprint) if _candidate(t)]
+        trials = tune(
+            self.tunable(),
+            known,
+            context.client.record_trial,
+            progress=context.progress,
+            max_s=job.probe.max_s,
+            now=context.clock.boot_s,
+        )
+        line = f"{len(trials) - len(known)} new trials, {len(known)} known before"
+        rates = {
+            name: max((t.metrics["images_per_s"].mean for t in trials if t.configuration["architecture"] == name), default=0.0)
+            for name in ("simple", "microservice")
+        }
+        text = ", ".join(f"{name} up to {rate:,.0f} images/s" for name, rate in rates.items() if rate)
+        context.close_step(job.name, "measure", f"{line}; every answer right; {text}")
+        return trials
+
+    def _probe(self, configuration: Configuration) -> Iterator[Trial]:
+        """Measure one client on all architectures at once, interleaved; or one configuration with several clients."""
+        clients = int(configuration["clients"])
+        if clients > 1:
+            yield measure_clients(
+                self.served(clients),
+                configuration,
+                clients=clients,
+                source="probe",
+                **self._means(self.context.client.record_trial),
+            )
+            return
+        made = measure_serving(self.served(), batches=BATCHES, **self._means(self.context.client.record_trial))
+        yield from (trial for trial in made if _candidate(trial))
+
+    def _means(self) -> Mapping[str, Any]:
+        """Return what every measurement is handed: how a trial is made and kept, and whom to tell."""
+
+        def make_trial(**fields: Any) -> Trial:
+            return self.context.trial(stage=self.job.name, fingerprint=self.fingerprint, **fields)
+
+        record = self.context.client.record_trial
+        return {"make_trial": make_trial, "record": record, "progress": self.context.progress}
+
+    def recommend(self, goal: ServeGoal, trials: tuple[Trial, ...]) -> Recommendation:
+        """Return and record what to lease for one goal."""
+        context, job = self.context, self.job
+        context.step(job.name, "recommend", goal.name)
+        recommendation = self.tunable().recommend(
+            goal, trials, id=context.new_id("rec"), run_id=context.run.id, stage=job.name, now_s=context.clock.utc_s()
+        )
+        context.client.record_recommendation(recommendation)
+        if recommendation.thin:
+            context.display.warn(f"{job.name}: {goal.name}: {recommendation.thin}")
+        context.close_step(job.name, "recommend", f"{goal.name}: {recommendation.why}")
+        return recommendation
+
+    # --- lease ---
+
+    def lease(self, goal: ServeGoal, chosen: Candidate) -> None:
+        """Lease the winner, answer one request through the public client, load it as the goal says, end it."""
+        context, job = self.context, self.job
+        assert chosen.envelope is not None
+        architecture = str(chosen.configuration["architecture"])
+        context.step(job.name, "lease + serve", f"{goal.name}: {architecture}, {chosen.envelope.describe()}")
+        if architecture == "simple":
+            served = replace(self.served(goal.clients), app=chosen.envelope)
+            observed = measure_clients(served, chosen.configuration, clients=goal.clients, **self._means())
+            line = f"{goal.clients} leases of {chosen.envelope.describe()}"
+        else:
+            served = self.served(goal.clients, server=chosen.envelope)
+            command = server_command(self.model, name=served.name, ports=job.ports or None)
+            server = served.launch(LaunchRequest(name="server", command=command, envelope=chosen.envelope))
+            try:
+                answered_ms = self._ask(server, str(chosen.configuration["transport"]))
+                observed = measure_clients(
+                    served,
+                    chosen.configuration,
+                    clients=goal.clients,
+                    server=server,
+                    **self._means(),
+                )
+            finally:
+                ended = server.stop()
+            drained = "drained and ended cleanly" if (ended.result or {}).get("state") == "done" else f"ended {ended.kind}"
+            line = f"the public client's answer was right after {answered_ms:.1f} ms; the server {drained}"
+        metrics = observed.metrics
+        context.close_step(
+            job.name,
+            "lease + serve",
+            f"{goal.name}: {goal.clients} client{'s' if goal.clients > 1 else ''} at "
+            f"{metrics['images_per_s'].mean:,.0f} images/s, p99 {metrics['p99_s'].mean * 1e3:.1f} ms, "
+            f"{show_bytes(metrics['memory_bytes'].mean)} in all; {line}",
+        )
+        for row in compare(chosen.predictions, observed.metrics):
+            if row.missed:
+                context.display.warn(f"{job.name}: {goal.name}: {row.sentence}")
+
+    def _ask(self, server: Launched, transport: str) -> float:
+        """Ask the leased server one thing through the public client; return milliseconds. Raises JobFailed when it is wrong."""
+        clock = self.context.clock
+        one = np.load(self.x, mmap_mode="r")[:1]
+        wanted = np.load(self._expected(), mmap_mode="r")[:1]
+        with Model(f"{transport}://{server.endpoints[transport]}", self.context.run.name) as model:
+            model.wait_ready()
+            model.metadata()
+            began_s = clock.boot_s()
+            answers, _ = model.predict_timed(one)
+            took_s = clock.boot_s() - began_s
+        if not any(array.shape == wanted.shape and np.allclose(array, wanted, atol=1e-4) for array in answers.values()):
+            raise JobFailed(f"the leased server answers {answers!r} where the model in process answers {wanted!r}")
+        return took_s * 1e3
+
+
+def _candidate(trial: Trial) -> bool:
+    return trial.configuration.get("architecture") != "distributed"
+
+
+def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Envelope) -> None:
+    """Serve under the envelope that the job file gives, until the lease ends or Ctrl-C releases it."""
+    context.step(job.name, "lease + serve", envelope.describe())
+    command = server_command(model, name=context.run.name, ports=job.ports or None)
+    server = context.launch(job.name)(LaunchRequest(name="server", command=command, envelope=envelope))
+    where = ", ".join(f"{name}://{address}" for name, address in server.endpoints.items())
+    ended = None
+    while ended is None:
+        usage = server.usage()
+        context.progress(f"serving {context.run.name} at {where}; {show_bytes(usage.memory_bytes)}; Ctrl-C ends the lease")
+        ended = server.wait(1.0)
+    context.close_step(job.name, "lease + serve", f"served at {where}; ended {ended.kind}")

@@ -1,0 +1,127 @@
+"""What a user can do, as functions: the command line and `import tenure` are both made of these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tenure import app
+from tenure.errors import NotFound
+from tenure.events import Event
+from tenure.experiments.context import Display
+from tenure.experiments.flow import Outcome, report_run
+from tenure.leases import EndReason, Lease
+from tenure.meter.doctor import Finding, diagnose
+from tenure.nodes import Node
+from tenure.protocols import SystemClock
+from tenure.runs import Run, RunFiles
+from tenure.trials import Recommendation, Trial
+
+Home = str | Path | None
+
+
+class SilentDisplay:
+    """Shows nothing."""
+
+    def stage_started(self, stage: str, step: str, text: str) -> None:
+        """See Display."""
+
+    def progress(self, text: str, done: float | None = None) -> None:
+        """See Display."""
+
+    def step_done(self, stage: str, step: str, closing_line: str) -> None:
+        """See Display."""
+
+    def warn(self, text: str) -> None:
+        """See Display."""
+
+
+def run(
+    job_file: str | Path | None = None,
+    *,
+    home: Home = None,
+    resume: str = "",
+    only: str = "",
+    display: Display | None = None,
+) -> Outcome:
+    """Run a job file: measure, recommend, lease, enforce, observe, report.
+
+    resume: id of an interrupted run to go on with, instead of a job file. only: restrict to a stage's name or kind.
+    Returns the outcome, also of a run that failed (`outcome.failed`). Raises SpecError for a wrong job file.
+    """
+    path = Path(job_file) if job_file is not None else None
+    return app.run_job_file(path, home=app.find_home(home), display=display or SilentDisplay(), resume=resume, only=only)
+
+
+def recommend(job_file: str | Path, *, home: Home = None, display: Display | None = None) -> tuple[Recommendation, ...]:
+    """Measure and recommend, as `run` does, but train and serve nothing past the probes."""
+    found_home = app.find_home(home)
+    outcome = app.run_job_file(Path(job_file), home=found_home, display=display or SilentDisplay(), until="recommend")
+    if outcome.error is not None:
+        raise outcome.error
+    with app.broker(found_home) as client:
+        return tuple(client.recommendations(run_id=outcome.run.id))
+
+
+def leases(*, home: Home = None, run: str = "", live: bool = False) -> tuple[Lease, ...]:
+    """Return leases, of one run or of all. live: only those that have not ended."""
+    with app.broker(app.find_home(home)) as client:
+        return tuple(client.leases(run_id=run, live=live))
+
+
+def release(lease_id: str, *, home: Home = None) -> Lease:
+    """End a lease: SIGTERM, the grace, SIGKILL. Returns it once it has ended. Raises NotFound."""
+    with app.broker(app.find_home(home)) as client:
+        client.release((lease_id,), reason=EndReason.RELEASED, why="released by its tenant")
+        return client.wait_leases((lease_id,), until="ended", timeout_s=30.0)[0].lease
+
+
+def runs(*, home: Home = None) -> tuple[Run, ...]:
+    """Return runs, newest first."""
+    with app.broker(app.find_home(home)) as client:
+        return tuple(client.runs())
+
+
+def events(*, home: Home = None, run: str = "", after: int = 0) -> tuple[Event, ...]:
+    """Return events after a sequence number, oldest first."""
+    with app.broker(app.find_home(home)) as client:
+        return tuple(client.events(run_id=run, after_seq=after))
+
+
+def trials(*, home: Home = None, fingerprint: str = "", run: str = "") -> tuple[Trial, ...]:
+    """Return what was measured, oldest first."""
+    with app.broker(app.find_home(home)) as client:
+        return tuple(client.trials(fingerprint=fingerprint, run_id=run))
+
+
+def nodes(*, home: Home = None) -> tuple[Node, ...]:
+    """Return the nodes the broker knows."""
+    with app.broker(app.find_home(home)) as client:
+        return tuple(client.status().nodes)
+
+
+def report(run_id: str, *, home: Home = None, folder: str | Path | None = None) -> tuple[Path, Path]:
+    """Write a run's report again from the ledger; return the paths of its HTML and JSON. Raises NotFound."""
+    found_home = app.find_home(home)
+    with app.broker(found_home) as client:
+        files = RunFiles(found_home, run_id)
+        return report_run(client, files, run_id, now_s=SystemClock().utc_s(), folder=Path(folder) if folder else None)
+
+
+def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
+    """Return the end of a lease's output, its last attempt. Raises NotFound."""
+    found_home = app.find_home(home)
+    with app.broker(found_home) as client:
+        lease = client.lease(lease_id).lease
+    folder = RunFiles(found_home, lease.run_id).logs(lease.stage)
+    found = sorted(folder.glob(f"{lease.worker}.*.log"), key=lambda path: path.stat().st_mtime)
+    path = next((p for p in found if p.name == f"{lease.worker}.{lease.attempt}.log"), None)
+    if path is None:
+        raise NotFound(f"lease {lease_id} has written no log yet (looked in {folder})")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - max_bytes))
+        return file.read().decode(errors="replace")
+
+
+def doctor(home: Home = None) -> tuple[Finding, ...]:
+    """Return what this machine can do, and what each missing thing would take."""
+    return tuple(diagnose(app.find_home(home)))
