@@ -1,4 +1,5 @@
 """The warm fork server: a small single-threaded process that forks shims, so that starting one costs no interpreter start.
+One shim always waits, so that the order need not wait for a fork either.
 
 Each request is one byte with one file descriptor (SCM_RIGHTS): the shim's channel, on which the runtime hands the plan and
 gets the answer. The server reads nothing else, so that a job's environment never passes through a file. It ends when its
@@ -12,6 +13,7 @@ import contextlib
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -24,6 +26,8 @@ from tenure.errors import Unavailable
 from tenure.runtimes import shim
 
 _READY = b"+"
+_REFILL_S = 0.02
+"""After an order, the server waits this long for further ones before it forks the next spare: the job goes first."""
 
 
 class ForkServer:
@@ -137,23 +141,38 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects ended shims
     gc.collect()
     gc.freeze()
+    spare: socket.socket | None = _fork_shim(server)
     server.send(_READY)
     while True:
+        if spare is None and not select.select([server], [], [], _REFILL_S)[0]:
+            spare = _fork_shim(server)
         message, fds, _, _ = socket.recv_fds(server, 16, 1)
         if not message:
             return
-        if fds:
-            _fork_shim(server, fds[0])
+        for fd in fds:
+            _hand_over(server, spare, fd)
+            spare = None
 
 
-def _fork_shim(server: socket.socket, channel_fd: int) -> None:
-    """Fork a shim. It is this server's child in name only: nobody waits for it, and it lives on when the server ends."""
+def _hand_over(server: socket.socket, spare: socket.socket | None, channel_fd: int) -> None:
+    """Give a channel to the shim that waits, or to a new one when none does or somebody killed it."""
+    for shim_socket in (spare, None):
+        with contextlib.suppress(OSError), shim_socket or _fork_shim(server) as orders:
+            socket.send_fds(orders, [b"s"], [channel_fd])
+            break
+    os.close(channel_fd)
+
+
+def _fork_shim(server: socket.socket) -> socket.socket:
+    """Fork a shim that waits for its order; return where it is given. It is this server's child in name only."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
-        os.close(channel_fd)
-        return
+        theirs.close()
+        return ours
     try:
         os.close(server.detach())
-        shim.serve(socket.socket(fileno=channel_fd))
+        ours.close()
+        shim.serve(theirs)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -1,7 +1,9 @@
 """The shim: parent and subreaper of one attempt's processes, from fork to exit record.
 
     fork server ─fork─► shim (own session; survives agent, fork server and broker)
-                         └─fork─► job (joins its groups, drops rights, exec)
+                         └─fork─► job (waits for the order, joins its groups, drops rights, execs: `job`)
+
+Both are forked ahead of the order; one pair always waits.
 
 It ends the job at the deadline of CLOCK_BOOTTIME (SIGTERM, the grace, SIGKILL), on order, and when a poll finds memory
 or disk over its bound; kills every descendant, double-forked ones included (as subreaper they come to it); writes the
@@ -26,8 +28,9 @@ from typing import Any
 from tenure.errors import TenureError
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
-from tenure.runtimes.become import adopt_orphans, become_user, die_with_parent, enter_network, limit_self
+from tenure.runtimes.become import adopt_orphans
 from tenure.runtimes.confine import Confinement
+from tenure.runtimes.job import wait_and_become
 from tenure.runtimes.outcome import read_result, read_tail
 from tenure.runtimes.state import read_json, write_json
 
@@ -45,11 +48,19 @@ KILL_MAX_S = 30.0
 _MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
 
 
-def serve(channel: socket.socket) -> None:
-    """Run one attempt: read its plan from the channel, report the start there, and return when all is over."""
+def serve(orders: socket.socket) -> None:
+    """Get ready, wait for an order, run its attempt, return when all is over.
+
+    orders: hands over one channel (SCM_RIGHTS), on which the plan is read and the start reported; closed, nothing is to do.
+    """
     os.setsid()
-    plan = json.loads(_read_all(channel))
-    Shim(plan, channel).run()
+    adopt_orphans()
+    waiting = Waiting()
+    _, fds, _, _ = socket.recv_fds(orders, 16, 1)
+    orders.close()
+    if fds:
+        channel = socket.socket(fileno=fds[0])
+        Shim(_read_all(channel), channel, waiting).run()
 
 
 def _read_all(channel: socket.socket) -> bytes:
@@ -63,12 +74,37 @@ def _boot_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Shim:
-    """One attempt. `plan`: spec (a StartSpec's fields), env, folder, confinement, uid, gid, netns."""
+class Waiting:
+    """What is made ready before the order comes: signals that wake the shim, and the process that becomes the job."""
 
-    def __init__(self, plan: dict[str, Any], channel: socket.socket) -> None:
+    def __init__(self) -> None:
+        self.hangup = False
+        self.terminate = False
+        self.wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _HANDLED:
+            signal.signal(number, self._note)
+        orders, self.orders = os.pipe2(os.O_CLOEXEC)
+        self.failure, failure = os.pipe2(os.O_CLOEXEC)
+        shim_pid = os.getpid()
+        self.job = os.fork()
+        if self.job == 0:
+            wait_and_become(orders, failure, shim_pid)
+        os.close(orders)
+        os.close(failure)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.hangup |= number == signal.SIGHUP
+        self.terminate |= number in (signal.SIGTERM, signal.SIGINT)
+
+
+class Shim:
+    """One attempt. `text`: the plan as JSON: spec (a StartSpec's fields), env, folder, confinement, uid, gid, netns."""
+
+    def __init__(self, text: bytes, channel: socket.socket, waiting: Waiting) -> None:
+        plan = json.loads(text)
+        self._text, self._waiting = text, waiting
         self._spec = plan["spec"]
-        self._env: dict[str, str] = plan["env"]
         self._plan = plan
         self._folder = Path(plan["folder"])
         self._channel = channel
@@ -77,9 +113,7 @@ class Shim:
         self._deadline_s = float(self._spec["deadline_boot_s"])
         self._term_s = float("inf")
         self._stop: dict[str, Any] | None = None
-        self._hangup = False
-        self._terminate = False
-        self._job = 0
+        self._job = waiting.job
         self._status: int | None = None
         self._kind = ""
         self._witness = ""
@@ -91,8 +125,6 @@ class Shim:
 
     def run(self) -> None:
         """Start the job, watch it, end everything, write the record."""
-        adopt_orphans()
-        wakeup = self._catch_signals()
         failure = self._start()
         if failure is None:
             mine = {
@@ -103,7 +135,7 @@ class Shim:
             }
             write_json(self._folder / "shim.json", mine)
             self._report(mine)
-            self._watch(wakeup)
+            self._watch(self._waiting.wakeup)
         left = self._end_all()
         if failure is None:
             write_json(self._folder / "exit.json", self._record(left), sync=True)
@@ -111,18 +143,6 @@ class Shim:
         else:
             self._confinement.remove()
             self._report(failure)
-
-    def _catch_signals(self) -> int:
-        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-        def note(number: int, _frame: object) -> None:
-            self._hangup |= number == signal.SIGHUP
-            self._terminate |= number in (signal.SIGTERM, signal.SIGINT)
-
-        for number in _HANDLED:
-            signal.signal(number, note)
-        return reader
 
     def _report(self, data: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # whoever asked may be gone: the files tell the rest
@@ -132,58 +152,19 @@ class Shim:
     # --- start ---
 
     def _start(self) -> dict[str, Any] | None:
-        """Fork the job; return None once it runs, or why it does not as {"error", "errno"}."""
+        """Let the job go; return None once it runs, or why it does not as {"error", "errno", "step"}."""
+        with contextlib.suppress(OSError):
+            self._log_start_bytes = os.stat(self._spec["log_path"]).st_blocks * 512
         try:
             self._confinement.make(self._envelope, int(self._spec["pids_max"]))
-            log = os.open(self._spec["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            with os.fdopen(self._waiting.orders, "wb") as orders:
+                orders.write(self._text)
         except OSError as error:
             return {"error": f"the shim could not prepare it: {error}", "errno": error.errno, "step": "prepare"}
-        self._log_start_bytes = os.fstat(log).st_blocks * 512
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        shim_pid = os.getpid()
         self._started_at_s = time.time()
-        self._job = os.fork()
-        if self._job == 0:
-            self._become_job(log, writer, shim_pid)
-        os.close(writer)
-        os.close(log)
-        with os.fdopen(reader, "rb") as stream:
+        with os.fdopen(self._waiting.failure, "rb") as stream:
             text = stream.read(65536)
         return json.loads(text) if text else None
-
-    def _become_job(self, log: int, failure: int, shim_pid: int) -> None:
-        """In the child: join, drop, exec. Never returns."""
-        step = "prepare"
-        try:
-            signal.set_wakeup_fd(-1)
-            for number in (*_HANDLED, signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            os.setsid()
-            null = os.open("/dev/null", os.O_RDONLY)
-            os.dup2(null, 0)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.closerange(3, failure)
-            os.closerange(failure + 1, 4096)
-            step = "confine"
-            self._confinement.join()
-            limit_self(self._confinement, self._envelope)
-            step = "network"
-            if self._plan["netns"]:
-                enter_network(self._plan["netns"])
-            step = "user"
-            become_user(self._spec["user"], self._plan["uid"], self._plan["gid"])
-            step = "prepare"
-            die_with_parent()
-            if os.getppid() != shim_pid:
-                os._exit(127)
-            os.chdir(self._spec["workdir"])
-            step = "exec"
-            os.execvpe(self._spec["argv"][0], self._spec["argv"], self._env)
-        except BaseException as error:
-            report = {"error": str(error), "errno": getattr(error, "errno", None), "step": step}
-            os.write(failure, json.dumps(report).encode()[:65536])
-        os._exit(127)
 
     # --- watch ---
 
@@ -197,8 +178,8 @@ class Shim:
         next_usage = next_control + USAGE_EVERY_S
         while self._reap():
             now = _boot_s()
-            if self._hangup or now >= next_control:
-                self._hangup, next_control = False, now + CONTROL_EVERY_S
+            if self._waiting.hangup or now >= next_control:
+                self._waiting.hangup, next_control = False, now + CONTROL_EVERY_S
                 self._read_control()
             if now >= next_memory:
                 step_s = min(memory_s, step_s * 2)
@@ -257,7 +238,7 @@ class Shim:
         order: dict[str, Any] | None = None
         if self._stop is not None:
             order = self._stop
-        elif self._terminate:
+        elif self._waiting.terminate:
             order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": "the shim was sent SIGTERM"}
         elif now >= self._term_s:
             why = f"the node's term ended at {self._term_s:.3f} s of CLOCK_BOOTTIME without word from the broker"
