@@ -143,6 +143,15 @@ def test_a_worker_that_never_comes_is_named(tmp_path: Path) -> None:
         driver.step()
 
 
+def test_a_slot_too_short_for_one_shard_is_named(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, slot_s=0.1, max_idle_slots=3)
+    driver.invoke({"start": True, "workers": 1, "generation": 0, "worker": 0})
+    for _ in range(3):
+        driver.step()
+    with pytest.raises(JobFailed, match="could not finish one of its own shards; its slot is too short"):
+        driver.step()
+
+
 def test_a_resumed_stage_goes_on_with_another_number_of_workers(tmp_path: Path, reference: str) -> None:
     driver = Driver(tmp_path)
     driver.invoke({"start": True, "workers": 3, "generation": 0, "worker": 0})

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Stage:
 
     def __init__(self, root: Path, images: Path, **values: Any) -> None:
         self.root, self.live, self.started = root, {}, set()
+        self.event_of: dict[int, Path] = {}
+        self.attempts = 0
         self.slot_s = 0.0
         spec: dict[str, Any] = {"options": {"hidden": 16, "copies": 1}, "max_rounds": 6, **values}
         write_spec(root, TrainSpec(program="digits_program.py:Digits", folder=str(EXAMPLES), inputs={"d": str(images)}, **spec))
@@ -50,20 +52,30 @@ class Stage:
     started: set[str]
 
     def start(self, worker: int, event: Path) -> None:
-        folder = self.root / "workers" / str(worker) / str(len(self.started))
+        self.attempts += 1
+        self.event_of[worker] = event
+        folder = self.root / "workers" / str(worker) / str(self.attempts)
         folder.mkdir(parents=True)
         env = {**os.environ, "TENURE_RUN_DIR": str(self.root), "TENURE_WORKER_DIR": str(folder)}
-        env |= {"TENURE_WORKER": str(worker), "TENURE_EVENT_FILE": str(event), "TENURE_FENCE": str(len(self.started) + 1)}
+        env |= {"TENURE_WORKER": str(worker), "TENURE_EVENT_FILE": str(event), "TENURE_FENCE": str(self.attempts)}
         if self.slot_s:
-            deadline_s = time.clock_gettime(time.CLOCK_BOOTTIME) + self.slot_s
+            # Slots grow, so that a busy machine on which a bare start takes a second ends this test too.
+            deadline_s = time.clock_gettime(time.CLOCK_BOOTTIME) + self.slot_s * 1.4**self.attempts
             (folder / "lease.json").write_text(json.dumps({"deadline_boot_s": deadline_s}))
             env["TENURE_LEASE_FILE"] = str(folder / "lease.json")
         self.live[worker] = subprocess.Popen(command().argv, env=env, stderr=subprocess.DEVNULL)
 
-    def run(self, workers: int) -> str:
+    def run(self, workers: int, *, kill_at_rounds: Sequence[int] = ()) -> str:
+        """Train with so many workers, killing one of them each time a round of the list is reached."""
+        kills = list(kill_at_rounds)
         publish_event(self.root, start_event(workers))
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
+            if kills and read_progress(self.root / "store").round >= kills[0]:
+                self.live[kills.pop(0) % workers].kill()
+            for worker, process in list(self.live.items()):
+                if process.poll() == -signal.SIGKILL:
+                    self.start(worker, self.event_of[worker])
             for path in sorted((self.root / "store" / "events").glob("*.json")):
                 worker = json.loads(path.read_bytes())["worker"]
                 busy = worker in self.live and self.live[worker].poll() is None
@@ -111,10 +123,23 @@ def test_real_processes_give_the_weights_of_one_and_export_to_onnx(tmp_path: Pat
 
 
 @pytest.mark.real
+def test_workers_killed_with_sigkill_and_started_again_give_the_same_weights(tmp_path: Path, images: Path) -> None:
+    options = {"hidden": 64, "copies": 10}
+    undisturbed = Stage(tmp_path / "undisturbed", images, options=options, max_rounds=10, claim_period_s=0.5)
+    disturbed = Stage(tmp_path / "disturbed", images, options=options, max_rounds=10, claim_period_s=0.5)
+    try:
+        assert disturbed.run(3, kill_at_rounds=(1, 3, 5, 8)) == undisturbed.run(1)
+    finally:
+        undisturbed.end()
+        disturbed.end()
+    assert disturbed.attempts == 3 + 4
+
+
+@pytest.mark.real
 def test_slots_too_short_for_the_whole_training_are_chained(tmp_path: Path, images: Path) -> None:
-    options = {"hidden": 64, "copies": 40}
+    options = {"hidden": 64, "copies": 30}
     stage = Stage(tmp_path / "stage", images, options=options, max_rounds=12)
-    stage.slot_s = 1.2
+    stage.slot_s = 0.6
     try:
         stage.run(1)
     finally:

@@ -26,7 +26,8 @@ from tenure.train.spec import TrainSpec
 from tenure.train.store import Claims, Store, read_result
 
 LEAVE_S = 0.25
-"""Kept of a slot for handing over: one small file and the end of the process."""
+"""Kept of a slot for handing over: one small file and the end of the process; and a quarter of what its start took, so
+that a worker on a small CPU share keeps more."""
 MARGIN = 1.5
 """A step is begun only when the slot has this many times its longest duration so far left."""
 
@@ -109,7 +110,7 @@ class _Slot:
     """Longest combine so far in this slot."""
     advanced: bool = False
     """Whether this worker published a shard, or the run finished a round, in this slot."""
-    lacked_time: bool = False
+    leave_s: float = LEAVE_S
     claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,7 +169,7 @@ class _Slot:
                 continue
             if missing and context.remaining_s() == math.inf and context.monotonic() - waiting_since > context.spec.wait_s:
                 raise Unavailable(self._missing(round_, f"{context.spec.wait_s:g} s"))
-            if any(shard % self.event.workers == self.event.workerno for shard in missing):
+            if self._own(missing):
                 return round_  # one of our own was torn and put into quarantine: compute it again
             context.sleep(pause_s)
             pause_s = min(pause_s * 1.5, context.poll_s)
@@ -201,18 +202,19 @@ class _Slot:
         return None
 
     def _check_leave(self, step_s: float) -> None:
-        if self.context.stopping():
-            raise _Leave
-        if self.context.remaining_s() < LEAVE_S + step_s:
-            self.lacked_time = step_s > 0
+        if self.context.stopping() or self.context.remaining_s() < self.leave_s + step_s:
             raise _Leave
 
     def _hand_over(self, round_: int) -> Outcome:
         event, spec = self.event, self.context.spec
         idle = 0 if self.advanced else event.idle + 1
         if idle > spec.max_idle_slots:
-            reason = "this worker's slot is too short for one step; raise slot" if self.lacked_time else ""
-            error = reason or self._missing(round_, f"{idle} slots")
+            error = self._missing(round_, f"{idle} slots")
+            if self._own(set(range(spec.shards)) - self.context.store.shards_there(round_)):
+                error = (
+                    f"in {idle} slots worker {event.workerno} could not finish one of its own shards; "
+                    "its slot is too short: raise it, or the CPU share"
+                )
             raise JobFailed(f"training stands still in round {round_}: {error}")
         following = Work(
             workerno=event.workerno,
@@ -224,6 +226,9 @@ class _Slot:
         )
         self.context.invoke(following.to_dict())
         return Outcome("continue", following.round, "told to leave" if self.context.stopping() else "slot nearly over")
+
+    def _own(self, shards: set[int]) -> bool:
+        return any(shard % self.event.workers == self.event.workerno for shard in shards)
 
     def _missing(self, round_: int, waited: str) -> str:
         missing = sorted(set(range(self.context.spec.shards)) - self.context.store.shards_there(round_))
@@ -241,6 +246,8 @@ class _Slot:
 
     def _record_start(self) -> None:
         event, context = self.event, self.context
+        startup_s = context.since_start_s()
+        self.leave_s = LEAVE_S + startup_s / 4
         name = f"starts/{event.generation:04d}-{event.workerno:04d}-{event.slot:06d}.json"
         if not context.store.files.exists(context.store.root / name):
-            context.store.publish_json(name, {"worker": event.workerno, "startup_s": context.since_start_s()})
+            context.store.publish_json(name, {"worker": event.workerno, "startup_s": startup_s})

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenure.errors import SpecError
-
-Arrays = dict[str, NDArray[Any]]
+from tenure.train.records import Arrays as Arrays  # part of the protocol: programs import it from here
 
 _METHODS = ("data", "build", "gradient", "update", "evaluate")
 
