@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tenure import app
-from tenure.errors import NotFound
+from tenure.broker.client import connect, start_broker
+from tenure.errors import Conflict, NotFound, SpecError, Unavailable
 from tenure.events import Event
 from tenure.experiments.context import Display
 from tenure.experiments.flow import Outcome, report_run
@@ -14,6 +15,7 @@ from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node
 from tenure.protocols import SystemClock
 from tenure.runs import Run, RunFiles
+from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
 
 Home = str | Path | None
@@ -120,6 +122,36 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - max_bytes))
         return file.read().decode(errors="replace")
+
+
+def up(*, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None) -> Node:
+    """Start a broker and this machine's agent that stay until `down`; return the node. An answering broker is kept as it is.
+
+    cpus, memory (bytes): offer only this part of the machine; both or neither. Raises SpecError, Conflict, Unavailable.
+    """
+    if (cpus is None) != (memory is None):
+        raise SpecError("a part of a machine needs both cpus and memory, e.g. --cpus 2 --memory 8GiB")
+    found_home = app.find_home(home)
+    part = check_name("node", node) if cpus is None else f"{check_name('node', node)}:{cpus:g}:{memory}B"
+    start_broker(found_home, persistent=True, nodes=(part,))
+    with app.broker(found_home) as client:
+        status = client.status()
+    if not status.persistent:
+        raise Conflict("a broker that a run started for itself answers in this home; try again when that run has ended")
+    return next((known for known in status.nodes if known.name == node), status.nodes[0])
+
+
+def down(*, home: Home = None) -> bool:
+    """End every lease of the home, its agents and its broker. Returns False when no broker answered."""
+    try:
+        client = connect(app.find_home(home), start=False, who="cli:down")
+    except Unavailable:
+        return False
+    try:
+        client.shutdown()
+    finally:
+        client.close()
+    return True
 
 
 def doctor(home: Home = None) -> tuple[Finding, ...]:
