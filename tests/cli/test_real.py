@@ -94,6 +94,22 @@ def test_a_task_runs_and_every_verb_can_tell_of_it_afterwards(tenure, tmp_path):
     assert tenure("run", "--resume", run, code=2).stderr.startswith("tenure: ")
 
 
+def test_up_stays_until_down_and_offers_the_part_it_was_told(tmp_path):
+    home = tmp_path / "up"
+    env = {**os.environ, "TENURE_HOME": str(home)}
+
+    def call(*argv):
+        return subprocess.run(command(*argv), env=env, capture_output=True, text=True, timeout=60)
+
+    try:
+        (node,) = json.loads(call("up", "--node", "part", "--cpus", "0.5", "--memory", "256MiB", "--json").stdout)
+        assert (node["name"], node["capacity"]["cpus"], node["capacity"]["memory_bytes"]) == ("part", 0.5, 256 << 20)
+    finally:
+        assert json.loads(call("down", "--json").stdout) == {"was_up": True}
+    until(lambda: not living(home), within_s=30)
+    assert call("down").stdout == "nothing was up in this home\n"
+
+
 def test_a_failing_command_ends_with_1_and_its_last_words(tenure, tmp_path):
     done = tenure("run", write_job(tmp_path, "raise SystemExit('no data here')"), code=1)
     assert "no data here" in done.stderr

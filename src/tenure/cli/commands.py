@@ -223,8 +223,8 @@ def report(
 @app.command()
 def up(
     node: Annotated[str, typer.Option("--node", metavar="NAME", help="What to call this node.")] = "local",
-    cpus: Annotated[float | None, typer.Option("--cpus", metavar="N", help="Offer only this many cores.")] = None,
-    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="Offer only this much, e.g. 8GiB.")] = "",
+    cpus: Annotated[float | None, typer.Option("--cpus", metavar="N", help="Offer only so many cores; with --memory.")] = None,
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; with --cpus.")] = "",
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -232,8 +232,8 @@ def up(
     from tenure import verbs
     from tenure.resources import parse_bytes
 
-    verbs.up(home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None)
-    _print(output.as_json({"up": node}) if json else f'up: node {output.clean(node)}; end it with "tenure down"')
+    started = verbs.up(home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None)
+    _show((started,), output.nodes_table, json)
 
 
 @app.command()
@@ -241,8 +241,8 @@ def down(home: Home = None, json: Json = False) -> None:
     """End every lease, the agent and the broker."""
     from tenure import verbs
 
-    verbs.down(home=home)
-    _print(output.as_json({"down": True}) if json else "down: no lease is held, nothing of Tenure runs in this home")
+    was_up = verbs.down(home=home)
+    _print(output.as_json({"was_up": was_up}) if json else "down" if was_up else "nothing was up in this home")
 
 
 @app.command()
