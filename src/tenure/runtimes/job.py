@@ -27,6 +27,8 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
         die_with_parent()
         if os.getppid() != shim_pid:
             os._exit(CANNOT_RUN)
+        json.loads(json.dumps({"spec": {"envelope": 1.0}}))  # copies the memory shared with the shim before the order comes
+        Envelope(cpus=1.0)
         text = _read_all(orders)
         if not text:
             os._exit(CANNOT_RUN)  # the shim is not needed
