@@ -96,7 +96,7 @@ def _dress(axes: Any, figure: Figure) -> None:
     if labels and (len(labels) > 1 or figure["kind"] == "lines"):
         names = [_short(text, 34) for text in labels]
         columns = min(len(names), 3 if max(len(text) for text in names) <= 26 else 2)
-        axes.legend(handles, names, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+        axes.figure.legend(handles, names, frameon=False, loc="outside upper center", ncols=columns)
 
 
 def _categories(figure: Figure) -> list[str]:

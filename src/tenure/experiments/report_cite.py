@@ -86,7 +86,7 @@ class Rows:
             raise NotFound(f"trial {trial.id} has no metric {metric!r}; it has: {', '.join(trial.metrics)}")
         text = show(metric, summary.mean)
         if summary.n > 1:
-            text = f"{show(metric, summary.mean)} ± {show(metric, summary.standard_error)}"
+            text = show_spread(metric, summary.mean, summary.standard_error)
         cite = {"trial": trial.id, "metric": metric}
         return {"value": summary.mean, "error": summary.standard_error, "n": summary.n, "text": text, "cite": cite}
 
@@ -169,6 +169,15 @@ def show(name: str, value: Any) -> str:
     if "accuracy" in name:
         return f"{100 * value:.2f} %"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def show_spread(name: str, mean: float, error: float) -> str:
+    """Return mean ± error for people, both in the unit that fits the mean, e.g. ``422 ± 2.9 ms``."""
+    number, _, unit = show(name, mean).rpartition(" ")
+    if not number or not mean:
+        return f"{show(name, mean)} ± {show(name, error)}"
+    scaled = error * float(number.replace(",", "")) / mean
+    return f"{number} ± {scaled:.0f} {unit}" if scaled >= 100 else f"{number} ± {scaled:.2g} {unit}"
 
 
 def _show_seconds(value: float) -> str:

@@ -162,7 +162,7 @@ def _memory_peaks(rows: Rows, stage: Stage, trials: Sequence[Trial], leases: Seq
 
 
 def _memory_over_time(rows: Rows, stage: Stage, leases: Sequence[Lease]) -> Figure:
-    series = []
+    series: list[dict[str, Any]] = []
     gang = [lease for lease in leases if lease.gang_id] or list(leases)
     for lease in gang[-8:]:
         points = [_point(at_s, cell) for at_s, cell in rows.usage(lease, "memory_bytes")]
