@@ -3,8 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.experiments.fake_launch import PlainLaunch
-from tests.experiments.synthetic import MACHINE
 
 from tenure.errors import JobFailed, SpecError
 from tenure.experiments import architectures, netns
@@ -12,6 +10,9 @@ from tenure.experiments.architectures import Served, measure_clients, measure_se
 from tenure.resources import Envelope
 from tenure.serve.client import Model
 from tenure.trials import Trial
+
+from .fake_launch import PlainLaunch
+from .synthetic import MACHINE
 
 onnx = pytest.importorskip("onnx", reason="the test model is made with the package onnx (extra demo)")
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 from functools import reduce
 
 import pytest
-from tests.experiments.synthetic import failed_run, full_run
 
 from tenure.experiments import plots
 from tenure.experiments.report import ReportData, build_report, figures, render_html, write_report
 from tenure.runs import RunState
 from tenure.wire import to_builtins
+
+from .synthetic import failed_run, full_run
 
 HOSTILE = "<script>alert(1)</script>\"' $x^{ & </svg>"
 

@@ -5,9 +5,10 @@ import shutil
 import subprocess
 
 import pytest
-from tests.experiments.synthetic import full_run
 
 from tenure.experiments.report import build_report, figures, render_html, write_report
+
+from .synthetic import full_run
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = [
