@@ -51,6 +51,7 @@ def summarize(values: Sequence[float]) -> Summary:
     """Return the summary of at least one finite value. Raises SpecError for none or for NaN and infinity."""
     if not values or not all(math.isfinite(value) for value in values):
         raise SpecError(f"a summary needs at least one finite value; found {list(values)[:5]!r}")
+    values = [float(value) for value in values]
     return Summary(
         n=len(values),
         mean=statistics.fmean(values),

@@ -153,10 +153,10 @@ class _Service:
                 configuration,
                 clients=clients,
                 source="probe",
-                **self._means(self.context.client.record_trial),
+                **self._means(),
             )
             return
-        made = measure_serving(self.served(), batches=BATCHES, **self._means(self.context.client.record_trial))
+        made = measure_serving(self.served(), batches=BATCHES, **self._means())
         yield from (trial for trial in made if _candidate(trial))
 
     def _means(self) -> Mapping[str, Any]:

@@ -149,7 +149,7 @@ def _probe(
         fingerprint=fingerprint,
         source="probe",
         configuration=configuration,
-        metrics=_metrics(progress, views),
+        metrics={**_metrics(progress, views), "time_s": summarize([_span_s([view.lease for view in views])])},
         seed=job.seed,
         curves=_curves(progress),
         note=stage,
@@ -177,7 +177,7 @@ def _train(context: RunContext, job: Job, spec: train.TrainSpec, fingerprint: st
     for lease in context.client.leases(run_id=context.run.id, stage=job.name):
         if lease.command.on_event and lease.starts_at_s:
             gangs.setdefault(lease.gang_id, []).append(lease)
-    time_s = sum(max(lease.ended_at_s for lease in gang) - min(lease.starts_at_s for lease in gang) for gang in gangs.values())
+    time_s = sum(_span_s(gang) for gang in gangs.values())
     cost_usd = sum(context.prices.cost_usd(lease.envelope, lease.held_s) for gang in gangs.values() for lease in gang)
     trial = context.trial(
         stage=job.name,
@@ -203,6 +203,11 @@ def _train(context: RunContext, job: Job, spec: train.TrainSpec, fingerprint: st
         f"peak {peak} per worker, ${cost_usd:.6f}",
     )
     return trial
+
+
+def _span_s(gang: Sequence[Lease]) -> float:
+    """Return the seconds from the gang's grant to its last end."""
+    return max(lease.ended_at_s for lease in gang) - min(lease.starts_at_s for lease in gang)
 
 
 def _run_gang(
