@@ -4,7 +4,7 @@ The verbs are those of the command line, with the same meaning::
 
     import tenure
     outcome = tenure.run("examples/digits.toml")
-    tenure.leases()
+    tenure.list_leases(run=outcome.run.id)
 
 Importing the package loads nothing but this file (PEP 562): a training worker pays only for what it uses.
 """
@@ -16,10 +16,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_VERBS = ("doctor", "down", "logs", "release", "report", "run", "up")
+_LISTS = ("events", "leases", "nodes", "runs", "trials")
 _HOMES = {
-    **dict.fromkeys(("doctor", "events", "leases", "recommend", "release", "report", "run", "runs", "trials"), "tenure.verbs"),
-    "TenureError": "tenure.errors",
-    "Model": "tenure.serve.client",
+    **{name: ("tenure.verbs", name) for name in _VERBS},
+    # These verbs share their word with a module of nouns, which an import would put in their place: so `list_leases`.
+    **{f"list_{name}": ("tenure.verbs", name) for name in _LISTS},
+    "recommend_for": ("tenure.verbs", "recommend"),
+    "TenureError": ("tenure.errors", "TenureError"),
+    "Model": ("tenure.serve.client", "Model"),
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
@@ -28,7 +33,8 @@ __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tenure' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    value = getattr(import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

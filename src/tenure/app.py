@@ -7,16 +7,19 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tenure.broker.client import BrokerClient, connect
 from tenure.data import price_table
 from tenure.errors import SpecError, Unavailable
-from tenure.experiments.context import Display, RunContext
-from tenure.experiments.flow import Outcome, new_run, resumed_run, run_stages
 from tenure.meter.machine import versions
 from tenure.nodes import Node
 from tenure.protocols import SystemClock
 from tenure.runs import RunFiles
+
+if TYPE_CHECKING:
+    from tenure.experiments.context import Display
+    from tenure.experiments.flow import Outcome
 
 LIBRARIES = ("tenure", "numpy", "scipy", "scikit-learn", "onnxruntime", "onnx")
 """Versions of these belong to every trial."""
@@ -59,6 +62,10 @@ def run_job_file(
     job_file: Path | None, *, home: Path, display: Display, resume: str = "", only: str = "", until: str = "done"
 ) -> Outcome:
     """Run a job file, or go on with a run. See `experiments.flow`."""
+    # SciPy, ONNX Runtime's client and plots come with these: commands that only look need none of it.
+    from tenure.experiments.context import RunContext
+    from tenure.experiments.flow import new_run, resumed_run, run_stages
+
     clock = SystemClock()
     text, source = _read(job_file)
     if not resume:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tenure import app
 from tenure.broker.client import connect, start_broker
 from tenure.errors import Conflict, NotFound, SpecError, Unavailable
 from tenure.events import Event
-from tenure.experiments.context import Display
-from tenure.experiments.flow import Outcome, report_run
 from tenure.leases import EndReason, Lease
 from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node
@@ -17,6 +16,10 @@ from tenure.protocols import SystemClock
 from tenure.runs import Run, RunFiles
 from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
+
+if TYPE_CHECKING:
+    from tenure.experiments.context import Display
+    from tenure.experiments.flow import Outcome
 
 Home = str | Path | None
 
@@ -103,6 +106,8 @@ def nodes(*, home: Home = None) -> tuple[Node, ...]:
 
 def report(run_id: str, *, home: Home = None, folder: str | Path | None = None) -> tuple[Path, Path]:
     """Write a run's report again from the ledger; return the paths of its HTML and JSON. Raises NotFound."""
+    from tenure.experiments.flow import report_run  # plots come with it
+
     found_home = app.find_home(home)
     with app.broker(found_home) as client:
         files = RunFiles(found_home, run_id)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from tenure.errors import SpecError
 from tenure.trials import Prediction
@@ -68,11 +68,11 @@ def half_width(summaries: Sequence[Summary], *, level: float = LEVEL) -> float:
     whole = pool(summaries)
     if whole.n < 2:
         return SINGLE_SPREAD * abs(whole.mean)
-    half = float(student_t.ppf(0.5 + level / 2, whole.n - 1)) * whole.sd * math.sqrt(2 / whole.n)
+    half = float(stdtrit(whole.n - 1, 0.5 + level / 2)) * whole.sd * math.sqrt(2 / whole.n)
     if len(summaries) > 1:
         means = [s.mean for s in summaries]
         between = float(np.std(means, ddof=1)) * math.sqrt(1 + 1 / len(means))
-        half = max(half, float(student_t.ppf(0.5 + level / 2, len(means) - 1)) * between if len(means) > 2 else 2 * between)
+        half = max(half, float(stdtrit(len(means) - 1, 0.5 + level / 2)) * between if len(means) > 2 else 2 * between)
     return half
 
 
@@ -163,7 +163,7 @@ def _extrapolate(rounds: Floats, accuracy: Floats, goal: float, top: float) -> P
         fitted = floors[best] + scales[best] * (rounds + offsets[best]) ** -powers[best]
         freedom = min(MAX_FREEDOM, max(1.0, _effective_points((error - fitted) * np.sqrt(weights)) - 4))
         noise_squares = max(float(squares[best]), least)
-        f_ratio = float(student_t.ppf(0.5 + LEVEL / 2, freedom)) ** 2
+        f_ratio = float(stdtrit(freedom, 0.5 + LEVEL / 2)) ** 2
         plausible = squares <= float(squares[best]) + noise_squares * f_ratio / freedom
         noise = math.sqrt(noise_squares / float(weights.sum()))
         needed = _needed(floors, offsets, powers, scales, limit, top)
@@ -255,7 +255,7 @@ class Line:
             half = SINGLE_SPREAD * abs(y)
         else:
             spread = math.sqrt(1 + 1 / self.n + (x - self.x_mean) ** 2 / self.x_squares)
-            half = float(student_t.ppf(0.5 + LEVEL / 2, self.n - 2)) * self.residual_sd * spread
+            half = float(stdtrit(self.n - 2, 0.5 + LEVEL / 2)) * self.residual_sd * spread
         return Prediction(value=y, low=y - half, high=y + half, level=LEVEL)
 
 

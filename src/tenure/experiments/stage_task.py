@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from tenure.errors import JobFailed
 from tenure.experiments.context import RunContext
 from tenure.jobs import Command, Job
-from tenure.protocols import ExitKind, LaunchRequest
+from tenure.protocols import Exit, ExitKind, Launched, LaunchRequest
 from tenure.resources import Envelope, show_bytes
 
 
@@ -25,21 +27,7 @@ def run_task(context: RunContext, job: Job) -> None:
         ports=job.ports,
         secrets=job.secrets,
     )
-    for attempt in range(1, job.retry.attempts + 1):
-        launched = context.launch(job.name)(
-            LaunchRequest(name=job.name, command=command, envelope=envelope, outputs=job.outputs)
-        )
-        ended = None
-        while ended is None:
-            ended = launched.wait(0.5)
-            usage = launched.usage()
-            context.display.progress(f"{show_bytes(usage.memory_bytes)} in use, {usage.cpu_s:.1f} CPU-s")
-        if ended.kind is ExitKind.COMPLETED:
-            break
-        why = f"{ended.kind}{f' (code {ended.code})' if ended.code else ''}{f', {ended.witness}' if ended.witness else ''}"
-        if attempt == job.retry.attempts:
-            raise JobFailed(f"stage {job.name} ended {why}\n{ended.log_tail}".rstrip(), reason=str(ended.kind))
-        context.display.warn(f"{job.name}: attempt {attempt} ended {why}; trying again")
+    launched, ended = _completed(context, job, LaunchRequest(name=job.name, command=command, envelope=envelope))
     for name, path in job.outputs.items():
         context.keep(job.name, name, launched.worker_dir / path, path)
     context.set_stage(job.name, artefacts=context.artefacts.get(job.name, {}))
@@ -49,3 +37,19 @@ def run_task(context: RunContext, job: Job) -> None:
     context.close_step(
         job.name, "lease + run", f"completed in {held_s:.1f} s, peak memory {peak} of {envelope.describe()}{outputs}"
     )
+
+
+def _completed(context: RunContext, job: Job, request: LaunchRequest) -> tuple[Launched, Exit]:
+    """Launch until an attempt completes. Raises JobFailed when the last one the job allows does not."""
+    for attempt in itertools.count(1):
+        launched = context.launch(job.name)(request)
+        while (ended := launched.wait(0.5)) is None:
+            usage = launched.usage()
+            context.display.progress(f"{show_bytes(usage.memory_bytes)} in use, {usage.cpu_s:.1f} CPU-s")
+        if ended.kind is ExitKind.COMPLETED:
+            return launched, ended
+        why = f"{ended.kind}{f' (code {ended.code})' if ended.code else ''}{f', {ended.witness}' if ended.witness else ''}"
+        if attempt >= job.retry.attempts:
+            raise JobFailed(f"stage {job.name} ended {why}\n{ended.log_tail}".rstrip(), reason=str(ended.kind))
+        context.display.warn(f"{job.name}: attempt {attempt} ended {why}; trying again")
+    raise AssertionError("unreachable: the loop has no end of its own")
