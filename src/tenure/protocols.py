@@ -197,7 +197,6 @@ class LaunchRequest:
     """Within the stage; names the worker folder and the log."""
     command: Command
     envelope: Envelope
-    outputs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Launched(Protocol):
