@@ -122,16 +122,22 @@ class RuntimeContract:
 
     def test_too_much_memory_ends_the_lease_with_a_witness(self, bench):
         code = (
-            "import json, os\n"
-            "try:\n    x = bytearray(200 << 20)\n    x[::4096] = b'x' * len(x[::4096])\n"
+            "import json, os, time\n"
+            "try:\n    x = bytearray(SIZE << 20)\n    x[::4096] = b'x' * len(x[::4096])\n    time.sleep(60)\n"
             "except MemoryError as e:\n"
             "    out = open(os.environ['TENURE_WORKER_DIR'] + '/result.json', 'w')\n"
             "    json.dump({'state': 'failed', 'error': f'MemoryError: {e}'}, out)\n"
             "    raise SystemExit(1)\n"
         )
-        ended = bench.end(bench.python(code, memory=64 * MIB))
-        assert ended.kind is ExitKind.OUT_OF_MEMORY
-        assert ended.witness
+        for number, size_mib in enumerate((200, 2000)):
+            handle = bench.python(code.replace("SIZE", str(size_mib)), memory=64 * MIB, lease=f"large-{number}")
+            ended = bench.end(handle)
+            assert ended.kind is ExitKind.OUT_OF_MEMORY, size_mib
+            assert ended.witness
+
+    def test_memory_that_is_reserved_and_never_touched_is_not_held_against_the_job(self, bench):
+        code = "import mmap\nx = mmap.mmap(-1, 200 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nx[0] = 1"
+        assert bench.end(bench.python(code, memory=64 * MIB)).kind is ExitKind.COMPLETED
 
     def test_a_tree_that_is_too_large_only_together_is_ended(self, bench):
         code = (

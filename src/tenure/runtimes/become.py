@@ -38,7 +38,7 @@ def limit_self(confinement: Confinement, envelope: Envelope) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if not confinement.enforced:
         os.sched_setaffinity(0, cpu_mask(envelope.cpus))
-        limit_memory(envelope.memory_bytes)
+        limit_memory(envelope)
 
 
 def become_user(user: str, uid: int | None, gid: int | None) -> None:

@@ -29,7 +29,7 @@ from tenure.errors import TenureError
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.become import adopt_orphans
-from tenure.runtimes.confine import Confinement
+from tenure.runtimes.confine import Confinement, data_limit_bytes
 from tenure.runtimes.job import wait_and_become
 from tenure.runtimes.outcome import read_result, read_tail
 from tenure.runtimes.state import read_json, write_json
@@ -357,7 +357,7 @@ class Shim:
         elif not kind and code and not self._confinement.enforced and _MEMORY_ERROR.match(said):
             kind, witness = (
                 "out_of_memory",
-                f"the job's own result.json under RLIMIT_DATA {self._envelope.memory_bytes}: {said[:200]}",
+                f"the job's own result.json under RLIMIT_DATA {data_limit_bytes(self._envelope)}: {said[:200]}",
             )
         elif not kind:
             kind, witness = ("failed" if code else "completed"), f"wait status of pid {self._job}: exit {code}"
