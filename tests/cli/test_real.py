@@ -96,10 +96,13 @@ def test_a_task_runs_and_every_verb_can_tell_of_it_afterwards(tenure, tmp_path):
 
 def test_up_stays_until_down_and_offers_the_part_it_was_told(tmp_path):
     home = tmp_path / "up"
-    env = {**os.environ, "TENURE_HOME": str(home)}
+    # Shares of its own: a broker of another test may still be about to leave, and holds the machine until then.
+    env = {**os.environ, "TENURE_HOME": str(home), "TENURE_SHARES_FILE": str(tmp_path / "shares.json")}
 
     def call(*argv):
-        return subprocess.run(command(*argv), env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command(*argv), env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done
 
     try:
         (node,) = json.loads(call("up", "--node", "part", "--cpus", "0.5", "--memory", "256MiB", "--json").stdout)
