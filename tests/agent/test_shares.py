@@ -1,10 +1,16 @@
+import fcntl
+import json
+import math
 import os
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from tenure.agent import shares
-from tenure.errors import Refused, SpecError
+from tenure.errors import Refused, SpecError, Unavailable
 from tenure.resources import Capacity
 from tenure.runtimes import procfs
 
@@ -71,3 +77,87 @@ def test_a_spoilt_file_holds_nothing(path):
     assert shares.reserve("/home/b", "n", WHOLE, boot_id="b", path=path).cpus == 4
     shares.release(path)
     assert path.read_text() == "[]"
+
+
+ENTRY = {"home": "/h", "node": "n", "user": "u", "pid": 1, "start_ticks": 1, "boot_id": "b", "cpus": 1, "memory_bytes": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a": 1}',
+        '[{"home": 1}]',
+        *(json.dumps([ENTRY | wrong]) for wrong in ({"cpus": "4"}, {"cpus": math.nan}, {"cpus": -9}, {"pid": None})),
+    ],
+)
+def test_what_is_no_entry_holds_nothing(path, text, monkeypatch):
+    monkeypatch.setattr(shares.procfs, "is_alive", lambda *_: True)
+    path.write_text(text)
+    assert shares.reserve("/home/b", "n", WHOLE, boot_id="b", path=path).cpus == 4
+
+
+def _as_fifo(path):
+    os.mkfifo(path)
+
+
+def _as_folder(path):
+    path.mkdir()
+
+
+def _as_link(path):
+    path.symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize("spoil", [_as_fifo, _as_folder, _as_link])
+def test_what_is_no_regular_file_is_named_with_its_owner_and_the_remedy(path, spoil):
+    spoil(path)
+    with pytest.raises(Unavailable, match=r"shares.json.*cannot be used.*belongs to user .*Remove it"):
+        shares.reserve("/home/b", "n", WHOLE, boot_id="b", path=path)
+
+
+def test_a_program_that_sits_on_the_lock_is_not_waited_for_for_ever(path, monkeypatch):
+    monkeypatch.setattr(shares, "_LOCK_MAX_S", 0.05)
+    path.write_text("[]")
+    with path.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Unavailable, match="kept it locked"):
+            shares.reserve("/home/b", "n", WHOLE, boot_id="b", path=path)
+
+
+def test_the_file_is_for_everybody_whatever_the_umask(path):
+    before = os.umask(0o077)
+    try:
+        shares.reserve("/home/b", "n", WHOLE, boot_id="b", path=path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from tenure.agent import shares
+from tenure.resources import Capacity
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+whole = Capacity(cpus=4, memory_bytes=8 << 30)
+print(shares.reserve("/home/n", "n", whole, boot_id="b", path=Path(sys.argv[1])).cpus)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_users_take_turns_in_a_sticky_folder_whoever_made_the_file():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        for maker in ("root", "nobody"):
+            path = Path(folder) / f"{maker}.json"
+            takers = [
+                lambda path=path: shares.reserve("/home/r", "r", WHOLE, boot_id="b", cpus=1, memory_bytes=GIB, path=path).cpus,
+                lambda path=path: float(
+                    subprocess.run(
+                        [sys.executable, "-c", AS_NOBODY, path], capture_output=True, text=True, check=True, timeout=60
+                    ).stdout
+                ),
+            ]
+            taken = [take() for take in (takers if maker == "root" else reversed(takers))]
+            assert sorted(taken) == ([1, 3] if maker == "root" else [1, 4])

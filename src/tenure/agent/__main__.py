@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from tenure.agent import shares
 from tenure.agent.node import Agent
-from tenure.errors import Refused, TenureError
+from tenure.errors import Refused, TenureError, Unavailable
 from tenure.meter.machine import capacity
 from tenure.protocols import SystemClock
 from tenure.resources import parse_bytes, parse_duration
@@ -64,7 +65,8 @@ async def _run(options: argparse.Namespace, state_dir: Path) -> None:
             asyncio.get_running_loop().add_signal_handler(number, agent.end)
         await agent.run()
     finally:
-        shares.release()
+        with contextlib.suppress(Unavailable):  # the entry is void anyway once this process is gone
+            shares.release()
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:

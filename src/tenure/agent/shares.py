@@ -2,7 +2,8 @@
 
 An entry belongs to a process (pid + start time + boot) and is void once that process is dead. The file is locked while
 it is read and written, readable and writable by everybody, and lies where every user looks (TENURE_SHARES_FILE names
-another place, for tests). Not for: what a node leases out of its part (`decide`).
+another place, for tests). It serves agents that cooperate: a user who spoils it can make others overcommit the machine or
+be refused with a reason, no more. Not for: what a node leases out of its part (`decide`).
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pwd
+import stat
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tenure.errors import Refused
+from tenure.errors import Refused, Unavailable
 from tenure.resources import Capacity, show_bytes
 from tenure.runtimes import procfs
 
 _LEAST_MEMORY_BYTES = 64 << 20
 _MAX_FILE_BYTES = 1 << 20
+_LOCK_MAX_S = 5.0
+_JSON_TYPES = {"str": ("str",), "int": ("int",), "float": ("int", "float")}
 
 
 def shares_path() -> Path:
@@ -60,7 +66,8 @@ def reserve(
     """Reserve a part of the machine for this process until it ends, and return it.
 
     cpus, memory_bytes: what is needed; None takes what the others have left. Raises Refused, with who holds the rest, when
-    that is less than needed or next to nothing; SpecError when more is asked than the machine has.
+    that is less than needed or next to nothing; SpecError when more is asked than the machine has; Unavailable when the
+    file cannot be used.
     """
     whole.with_part(cpus=cpus, memory_bytes=memory_bytes)
     with _locked(path or shares_path()) as fd:
@@ -78,7 +85,7 @@ def reserve(
         mine = Share(
             home=home,
             node=node,
-            user=_user(),
+            user=_name(os.getuid()),
             pid=os.getpid(),
             start_ticks=procfs.start_ticks(os.getpid()),
             boot_id=boot_id,
@@ -115,45 +122,85 @@ def _refusal(
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    # Without O_CREAT first: in a sticky folder the kernel refuses O_CREAT on another user's file (fs.protected_regular).
+    """Open and lock the file for one change. Raises Unavailable when another user or program spoilt it or sits on it."""
+    fd = -1
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        with contextlib.suppress(OSError):
-            os.fchmod(fd, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fd = _open(path)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Unavailable(_spoilt(path, "it is no regular file"))
+        _lock(fd, path)
         yield fd
+    except OSError as error:
+        raise Unavailable(_spoilt(path, error.strerror or str(error))) from error
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _open(path: Path) -> int:
+    # Without O_CREAT first: in a sticky folder the kernel refuses O_CREAT on another user's file (fs.protected_regular).
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        with contextlib.suppress(FileExistsError):  # another agent was quicker
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            os.fchmod(fd, 0o666)  # whatever the umask
+            return fd
+    raise Unavailable(_spoilt(path, "it comes and goes"))
+
+
+def _lock(fd: int, path: Path) -> None:
+    end_s = time.monotonic() + _LOCK_MAX_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                raise Unavailable(_spoilt(path, f"a program has kept it locked for {_LOCK_MAX_S:g} s")) from None
+            time.sleep(0.01)
+
+
+def _spoilt(path: Path, why: str) -> str:
+    owner = ""
+    with contextlib.suppress(OSError):
+        owner = f" (it belongs to user {_name(os.lstat(path).st_uid)})"
+    return (
+        f"{path}, where the agents of all users note what they use of this machine, cannot be used: {why}{owner}. Remove it or "
+        "have its owner do so; agents make it anew. TENURE_SHARES_FILE names another file, which then knows nothing of others."
+    )
 
 
 def _read(fd: int) -> list[Share]:
     """Return the entries; what is not one (a torn or foreign write) holds nothing."""
     try:
         data: Any = json.loads(os.pread(fd, _MAX_FILE_BYTES, 0) or b"[]")
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     found = []
     for entry in data if isinstance(data, list) else []:
         with contextlib.suppress(TypeError):
-            found.append(Share(**entry))
+            share = Share(**entry)
+            if all(type(getattr(share, part.name)).__name__ in _JSON_TYPES[str(part.type)] for part in fields(Share)) and (
+                0 < share.cpus < math.inf and share.memory_bytes > 0
+            ):
+                found.append(share)
     return found
 
 
 def _write(fd: int, shares: list[Share]) -> None:
     text = json.dumps([asdict(share) for share in shares]).encode()
-    os.ftruncate(fd, 0)
+    os.posix_fallocate(fd, 0, len(text))  # on a full disk this fails, and nobody's entry is lost
     os.pwrite(fd, text, 0)
+    os.ftruncate(fd, len(text))
 
 
 def _is_held(share: Share, boot_id: str) -> bool:
     return share.boot_id == boot_id and procfs.is_alive(share.pid, share.start_ticks)
 
 
-def _user() -> str:
+def _name(uid: int) -> str:
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.getuid())
+        return str(uid)
