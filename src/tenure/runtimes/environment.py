@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import pwd
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,8 @@ def job_environment(spec: StartSpec) -> dict[str, str]:
         TENURE_LEASE_ID=spec.lease_id,
         TENURE_FENCE=str(spec.fence),
         TENURE_ATTEMPT=str(spec.attempt),
+        # Its process may have waited long before this order came, so that its own start time says nothing.
+        TENURE_STARTED_BOOT_S=repr(time.clock_gettime(time.CLOCK_BOOTTIME)),
     )
     return base
 

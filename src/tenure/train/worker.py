@@ -83,7 +83,7 @@ def _run(env: Mapping[str, str], told: Callable[[], bool]) -> dict[str, Any]:
         program=lambda: load_program(spec.program, Path(spec.folder), spec.options),
         invoke=invoke,
         stopping=told,
-        since_start_s=_since_start_s,
+        since_start_s=lambda: _since_start_s(env),
     )
     if lease_file:
         context.remaining_s = remaining_s(Path(lease_file), _boot_s)
@@ -112,8 +112,10 @@ def _boot_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _since_start_s() -> float:
-    """Seconds since this process was started, by the kernel's record (proc(5), stat field 22)."""
+def _since_start_s(env: Mapping[str, str]) -> float:
+    """Seconds since the lease's order to start, else since the process began (proc(5), stat field 22)."""
+    if ordered := env.get("TENURE_STARTED_BOOT_S"):
+        return _boot_s() - float(ordered)
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     return _boot_s() - ticks / os.sysconf("SC_CLK_TCK")
 
