@@ -84,3 +84,13 @@ def test_an_engine_counts_only_if_its_socket_answers(tmp_path, answer, ok):
         thread.join(10)
     assert finding.ok is ok
     assert str(path) in finding.found
+
+
+def test_without_cgroups_the_doctor_names_what_holds_instead_and_calls_nothing_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_may_make_group", lambda _: False)
+    found = [finding for finding in diagnose(tmp_path) if finding.name.startswith("cgroups")]
+    assert found
+    for finding in found:
+        assert finding.ok is None
+        assert "advisory" in finding.means
+        assert finding.remedy

@@ -75,3 +75,13 @@ def test_a_v2_group_that_lacks_controllers_is_not_used(unified):
 def test_a_confinement_survives_being_written_down():
     plan = Confinement("v1", {"memory": "/a", "cpu": "/b"}).to_plan()
     assert Confinement.from_plan(plan).to_plan() == plan
+
+
+def test_without_the_right_to_make_groups_the_reason_is_told_in_words(monkeypatch):
+    def refused(_):
+        raise PermissionError(13, "Permission denied", "/sys/fs/cgroup/cpu/x/tenure.probe.1")
+
+    monkeypatch.setattr(confine, "_find_v1", refused)
+    monkeypatch.setattr(confine, "_find_v2", refused)
+    assert "(/sys/fs/cgroup/cpu/x: Permission denied; " in find_confiner().describe()
+    assert "both advisory" in find_confiner().describe()

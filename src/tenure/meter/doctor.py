@@ -119,7 +119,7 @@ def _cgroups() -> list[Finding]:
         return [
             Finding(
                 name="cgroups",
-                ok=False,
+                ok=None,
                 found="no cgroup hierarchy is mounted",
                 means="CPU is not held; memory is polled and can be overrun for a moment (advisory)",
                 remedy="mount cgroup v2 at /sys/fs/cgroup, or start the container with it",
@@ -139,11 +139,11 @@ def _cgroups() -> list[Finding]:
         findings.append(
             Finding(
                 name=f"cgroups v{version}",
-                ok=len(held) == 3,
+                ok=True if len(held) == 3 else None,
                 found=f"controllers {', '.join(names) or 'none'}; we may make groups for {', '.join(writable) or 'none'}",
-                means=f"{', '.join(held)} can be held exactly"
-                if held
-                else "bounds are advisory: polled, and overrun for a moment",
+                means="cpu, memory, pids can be held exactly"
+                if len(held) == 3
+                else "jobs run; memory is held by rlimits and polling, cpus by affinity: both advisory, overrun for a moment",
                 remedy=""
                 if len(held) == 3
                 else "run the agent as root, or have a group delegated to your user (systemd: Delegate=cpu memory pids)",
@@ -187,7 +187,7 @@ def _namespaces() -> list[Finding]:
             "network namespaces",
             ["--net"],
             "clients and servers can be put on separate simulated hosts",
-            "run as root or with CAP_SYS_ADMIN; without it, links between hosts are left out of comparisons",
+            "run as root or with CAP_SYS_ADMIN; without it, the distributed architecture is measured over loopback, and labelled so",
         ),
     ):
         worked, said = _tried(["unshare", *flags, "true"])

@@ -281,11 +281,17 @@ def find_confiner(confine: Confine = "auto", *, name: str = "tenure") -> Confine
         try:
             return find(name)
         except (OSError, Unavailable) as error:
-            reasons.append(str(error))
+            reasons.append(_in_words(error))
     why = "; ".join(reasons)
     if confine == "cgroup":
         raise Unsupported("confine", f"no cgroup can be made here ({why})", "Run as root or in a delegated scope.")
     return Confiner("rlimit", why=why)
+
+
+def _in_words(error: OSError | Unavailable) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.path.dirname(str(error.filename))}: {error.strerror}"
+    return str(error)
 
 
 def own_groups(mountinfo: str, membership: str) -> dict[str, str]:
