@@ -75,6 +75,8 @@ def run_job_file(
             run, jobs = resumed_run(client.runs(run_id=resume), resume)
         run = client.submit_run(run)
         node = _node(client)
+        # How bounds are held here changes what the figures mean, so it is said first.
+        display.step_done("node", node.name, "; ".join(node.confinement.values()))
         context = RunContext(
             client=client,
             files=RunFiles(home, run.id),
