@@ -187,7 +187,7 @@ def _namespaces() -> list[Finding]:
             "network namespaces",
             ["--net"],
             "clients and servers can be put on separate simulated hosts",
-            "run as root or with CAP_SYS_ADMIN; without it, the distributed architecture is measured over loopback, and labelled so",
+            "run as root; without that right the distributed architecture is measured over loopback, and labelled so",
         ),
     ):
         worked, said = _tried(["unshare", *flags, "true"])
