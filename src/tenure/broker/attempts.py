@@ -263,6 +263,9 @@ class Attempts:
                 return EndReason.OUT_OF_TIME, f"its total of {lease.envelope.total_s:g} s is spent; {why}"
             if failures < MAX_FAILURES:
                 return None, ""
+            if end.kind is ExitKind.COMPLETED:
+                why = f"{why}; exit 0, but no result.json with state done or continue"
+                return EndReason.FAILED, f"failed {failures} times on the same event, last: {why}"
             return _REASONS.get(end.kind, EndReason.FAILED), f"failed {failures} times on the same event, last: {why}"
         if normal:
             return EndReason.COMPLETED, why
