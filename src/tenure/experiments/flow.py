@@ -6,12 +6,17 @@ report is written. `resume` then goes on with the stage that was not done; what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tenure.broker.client import BrokerClient
-from tenure.errors import NotFound, SpecError, TenureError
+from tenure.errors import Conflict, NotFound, SpecError, TenureError
 from tenure.experiments.context import RunContext
 from tenure.experiments.report import ReportData, write_report
 from tenure.experiments.stage_serve import run_serve
@@ -22,6 +27,7 @@ from tenure.jobs import Job, JobKind
 from tenure.runs import Run, RunFiles, RunState, Stage
 
 MAX_EVENTS = 100_000
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 STAGE_RUNNERS: Mapping[JobKind, Callable[[RunContext, Job], None]] = {
     "task": run_task,
@@ -90,27 +96,30 @@ def resumed_run(runs: tuple[Run, ...], run_id: str) -> tuple[Run, JobFile]:
 
 
 def run_stages(context: RunContext, job_file: JobFile) -> Outcome:
-    """Run every stage that is not done, and write the report. Ctrl-C is raised again once everything is cleaned up."""
+    """Run every stage that is not done, and write the report. Ctrl-C is raised again once everything is cleaned up.
+
+    Raises Conflict, and changes nothing, when another process runs this run.
+    """
+    with _alone(context):
+        return _run_stages(context, job_file)
+
+
+def _run_stages(context: RunContext, job_file: JobFile) -> Outcome:
     error: BaseException | None = None
     stage_name = ""
     try:
         context.set_run(RunState.RUNNING)
+        context.release_all(why="left behind by a command of this run that was killed")
         for job in job_file.stages:
             stage_name = job.name
             _run_stage(context, job)
         context.set_run(RunState.DONE)
     except BaseException as caught:  # also Ctrl-C and our own mistakes: nothing of the run may stay behind
         error = caught
-        interrupted = isinstance(caught, KeyboardInterrupt)
-        state = RunState.CANCELLED if interrupted else RunState.FAILED
-        why = "interrupted" if interrupted else str(caught) or type(caught).__name__
-        context.release_all(why=why[:500])
-        if stage_name:
-            context.set_stage(stage_name, state=state, detail=why[:2000])
-        context.set_run(state, why[:2000])
-    html, json = report_run(
-        context.client, context.files, context.run.id, now_s=context.clock.utc_s(), notes=tuple(context.closing)
-    )
+        with _undisturbed():
+            _clean_up(context, caught, stage_name)
+    with _undisturbed():
+        html, json = _report(context, after=error)
     if error is not None and not isinstance(error, TenureError):
         raise error
     return Outcome(
@@ -121,6 +130,72 @@ def run_stages(context: RunContext, job_file: JobFile) -> Outcome:
         failed=str(error) if error else "",
         error=error,
     )
+
+
+@contextmanager
+def _alone(context: RunContext) -> Iterator[None]:
+    """Hold the run for this process: two that run one run would train it twice."""
+    path = context.files.root / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            raise Conflict(
+                f"run {context.run.id} goes on in another process (pid {held.read().strip() or 'unknown'}); "
+                "wait for its end, or interrupt it first"
+            ) from None
+        held.truncate(0)
+        held.write(str(os.getpid()))
+        held.flush()
+        yield
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a second Ctrl-C wait for nothing and break nothing: what is cleaned up here has bounds of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _clean_up(context: RunContext, error: BaseException, stage_name: str) -> None:
+    """End what lives of the run and record how it ended. What can't be done is told and hides nothing else."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    state = RunState.CANCELLED if interrupted else RunState.FAILED
+    why = "interrupted" if interrupted else str(error) or type(error).__name__
+    steps: list[Callable[[], object]] = [lambda: context.release_all(why=why[:500])]
+    if stage_name:
+        steps.append(lambda: context.set_stage(stage_name, state=state, detail=why[:2000]))
+    steps.append(lambda: context.set_run(state, why[:2000]))
+    for step in steps:
+        try:
+            step()
+        except TenureError as also:
+            context.display.warn(f"cleaning up after run {context.run.id}: {also}")
+    if interrupted:
+        context.display.warn(
+            f"run {context.run.id} is interrupted; what was done is kept. tenure run --resume {context.run.id}"
+        )
+
+
+def _report(context: RunContext, *, after: BaseException | None) -> tuple[Path, Path]:
+    """Write the report; when that fails after an error, the error stays the one that is told."""
+    notes = tuple(context.closing)
+    try:
+        return report_run(context.client, context.files, context.run.id, now_s=context.clock.utc_s(), notes=notes)
+    except (TenureError, OSError) as also:
+        if after is None:
+            raise
+        context.display.warn(f"no report of run {context.run.id} could be written: {also}")
+        return context.files.root / "report" / "report.html", context.files.root / "report" / "report.json"
 
 
 def _run_stage(context: RunContext, job: Job) -> None:

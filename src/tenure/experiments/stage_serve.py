@@ -25,7 +25,8 @@ from tenure.experiments.architectures import (
 )
 from tenure.experiments.context import RunContext
 from tenure.jobs import Job, ServeGoal
-from tenure.protocols import Launched, LaunchRequest
+from tenure.leases import LeaseState
+from tenure.protocols import ExitKind, Launched, LaunchRequest
 from tenure.recommend.observe import compare
 from tenure.recommend.serving import ServeTunable
 from tenure.recommend.tune import tune
@@ -243,7 +244,10 @@ def _candidate(trial: Trial) -> bool:
 
 
 def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Envelope) -> None:
-    """Serve under the envelope that the job file gives, until the lease ends or Ctrl-C releases it."""
+    """Serve under the envelope that the job file gives, slot after slot, until its total is spent or the lease is released.
+
+    Ctrl-C releases it. Raises JobFailed when the server ends by itself.
+    """
     context.step(job.name, "lease + serve", envelope.describe())
     command = server_command(model, name=context.run.name, ports=job.ports or None)
     server = context.launch(job.name)(LaunchRequest(name="server", command=command, envelope=envelope))
@@ -252,5 +256,14 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     while ended is None:
         usage = server.usage()
         context.progress(f"serving {context.run.name} at {where}; {show_bytes(usage.memory_bytes)}; Ctrl-C ends the lease")
-        ended = server.wait(1.0)
+        lease = context.client.lease(server.lease_id).lease
+        left_s = lease.ends_at_s - context.clock.utc_s()
+        if lease.state is LeaseState.ACTIVE and left_s < envelope.slot_s / 2 and lease.ends_at_s < lease.total_ends_at_s:
+            context.client.renew(server.lease_id, envelope.slot_s)
+        ended = server.wait(min(1.0, envelope.slot_s / 8))
+    if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
+        raise JobFailed(
+            f"stage {job.name}: the server at {where} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
+            reason=str(ended.kind),
+        )
     context.close_step(job.name, "lease + serve", f"served at {where}; ended {ended.kind}")

@@ -236,7 +236,8 @@ def _run_gang(
             context.display.progress(f"{text}: {_line(progress)}", done)
         views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
     progress = reader.read()
-    for view in views:
+    # The first to end is the one that failed: the others of its gang ended because of it.
+    for view in sorted(views, key=lambda view: view.lease.ended_at_s):
         if view.lease.end_reason is not EndReason.COMPLETED:
             log = view.exits[-1].log_tail if view.exits else ""
             who = f"stage {stage}: worker {view.lease.worker} ended {view.lease.end_reason}"
