@@ -119,7 +119,11 @@ def _own_prices(home: Path) -> Path | None:
 
 def _node(client: BrokerClient) -> Node:
     """Return the largest node: probes and predictions are made for it."""
-    nodes = client.status().nodes
+    status = client.status()
+    nodes = status.nodes
     if not nodes:
-        raise Unavailable('no node answers the broker; "tenure doctor" tells what this machine can do')
+        why = "; ".join(status.unreached.values())
+        raise Unavailable(
+            f'no node can be used: {why or "none answers the broker"}. "tenure doctor" tells what this machine can do.'
+        )
     return max(nodes, key=lambda node: (node.capacity.cpus, node.capacity.memory_bytes, node.name))

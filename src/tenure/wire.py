@@ -15,7 +15,7 @@ Here is encoding only; sockets are in `sockets`. Operations and their arguments 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -301,6 +301,8 @@ class Status:
     nodes: tuple[Node, ...] = ()
     persistent: bool = False
     """Started by `tenure up`: stays when nobody is left."""
+    unreached: Mapping[str, str] = field(default_factory=dict)
+    """Node -> why it can't be used now, e.g. who holds the machine."""
 
 
 BROKER_OPS: Mapping[str, Op] = {

@@ -59,6 +59,7 @@ class Handlers:
             clients=self._clients(),
             nodes=self._nodes.known(),
             persistent=self._persistent,
+            unreached=self._nodes.why_unreached(),
         )
 
     # --- runs ---

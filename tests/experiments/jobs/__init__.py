@@ -1,0 +1,1 @@
+"""Small programs for tests of whole runs."""
