@@ -1,9 +1,10 @@
 """The warm fork server: a small single-threaded process that forks shims, so that starting one costs no interpreter start.
-One shim always waits, so that the order need not wait for a fork either.
+One shim always waits at a channel that the runtime already holds, so that the order waits for no fork and no server.
 
 Each request is one byte with one file descriptor (SCM_RIGHTS): the shim's channel, on which the runtime hands the plan and
 gets the answer. The server reads nothing else, so that a job's environment never passes through a file. It ends when its
-own socket closes; shims live on. `ForkServer` is the runtime's side. Not for: what a shim does (`shim`).
+own socket closes; shims live on, and one without an order leaves when its channel closes. `ForkServer` is the runtime's
+side. Not for: what a shim does (`shim`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tenure.runtimes import shim
 
 _READY = b"+"
 _REFILL_S = 0.02
-"""After an order, the server waits this long for further ones before it forks the next spare: the job goes first."""
+"""The server is idle this long before it forks a shim that has no order yet: the job of the last order goes first."""
 
 
 class ForkServer:
@@ -40,8 +41,10 @@ class ForkServer:
         self._answer_s = answer_s
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._waiting: socket.socket | None = None
         with self._lock:
             self._ensure()
+        self._have_one_wait()
 
     @property
     def pid(self) -> int:
@@ -77,7 +80,13 @@ class ForkServer:
 
         Raises Unavailable when no report came within the bound; a shim that comes up later finds nobody and its files tell.
         """
-        text = self._ask(plan) or self._ask(plan)  # a channel closed in silence was never taken up: the server was dying
+        order = json.dumps(plan).encode()
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+        text = self._ask(waiting, order) if waiting is not None else b""
+        # A channel closed in silence was never taken up: that shim or the server was dying.
+        text = text or self._ask(self._channel(), order) or self._ask(self._channel(), order)
+        self._have_one_wait()
         try:
             report = json.loads(text)
         except ValueError as error:
@@ -86,18 +95,34 @@ class ForkServer:
             raise Unavailable(f"a shim reported {report!r} instead of an object")
         return report
 
-    def _ask(self, plan: dict[str, Any]) -> bytes:
-        """Return the report, or nothing when neither server nor shim holds the channel any more."""
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                self._send(theirs)
-            ours.settimeout(self._answer_s)
+    def _have_one_wait(self) -> None:
+        """Request the next order's shim. A server that can't take it is the next order's concern, and a closed one stays so."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._waiting is None and self._socket is not None:
+                self._waiting = _request(self._socket)
+
+    def _channel(self) -> socket.socket:
+        """Return a channel for which the server will fork a shim, at the latest when something is written to it."""
+        with self._lock:
             try:
-                ours.sendall(json.dumps(plan).encode())
-                ours.shutdown(socket.SHUT_WR)
+                return _request(self._ensure())
+            except OSError:
+                self._drop()
+            try:
+                return _request(self._ensure())
+            except OSError as error:
+                self._drop()
+                raise Unavailable(f"the fork server took no request: {error}") from error
+
+    def _ask(self, channel: socket.socket, order: bytes) -> bytes:
+        """Return the report, or nothing when neither server nor shim holds the channel any more. Closes the channel."""
+        with channel:
+            channel.settimeout(self._answer_s)
+            try:
+                channel.sendall(order)
+                channel.shutdown(socket.SHUT_WR)
                 parts = []
-                while part := ours.recv(65536):
+                while part := channel.recv(65536):
                     parts.append(part)
             except TimeoutError as error:
                 raise Unavailable(f"no shim reported within {self._answer_s:g} s; try again") from error
@@ -105,22 +130,11 @@ class ForkServer:
                 return b""
         return b"".join(parts)
 
-    def _send(self, channel: socket.socket) -> None:
-        fds = array.array("i", [channel.fileno()])
-        with self._lock:
-            for last in (False, True):
-                try:
-                    self._ensure().sendmsg([b"s"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-                    return
-                except OSError as error:
-                    self._drop()
-                    if last:
-                        raise Unavailable(f"the fork server took no request: {error}") from error
-
     def _drop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for held in (self._socket, self._waiting):
+            if held is not None:
+                held.close()
+        self._socket = self._waiting = None
         if self._process is not None:
             with contextlib.suppress(OSError):
                 self._process.kill()
@@ -133,6 +147,18 @@ class ForkServer:
             self._drop()
 
 
+def _request(server: socket.socket) -> socket.socket:
+    """Send the server a new channel's other end; return ours. Raises OSError when it is gone."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            server.sendmsg([b"s"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))])
+        except BaseException:
+            ours.close()
+            raise
+    return ours
+
+
 def main() -> None:
     """Serve fork requests on the socket whose number is the first argument, until it closes."""
     server = socket.socket(fileno=int(sys.argv[1]))
@@ -141,38 +167,29 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects ended shims
     gc.collect()
     gc.freeze()
-    spare: socket.socket | None = _fork_shim(server)
     server.send(_READY)
+    pending: list[int] = []
     while True:
-        if spare is None and not select.select([server], [], [], _REFILL_S)[0]:
-            spare = _fork_shim(server)
-        message, fds, _, _ = socket.recv_fds(server, 16, 1)
-        if not message:
-            return
-        for fd in fds:
-            _hand_over(server, spare, fd)
-            spare = None
+        ready, _, _ = select.select([server.fileno(), *pending], [], [], _REFILL_S if pending else None)
+        for channel in [fd for fd in pending if fd in ready or not ready]:
+            pending.remove(channel)
+            _fork_shim(server, channel, pending)
+        if server.fileno() in ready:
+            message, fds, _, _ = socket.recv_fds(server, 16, 1)
+            if not message:
+                return
+            pending.extend(fds)
 
 
-def _hand_over(server: socket.socket, spare: socket.socket | None, channel_fd: int) -> None:
-    """Give a channel to the shim that waits, or to a new one when none does or somebody killed it."""
-    for shim_socket in (spare, None):
-        with contextlib.suppress(OSError), shim_socket or _fork_shim(server) as orders:
-            socket.send_fds(orders, [b"s"], [channel_fd])
-            break
-    os.close(channel_fd)
-
-
-def _fork_shim(server: socket.socket) -> socket.socket:
-    """Fork a shim that waits for its order; return where it is given. It is this server's child in name only."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def _fork_shim(server: socket.socket, channel: int, others: list[int]) -> None:
+    """Fork a shim that waits at a channel for its order. It is this server's child in name only."""
     if os.fork():
-        theirs.close()
-        return ours
+        os.close(channel)
+        return
     try:
-        os.close(server.detach())
-        ours.close()
-        shim.serve(theirs)
+        for fd in (server.detach(), *others):
+            os.close(fd)
+        shim.serve(socket.socket(fileno=channel))
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -28,7 +28,7 @@ from typing import Any
 from tenure.errors import TenureError
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
-from tenure.runtimes.become import adopt_orphans
+from tenure.runtimes.become import adopt_orphans, own_memory
 from tenure.runtimes.confine import Confinement, data_limit_bytes
 from tenure.runtimes.job import wait_and_become
 from tenure.runtimes.outcome import read_result, read_tail
@@ -48,24 +48,23 @@ KILL_MAX_S = 30.0
 _MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
 
 
-def serve(orders: socket.socket) -> None:
+def serve(channel: socket.socket) -> None:
     """Get ready, wait for an order, run its attempt, return when all is over.
 
-    orders: hands over one channel (SCM_RIGHTS), on which the plan is read and the start reported; closed, nothing is to do.
+    channel: there the plan is read up to its end and the start reported; closed without a plan, nothing is to do.
     """
     os.setsid()
     adopt_orphans()
     waiting = Waiting()
+    own_memory()
     _rehearse()
-    _, fds, _, _ = socket.recv_fds(orders, 16, 1)
-    orders.close()
-    if fds:
-        channel = socket.socket(fileno=fds[0])
-        Shim(_read_all(channel), channel, waiting).run()
+    text = _read_all(channel)
+    if text:
+        Shim(text, channel, waiting).run()
 
 
 def _rehearse() -> None:
-    """Use what the order will need once, so that the memory shared with the server is copied before it comes."""
+    """Use what the order will need once, so that caches are filled before it comes."""
     json.loads(json.dumps({"spec": {"envelope": 1.0}}))
     Envelope(cpus=1.0)
     for pid in (os.getpid(), *procfs.descendants(os.getpid())):
@@ -100,6 +99,7 @@ class Waiting:
         orders, self.orders = os.pipe2(os.O_CLOEXEC)
         self.failure, failure = os.pipe2(os.O_CLOEXEC)
         shim_pid = os.getpid()
+        self.start_ticks = procfs.start_ticks(shim_pid)
         self.job = os.fork()
         if self.job == 0:
             wait_and_become(orders, failure, shim_pid)
@@ -132,7 +132,7 @@ class Shim:
         self._witness = ""
         self._kill_at_s = float("inf")
         self._peak_bytes = 0
-        self._started_at_s = 0.0
+        self._identity = {"pid": os.getpid(), "start_ticks": waiting.start_ticks, "started_at_s": 0.0, "job_pid": self._job}
         self._log_start_bytes = 0
         self._ended_usage: dict[str, Any] = {}
 
@@ -140,14 +140,7 @@ class Shim:
         """Start the job, watch it, end everything, write the record."""
         failure = self._start()
         if failure is None:
-            mine = {
-                "pid": os.getpid(),
-                "start_ticks": procfs.start_ticks(os.getpid()),
-                "started_at_s": self._started_at_s,
-                "job_pid": self._job,
-            }
-            write_json(self._folder / "shim.json", mine)
-            self._report(mine)
+            self._report(self._identity)
             self._watch(self._waiting.wakeup)
         left = self._end_all()
         if failure is None:
@@ -155,6 +148,8 @@ class Shim:
             self._confinement.remove()
         else:
             self._confinement.remove()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._folder}/shim.json")
             self._report(failure)
 
     def _report(self, data: dict[str, Any]) -> None:
@@ -172,9 +167,10 @@ class Shim:
             self._confinement.make(self._envelope, int(self._spec["pids_max"]))
             with os.fdopen(self._waiting.orders, "wb") as orders:
                 orders.write(self._text)
+            self._identity["started_at_s"] = time.time()
+            write_json(f"{self._folder}/shim.json", self._identity)  # while the job gets ready
         except OSError as error:
             return {"error": f"the shim could not prepare it: {error}", "errno": error.errno, "step": "prepare"}
-        self._started_at_s = time.time()
         with os.fdopen(self._waiting.failure, "rb") as stream:
             text = stream.read(65536)
         return json.loads(text) if text else None
@@ -368,7 +364,7 @@ class Shim:
             "code": code,
             "signal": number,
             "witness": witness,
-            "started_at_s": self._started_at_s,
+            "started_at_s": self._identity["started_at_s"],
             "ended_at_s": time.time(),
             "usage": usage,
             "result": result,
