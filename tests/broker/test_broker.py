@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import sqlalchemy as sa
 
 from tenure import wire
 from tenure.errors import Conflict, IllegalChange, NoPlacement, Refused, SpecError, Unavailable
+from tenure.jobs import Command
 from tenure.leases import EndReason, LeaseState
 from tenure.protocols import Exit, ExitKind
 from tenure.resources import Envelope
@@ -475,5 +478,19 @@ def test_a_release_during_the_start_is_not_lost(play) -> None:
         await world.after(6.0)
         ended = world.lease(lease.id)
         assert (ended.state, ended.end_reason) == (LeaseState.ENDED, EndReason.RELEASED)
+
+    play(scene)
+
+
+def test_python_means_the_interpreter_tenure_runs_under_unless_the_job_has_a_path_of_its_own(play) -> None:
+    async def scene(world: World) -> None:
+        envelope = Envelope(memory_bytes=64 * MIB, slot_s=100.0, total_s=100.0, cpus=0.5)
+        for stage, env in (("ours", {}), ("theirs", {"PATH": "/opt/bin"})):
+            command = Command(argv=("python", "x.py"), env=env)
+            member = wire.GangMember(worker=0, envelope=envelope, command=command)
+            await world.ask("request_gang", gang_id=stage, run_id="r", stage=stage, members=(member,), queue_s=1.0)
+        ours, theirs = world.fleet.started
+        assert ours.argv == (sys.executable, "x.py")
+        assert (theirs.argv, theirs.env["PATH"]) == (("python", "x.py"), "/opt/bin")
 
     play(scene)

@@ -18,6 +18,7 @@ from tenure.broker.book import LOG, Book
 from tenure.broker.nodes import Nodes
 from tenure.errors import Conflict, NotFound, Refused, StaleFence, TenureError, Unavailable
 from tenure.fleet.contract import Fleet
+from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, LeaseState, changed
 from tenure.ledger import queries
 from tenure.ledger.queries import Invocation
@@ -39,6 +40,13 @@ _REASONS = {
     ExitKind.OUT_OF_TIME: EndReason.OUT_OF_TIME,
     ExitKind.OUT_OF_DISK: EndReason.OUT_OF_DISK,
 }
+
+
+def _argv(command: Command) -> tuple[str, ...]:
+    """Return the words to start: "python" means the one Tenure runs under (some have no program of that name beside them)."""
+    if command.argv[0] in ("python", "python3") and "PATH" not in command.env:
+        return (sys.executable, *command.argv[1:])
+    return command.argv
 
 
 class Attempts:
@@ -101,7 +109,7 @@ class Attempts:
         left_s = max(0.0, lease.ends_at_s - now_s)
         deadline_s, boot_id = self.nodes.deadline(lease.node, left_s)
         env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
-        # A command that says "python" means the one Tenure runs under, whether or not its environment was activated.
+        # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env |= {name: str(max(1, math.floor(lease.envelope.cpus))) for name in THREAD_VARIABLES}
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"} | dict(lease.command.env)
@@ -129,7 +137,7 @@ class Attempts:
             lease_id=lease.id,
             fence=lease.fence,
             attempt=lease.attempt,
-            argv=lease.command.argv,
+            argv=_argv(lease.command),
             env=env,
             workdir=lease.command.workdir or str(worker_dir),
             worker_dir=str(worker_dir),
