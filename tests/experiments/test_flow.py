@@ -53,6 +53,31 @@ options = {{ {options} }}
 goal = {{ accuracy = 0.5 }}
 probe = {{ memory = "256MiB", max = "{probe}" }}
 """
+CHAIN = """
+[run]
+name = "chain"
+
+[[task]]
+name = "prepare"
+command = ["python", "-c", {code}]
+outputs = {{ x = "x.npy" }}
+
+[[task]]
+name = "never"
+command = ["false"]
+
+[train]
+program = "tiny.py:Tiny"
+inputs = {{ x = "prepare:x.npy" }}
+shards = 2
+goal = {{ accuracy = 0.5 }}
+probe = {{ memory = "256MiB", max = "10s" }}
+
+[serve]
+model = "train:model.onnx"
+inputs = {{ x = "prepare:x.npy" }}
+goals = [{{ name = "one", p99 = "1s" }}]
+"""
 SERVE = """
 [run]
 name = "tiny"
@@ -378,6 +403,46 @@ def test_a_run_in_progress_cannot_be_resumed_beside_itself(tenure, tmp_path):
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)
     assert process.returncode == 130
+
+
+def test_a_failed_run_goes_on_once_its_program_is_mended(tenure, tmp_path):
+    log = tmp_path / "rounds"
+    outcome = tenure.run(tenure.train(rounds=12, fault="raise", fault_round=5, rounds_log=str(log)))
+    assert "upside down" in failed(outcome)
+    program = tenure.folder / "tiny.py"
+    program.write_text(program.read_text().replace('raise ValueError("the seventh image is upside down")', "pass"))
+    again = tenure.run(resume=outcome.run.id)
+    assert again.run.state == "done", again.failed
+    assert combined(log) == list(range(12))
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_cleaning_up(tenure, tmp_path):
+    begun = tmp_path / "begun"
+    code = (
+        "import pathlib, signal, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit()))\n"
+        f"pathlib.Path({str(begun)!r}).touch()\ntime.sleep(60)"
+    )
+    with tenure.start("run", tenure.task(code)) as process:
+        try:
+            until(begun.exists)
+            run = verbs.runs(home=tenure.home)[0]
+            process.send_signal(signal.SIGINT)
+            until(lambda: verbs.leases(home=tenure.home, run=run.id)[0].state == "draining")
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    cancelled(tenure, verbs.runs(home=tenure.home)[0], process.returncode, out + err)
+
+
+def test_recommending_trains_and_serves_nothing_and_runs_only_the_tasks_it_needs(tenure):
+    code = json.dumps("import numpy, os; numpy.save(os.environ['TENURE_WORKER_DIR'] + '/x.npy', numpy.zeros((8, 2)))")
+    answer = json.loads(tenure.call("recommend", tenure.job(CHAIN, code=code), "--json"))
+    assert [recommendation["stage"] for recommendation in answer] == ["train"]
+    leases = verbs.leases(home=tenure.home, run=answer[0]["run_id"])
+    assert {lease.stage.partition(".probe.")[0] for lease in leases} == {"prepare", "train"}
+    assert not [lease for lease in leases if lease.stage == "train"]
 
 
 # --- beside each other ---------------------------------------------------------------------------------------------------

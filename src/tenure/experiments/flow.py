@@ -77,9 +77,13 @@ def _restricted(job_file: JobFile, only: str) -> JobFile:
     needed = {job.name for job in wanted}
     for job in reversed(job_file.stages):
         if job.name in needed:
-            references = [*job.inputs.values(), job.model]
-            needed |= {reference.partition(":")[0] for reference in references if ":" in reference}
+            needed |= _needs(job)
     return replace(job_file, stages=tuple(job for job in job_file.stages if job.name in needed))
+
+
+def _needs(job: Job) -> set[str]:
+    """Return the stages whose artefacts a job refers to."""
+    return {reference.partition(":")[0] for reference in (*job.inputs.values(), job.model) if ":" in reference}
 
 
 def resumed_run(runs: tuple[Run, ...], run_id: str) -> tuple[Run, JobFile]:
@@ -112,7 +116,8 @@ def _run_stages(context: RunContext, job_file: JobFile) -> Outcome:
         context.release_all(why="left behind by a command of this run that was killed")
         for job in job_file.stages:
             stage_name = job.name
-            _run_stage(context, job)
+            if context.until != "recommend" or _can_recommend(context, job_file, job):
+                _run_stage(context, job)
         context.set_run(RunState.DONE)
     except BaseException as caught:  # also Ctrl-C and our own mistakes: nothing of the run may stay behind
         error = caught
@@ -130,6 +135,21 @@ def _run_stages(context: RunContext, job_file: JobFile) -> Outcome:
         failed=str(error) if error else "",
         error=error,
     )
+
+
+def _can_recommend(context: RunContext, job_file: JobFile, job: Job) -> bool:
+    """Whether a run that only recommends runs this stage: what it measures, and tasks that something measured needs."""
+    measured = {other.name for other in job_file.stages if other.kind in ("train", "serve") and other.envelope is None}
+    if job.kind in ("task", "workspace"):
+        needed = set(measured)
+        for other in reversed(job_file.stages):
+            needed |= _needs(other) if other.name in needed else set()
+        return job.name in needed
+    if untrained := _needs(job) & {other.name for other in job_file.stages if other.kind == "train"}:
+        text = f"left out: it needs what {', '.join(sorted(untrained))} trains, and only tenure run trains"
+        context.close_step(job.name, "recommend", text)
+        return False
+    return job.name in measured
 
 
 @contextmanager
