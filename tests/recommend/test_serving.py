@@ -134,3 +134,26 @@ def test_tuning_measures_all_with_one_client_then_the_winner_with_the_goals_clie
 
 def test_nothing_measured_recommends_nothing_and_says_so():
     assert "Nothing was measured" in recommend(GOALS[0], []).why
+
+
+def test_a_goal_that_is_missed_only_by_uncertainty_is_measured_with_its_clients():
+    rng = np.random.default_rng(5)
+    bases = [base for base in BASES if base["batch"] == 8]
+    known = [trial({**base, "clients": 1}, rng) for base in bases]
+    model = ServeModel(known, ServeGoal(name="g", clients=8), CAPACITY, PRICES)
+    least = min((model.predict({**base, "clients": 8}, 1.0)["memory_bytes"] for base in bases), key=lambda p: p.value)
+    goal = ServeGoal(name="tight", clients=8, memory_bytes=int((least.value + least.high) / 2))
+    assert recommend(goal, known).chosen is None
+    job = Job(kind="serve", name="serve", model="m.onnx", serve_goals=(goal,), probe=Probe(max_s=600))
+    tunable = ServeTunable(job, CAPACITY, PRICES, "f", lambda c: iter([trial(c, rng)]), configurations=bases)
+    assert tunable.next_probe(known)["clients"] == 8
+    hopeless = ServeGoal(name="hopeless", clients=8, memory_bytes=1 << 20)
+    tunable = ServeTunable(
+        Job(kind="serve", name="serve", model="m.onnx", serve_goals=(hopeless,)),
+        CAPACITY,
+        PRICES,
+        "f",
+        lambda c: iter(()),
+        configurations=bases,
+    )
+    assert tunable.next_probe(known) is None

@@ -77,9 +77,12 @@ class ServeTunable:
             if _key({**base, "clients": 1}) not in done:
                 return {**base, "clients": 1}
         for goal in self.job.serve_goals:
-            chosen = self.recommend(goal, trials, id="", run_id="", stage="", now_s=0.0).chosen
-            if chosen is not None and _key(chosen.configuration) not in done:
-                return chosen.configuration
+            found = self.recommend(goal, trials, id="", run_id="", stage="", now_s=0.0)
+            # Where nothing surely meets the goal, what fails by its interval alone deserves to be measured first.
+            worth = [found.chosen] if found.chosen is not None else [c for c in found.ruled_out if _may_meet(c)]
+            worth = [c for c in worth if _key(c.configuration) not in done]
+            if worth:
+                return min(worth, key=lambda c: (_value(c, "cost_usd"), _key(c.configuration))).configuration
         return None
 
     def probe(self, configuration: Configuration) -> Iterator[Trial]:
@@ -309,6 +312,12 @@ def describe_goal(goal: ServeGoal) -> str:
 def _needs(trial: Trial) -> set[str]:
     needs = {"images_per_s", "p99_s", "app_memory_bytes"}
     return needs if trial.configuration.get("architecture") == "simple" else {*needs, "server_memory_bytes"}
+
+
+def _may_meet(candidate: Candidate) -> bool:
+    """Whether every limit that the candidate breaks is broken by the far end of an interval, not by its middle."""
+    values = [(broken, candidate.predictions.get(broken.constraint)) for broken in candidate.broken]
+    return all(p is not None and (p.value - broken.limit) * (broken.found - broken.limit) <= 0 for broken, p in values)
 
 
 def _base(configuration: Configuration) -> Configuration:
