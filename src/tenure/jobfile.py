@@ -151,13 +151,15 @@ class _Reader:
 
 _A_TYPE = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
 
-_COMMON = ("name", "runtime", "envelope", "inputs", "outputs", "env", "secrets", "ports", "retry")
+_COMMON = ("name", "runtime", "envelope", "inputs", "env", "secrets")
+_COMMAND = ("command", "outputs", "ports", "retry")
 _KEYS: Mapping[JobKind, tuple[str, ...]] = {
-    "task": (*_COMMON, "command"),
-    "workspace": (*_COMMON, "command"),
+    "task": (*_COMMON, *_COMMAND),
+    "workspace": (*_COMMON, *_COMMAND),
     "train": (*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "seed", "options", "probe"),
-    "serve": (*_COMMON, "model", "goals", "probe", "seed"),
+    "serve": (*_COMMON, "model", "goals", "ports", "probe", "seed"),
 }
+"""Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
 _WHOLE = ("workers", "shards", "batch", "max_rounds", "seed")
 _TEXTS = ("program", "model")
 

@@ -71,6 +71,7 @@ def test_a_job_file_gives_its_stages_in_order_with_units_read():
         ("clients = 8", "clients = 0", 29, "goal.clients must be at least 1"),
         ('name = "digits"', 'name = "Digits!"', 3, "run name 'Digits!' is not allowed"),
         ('name = "digits"', "name = 7", 3, "name must be a text; found 7"),
+        ("shards = 4", 'outputs = { a = "a" }', 16, "unknown key 'outputs' in [train]"),
         ("[run]", "[ran]", 2, "unknown key 'ran'"),
         ('program = "p.py:P"', "", 14, "a train stage needs 'program'"),
         ('command = ["python", "prepare.py"]', 'command = "python x"', 6, "command must be a list of texts"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tenure.broker.client import BrokerClient
-from tenure.errors import Conflict, NotFound, SpecError, TenureError
+from tenure.errors import Conflict, NotFound, SpecError, TenureError, Unsupported
 from tenure.experiments.context import RunContext
 from tenure.experiments.report import ReportData, write_report
 from tenure.experiments.stage_serve import run_serve
@@ -224,6 +224,9 @@ def _run_stage(context: RunContext, job: Job) -> None:
         context.artefacts[job.name] = dict(stage.artefacts)
         context.close_step(job.name, "kept", "done before; its artefacts are used as they are")
         return
+    if job.runtime not in context.node.runtimes:
+        offered = ", ".join(context.node.runtimes)
+        raise Unsupported("runtime", f"stage {job.name} asks for {job.runtime!r}, node {context.node.name} offers: {offered}")
     context.set_stage(job.name, state=RunState.RUNNING, attempts=stage.attempts + 1, detail="")
     STAGE_RUNNERS[job.kind](context, job)
     context.set_stage(job.name, state=RunState.DONE)

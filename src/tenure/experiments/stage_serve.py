@@ -24,7 +24,7 @@ from tenure.experiments.architectures import (
     server_command,
 )
 from tenure.experiments.context import RunContext
-from tenure.jobs import Job, ServeGoal
+from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
 from tenure.protocols import ExitKind, Launched, LaunchRequest
 from tenure.recommend.observe import compare
@@ -196,7 +196,7 @@ class _Service:
             line = f"{goal.clients} leases of {chosen.envelope.describe()}"
         else:
             served = self.served(goal.clients, server=chosen.envelope)
-            command = server_command(self.model, name=served.name, ports=job.ports or None)
+            command = _server(context, job, self.model)
             server = served.launch(LaunchRequest(name="server", command=command, envelope=chosen.envelope))
             try:
                 answered_ms = self._ask(server, str(chosen.configuration["transport"]))
@@ -243,13 +243,22 @@ def _candidate(trial: Trial) -> bool:
     return trial.configuration.get("architecture") != "distributed"
 
 
+def _server(context: RunContext, job: Job, model: Path) -> Command:
+    """Return the server's command: both doors, on the job file's ports, with its environment. Raises SpecError."""
+    doors = dict.fromkeys(TRANSPORTS, 0)
+    if unknown := set(job.ports) - set(doors):
+        raise SpecError(f"stage {job.name}: a server has no port {sorted(unknown)[0]!r}; it has: {', '.join(doors)}")
+    command = server_command(model, name=context.run.name, ports={**doors, **job.ports})
+    return replace(command, env=job.env, secrets=job.secrets)
+
+
 def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Envelope) -> None:
     """Serve under the envelope that the job file gives, slot after slot, until its total is spent or the lease is released.
 
     Ctrl-C releases it. Raises JobFailed when the server ends by itself.
     """
     context.step(job.name, "lease + serve", envelope.describe())
-    command = server_command(model, name=context.run.name, ports=job.ports or None)
+    command = _server(context, job, model)
     server = context.launch(job.name)(LaunchRequest(name="server", command=command, envelope=envelope))
     where = ", ".join(f"{name}://{address}" for name, address in server.endpoints.items())
     ended = None
