@@ -1,0 +1,1 @@
+"""Whole runs as users have them: without root, in odd places."""
