@@ -19,37 +19,47 @@ def _runtime(state_dir, confine):
         pytest.skip(f"no cgroup here: {error}")
 
 
-@pytest.fixture
-def state_dir(tmp_path):
-    return tmp_path / "state"
+@pytest.fixture(scope="class")
+def state_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runtime") / "state"
+
+
+@pytest.fixture(scope="class")
+def shared(request, state_dir):
+    """One runtime for all tests of a class: its fork server's start would be most of what a test takes."""
+    runtime = _runtime(state_dir, request.cls.confine)
+    yield runtime
+    runtime.close()
 
 
 @pytest.fixture
-def make_runtime(state_dir, confine):
+def make_runtime(request, shared, state_dir):
+    """Make a further runtime over the same state; afterwards nothing runs and nothing is remembered."""
     made = []
 
     def make():
-        made.append(_runtime(state_dir, confine))
+        made.append(_runtime(state_dir, request.cls.confine))
         return made[-1]
 
     yield make
+    for handle in shared.list():
+        shared.stop(handle, grace_s=0, fence=1 << 30)
+        assert shared.wait(handle, LONG_S) is not None
+    for lease_id in shared.known():
+        shared.forget(lease_id)
+    term_file(state_dir).unlink(missing_ok=True)
     for runtime in made:
-        for handle in runtime.list():
-            runtime.stop(handle, grace_s=0, fence=1 << 30)
-            assert runtime.wait(handle, LONG_S) is not None
         runtime.close()
 
 
 @pytest.fixture
-def bench(make_runtime, tmp_path):
-    return Bench(make_runtime(), tmp_path / "leases")
+def bench(shared, make_runtime, tmp_path):
+    return Bench(shared, tmp_path / "leases")
 
 
 @pytest.mark.cgroup
 class TestProcessUnderCgroup(RuntimeContract):
-    @pytest.fixture
-    def confine(self):
-        return "cgroup"
+    confine = "cgroup"
 
     def test_memory_and_cpus_are_exact(self, bench):
         assert bench.runtime.bounds()["memory_bytes"] == bench.runtime.bounds()["cpus"] == "exact"
@@ -81,9 +91,7 @@ class TestProcessUnderCgroup(RuntimeContract):
 
 
 class TestProcessUnderRlimits(RuntimeContract):
-    @pytest.fixture
-    def confine(self):
-        return "rlimit"
+    confine = "rlimit"
 
     def test_memory_and_cpus_are_advisory_and_it_is_said(self, bench):
         assert bench.runtime.bounds()["memory_bytes"] == bench.runtime.bounds()["cpus"] == "advisory"
@@ -93,9 +101,7 @@ class TestProcessUnderRlimits(RuntimeContract):
 @pytest.mark.real
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 class TestAsRoot:
-    @pytest.fixture
-    def confine(self):
-        return "auto"
+    confine = "auto"
 
     @pytest.mark.netns
     def test_a_job_runs_in_the_network_namespace_it_names(self, bench):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from typing import Any
 
@@ -27,8 +28,7 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
         die_with_parent()
         if os.getppid() != shim_pid:
             os._exit(CANNOT_RUN)
-        json.loads(json.dumps({"spec": {"envelope": 1.0}}))  # copies the memory shared with the shim before the order comes
-        Envelope(cpus=1.0)
+        _rehearse()
         text = _read_all(orders)
         if not text:
             os._exit(CANNOT_RUN)  # the shim is not needed
@@ -57,6 +57,20 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
         report = {"error": str(error)[:_MAX_REPORT_BYTES], "errno": getattr(error, "errno", None), "step": step}
         os.write(failure, json.dumps(report).encode())
     os._exit(CANNOT_RUN)
+
+
+def _rehearse() -> None:
+    """Use what the order will need once, so that the memory shared with the shim is copied before it comes.
+
+    Not `own_memory`: exec would have to give all of it back.
+    """
+    plan = json.loads(json.dumps({"env": {f"NAME_{number}": "value" * 8 for number in range(40)}}))
+    [os.fsencode(name) + os.fsencode(value) for name, value in plan["env"].items()]
+    Envelope(cpus=1.0)
+    Confinement.from_plan({"kind": "rlimit", "groups": {}}).join()
+    resource.getrlimit(resource.RLIMIT_CORE)
+    os.close(os.open(os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    os.chdir(os.curdir)
 
 
 def _settle_in(orders: int, failure: int) -> None:
