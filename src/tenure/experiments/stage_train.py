@@ -14,6 +14,7 @@ from typing import Any
 
 from tenure.errors import JobFailed, SpecError
 from tenure.experiments.context import RunContext
+from tenure.experiments.machine_load import disturbance, load_metrics, watch_machine
 from tenure.jobs import Command, Job
 from tenure.leases import EndReason, Lease
 from tenure.protocols import LaunchRequest
@@ -24,7 +25,7 @@ from tenure.resources import Envelope, format_duration, show_bytes
 from tenure.train import spec as train
 from tenure.train.progress import ProgressReader, TrainProgress, measure
 from tenure.trials import Candidate, Configuration, Recommendation, Scalar, Trial
-from tenure.usage import summarize
+from tenure.usage import Summary, summarize
 from tenure.wire import GangMember, LeaseView, RequestGang
 
 POLL_S = 0.25
@@ -143,13 +144,13 @@ def _probe(
         total_s=2 * PROBE_SLOT_S,
     )
     probe_spec = replace(spec, stop_at_round=rounds, goal_accuracy=0.0)
-    progress, views = _run_gang(context, job, stage, probe_spec, envelope, workers, text)
+    progress, views, metrics = _run_gang(context, job, stage, probe_spec, envelope, workers, text)
     yield context.trial(
         stage=job.name,
         fingerprint=fingerprint,
         source="probe",
         configuration=configuration,
-        metrics={**_metrics(progress, views), "time_s": summarize([_span_s([view.lease for view in views])])},
+        metrics={**metrics, "time_s": summarize([_span_s([view.lease for view in views])])},
         seed=job.seed,
         curves=_curves(progress),
         note=stage,
@@ -164,7 +165,7 @@ def _train(context: RunContext, job: Job, spec: train.TrainSpec, fingerprint: st
     workers = chosen.leases
     text = f"{workers} lease{'s' if workers > 1 else ''} of {chosen.envelope.describe()}"
     context.step(job.name, "lease + train", text)
-    progress, views = _run_gang(context, job, job.name, spec, chosen.envelope, workers, text)
+    progress, _, metrics = _run_gang(context, job, job.name, spec, chosen.envelope, workers, text)
     goal = job.train_goal.accuracy if job.train_goal else 0.0
     accuracy = progress.accuracy or 0.0
     if accuracy < goal:
@@ -185,7 +186,7 @@ def _train(context: RunContext, job: Job, spec: train.TrainSpec, fingerprint: st
         source="observed",
         configuration={**chosen.configuration, "rounds": progress.round},
         metrics={
-            **_metrics(progress, views),
+            **metrics,
             "time_s": summarize([time_s]),
             "cost_usd": summarize([cost_usd]),
             "rounds": summarize([float(progress.round)]),
@@ -212,8 +213,8 @@ def _span_s(gang: Sequence[Lease]) -> float:
 
 def _run_gang(
     context: RunContext, job: Job, stage: str, spec: train.TrainSpec, envelope: Envelope, workers: int, text: str
-) -> tuple[TrainProgress, tuple[LeaseView, ...]]:
-    """Train in one gang of leases until all have ended; return what the store and the leases say."""
+) -> tuple[TrainProgress, tuple[LeaseView, ...], dict[str, Summary]]:
+    """Train in one gang of leases until all have ended; return what the store and the leases say, and the trial's metrics."""
     folder, store = context.files.stage(stage), context.files.store(stage)
     train.write_spec(folder, spec)
     command: Command = train.command(job.env)
@@ -227,14 +228,15 @@ def _run_gang(
     ids = tuple(lease.id for lease in leases)
     context.client.nudge(context.run.id, stage)
     reader, shown = ProgressReader(store), -1
-    views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
-    while not all(view.lease.ended_at_s for view in views):
-        progress = reader.read()
-        if progress.round != shown:
-            shown = progress.round
-            done = shown / spec.stop_at_round if spec.stop_at_round else None
-            context.display.progress(f"{text}: {_line(progress)}", done)
+    with watch_machine(context.node.machine) as watcher:
         views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
+        while not all(view.lease.ended_at_s for view in views):
+            progress = reader.read()
+            if progress.round != shown:
+                shown = progress.round
+                done = shown / spec.stop_at_round if spec.stop_at_round else None
+                context.display.progress(f"{text}: {_line(progress)}", done)
+            views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
     progress = reader.read()
     # The first to end is the one that failed: the others of its gang ended because of it.
     for view in sorted(views, key=lambda view: view.lease.ended_at_s):
@@ -244,7 +246,11 @@ def _run_gang(
             raise JobFailed(f"{who}: {view.lease.end_detail}\n{log}".rstrip(), reason=str(view.lease.end_reason))
     if not progress.round:
         raise JobFailed(f"stage {stage}: the workers ended without finishing a round; see {context.files.logs(stage)}")
-    return progress, tuple(views)
+    own_cpu_s = sum(ended.usage.cpu_s for view in views for ended in view.exits if ended.usage)
+    load = load_metrics(watcher, own_cpu_s=own_cpu_s)
+    if disturbed := disturbance(load):
+        context.display.warn(f"{stage}: {disturbed}")
+    return progress, tuple(views), {**_metrics(progress, tuple(views)), **load}
 
 
 def _line(progress: TrainProgress) -> str:
