@@ -216,6 +216,8 @@ class LineServer:
             connection.send(_result_line(call_id, result if result is not None else wire.Nothing()))
         except TenureError as error:
             connection.send(_error_line(call_id, error))
+        except OSError as error:  # the machine's trouble (a full disk, missing rights), not the handler's mistake
+            connection.send(_error_line(call_id, Unavailable(f"{self._who} cannot do {name}: {error}")))
         except Exception as error:  # a handler's own mistake must reach the caller, not end the server
             asyncio.get_running_loop().call_exception_handler({"message": f"{self._who}: handler failed", "exception": error})
             connection.send(_error_line(call_id, InternalError(f"{self._who} failed: {type(error).__name__}: {error}")))

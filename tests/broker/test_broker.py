@@ -438,9 +438,14 @@ def test_a_full_disk_refuses_requests_and_grants_go_on_once_there_is_room(play) 
             await ask_on()
         world.fleet.finish(lease.id, DONE)
         await world.settle()
+        await world.after(10.0)
+        with pytest.raises(Refused, match=r"cannot be waited for: .* the disk is full"):
+            await world.ask("wait_leases", lease_ids=(lease.id,), timeout_s=600.0)
         pages(1_000_000)
         await world.after(10.0)
         assert world.lease(lease.id).end_reason is EndReason.COMPLETED
+        (view,) = await world.ask("wait_leases", lease_ids=(lease.id,), timeout_s=600.0)
+        assert view.lease.state is LeaseState.ENDED
         assert {state.state for state in world.broker.book.live.values()} <= {LeaseState.ACTIVE, LeaseState.QUEUED}
 
     play(scene)

@@ -24,6 +24,8 @@ USAGE_EVERY_S = 2.0
 """Between two rollups of a lease; doubles with every USAGE_PER_STEP of them, so that a long lease stays small."""
 USAGE_PER_STEP = 900
 
+ROOM_AGAIN_S = 2.0
+
 
 class Book:
     """What every part of the broker reads. `transaction` is the only way to change it."""
@@ -37,6 +39,9 @@ class Book:
         """Leases with an attempt that has been ordered and has not been seen to end."""
         self.invocations: list[tuple[str, str, Invocation]] = []
         """(run id, stage, invocation) of those that ended since `invocations` last looked."""
+        self.unwritable_since_s = float("inf")
+        """CLOCK_BOOTTIME since when the ledger refuses writes (a full disk); infinite while it takes them."""
+        self._refusals, self._refused_s = 0, 0.0
         self.usage: dict[str, Usage] = {}
         self._points: list[wire.UsagePoint] = []
         self._rollups: dict[str, tuple[int, float]] = {}
@@ -104,6 +109,16 @@ class Book:
         if points:
             with self.ledger.transaction() as tx:
                 queries.insert_usage(tx.connection, points)
+
+    def watch_ledger(self) -> None:
+        """Note since when the ledger refuses writes. What could not be written is tried again all the time, so that a while
+        without a refusal means that there is room again; a single write that works does not, for a small one may fit."""
+        now_s = self.clock.boot_s()
+        if self.ledger.refusals > self._refusals:
+            self._refusals, self._refused_s = self.ledger.refusals, now_s
+            self.unwritable_since_s = min(self.unwritable_since_s, now_s)
+        elif now_s - self._refused_s > ROOM_AGAIN_S:
+            self.unwritable_since_s = float("inf")
 
     def wake(self) -> None:
         """Have everyone who waits for a change look again."""

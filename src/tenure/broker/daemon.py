@@ -121,7 +121,7 @@ class Broker:
     def tick(self) -> None:
         """Do what is due. Whatever one part refuses is logged and tried again by the next tick."""
         now_s = self.book.clock.boot_s()
-        for part in (self.nodes.tick, self.attempts.tick, self.queue.tick, self.invocations.tick):
+        for part in (self.book.watch_ledger, self.nodes.tick, self.attempts.tick, self.queue.tick, self.invocations.tick):
             try:
                 part()
             except TenureError as error:

@@ -21,6 +21,8 @@ from tenure.runs import Run
 from tenure.sockets import Connection, Handler
 from tenure.trials import Recommendation, Trial
 
+UNWRITABLE_MAX_S = 5.0
+"""How long the ledger may refuse to be written before those who wait for leases are told so."""
 MAX_WAIT_S = 600.0
 MAX_ROWS = 100_000
 _READY = (LeaseState.ACTIVE, LeaseState.RESIZING, LeaseState.DRAINING, LeaseState.ENDED)
@@ -106,7 +108,9 @@ class Handlers:
             left_s = end_s - self._book.clock.boot_s()
             if left_s <= 0:
                 break
-            await self._book.changed(left_s)
+            if self._book.clock.boot_s() - self._book.unwritable_since_s > UNWRITABLE_MAX_S:
+                raise Refused(f"the leases cannot be waited for: {self._book.ledger.refusal}")
+            await self._book.changed(min(left_s, UNWRITABLE_MAX_S))
         return tuple(self._book.view(lease_id) for lease_id in args.lease_ids)
 
     async def op_lease(self, args: wire.LeaseRef, client: Connection) -> wire.LeaseView:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from tenure import wire
-from tenure.errors import Conflict, CorruptData, InternalError
+from tenure.errors import Conflict, CorruptData, InternalError, Refused
 from tenure.events import Event
 from tenure.leases import Lease
 from tenure.ledger import dialect, queries
@@ -117,6 +117,8 @@ class Ledger:
     def __init__(self, engine: Engine, where: str, now_s: Callable[[], float]) -> None:
         self._engine, self._where, self._now_s = engine, where, now_s
         self._busy = False
+        self.refusals, self.refusal = 0, ""
+        """How many transactions were refused for want of room or rights, and why the latest was."""
 
     @classmethod
     def open(cls, path: Path, *, now_s: Callable[[], float]) -> Ledger:
@@ -161,7 +163,11 @@ class Ledger:
             with self._engine.begin() as connection:
                 yield connection
         except DBAPIError as error:
-            raise dialect.explained(error, self._where) from error
+            explained = dialect.explained(error, self._where)
+            if isinstance(explained, Refused):
+                self.refusals += 1
+                self.refusal = str(explained)
+            raise explained from error
         finally:
             self._busy = False
 
