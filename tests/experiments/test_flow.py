@@ -50,7 +50,7 @@ program = "tiny.py:Tiny"
 shards = 2
 max_rounds = {rounds}
 options = {{ {options} }}
-goal = {{ accuracy = 0.5 }}
+goal = {{ accuracy = 0.9 }}
 probe = {{ memory = "256MiB", max = "{probe}" }}
 """
 CHAIN = """
@@ -232,14 +232,10 @@ def test_a_job_file_that_is_wrong_or_missing_leaves_no_run(tenure):
     assert len(verbs.runs(home=tenure.home)) == before
 
 
-@pytest.mark.parametrize(
-    ("program", "told"), [("tiny.py:Tony", "has no 'Tony'"), ("broken.py:Tiny", "SyntaxError"), ("tiny.py:Path", "lacks")]
-)
-def test_a_program_that_cannot_be_loaded_says_why(tenure, program, told):
-    (tenure.folder / "broken.py").write_text("class Tiny(:\n")
+def test_a_program_that_cannot_be_loaded_says_why(tenure):
     job = tenure.train()
-    job.write_text(job.read_text().replace("tiny.py:Tiny", program))
-    assert told in failed(tenure.run(job))
+    job.write_text(job.read_text().replace("tiny.py:Tiny", "tiny.py:Tony"))
+    assert "has no 'Tony'" in failed(tenure.run(job))
 
 
 # --- jobs that misbehave -------------------------------------------------------------------------------------------------
@@ -250,7 +246,6 @@ def test_a_program_that_cannot_be_loaded_says_why(tenure, program, told):
     [
         ("raise", "failed", "the seventh image is upside down"),
         ("leak", "out_of_memory", "192"),
-        ("exit", "failed", "result.json"),
         ("fork", "failed", "result.json"),
     ],
 )
@@ -263,8 +258,8 @@ def test_a_training_program_that_goes_wrong_ends_the_run_with_its_reason(tenure,
 
 
 def test_a_training_program_that_hangs_is_ended_by_its_slot_and_total(tenure):
-    outcome = tenure.run(tenure.train(slot="2s", total="2s", fault="hang"))
-    assert "total of 2 s" in failed(outcome)
+    outcome = tenure.run(tenure.train(slot="1s", total="1s", fault="hang"))
+    assert "total of 1 s" in failed(outcome)
     assert outcome.error.reason == "out_of_time"
 
 
@@ -337,29 +332,30 @@ def combined(log):
     return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
-def test_ctrl_c_during_training_leaves_nothing_and_it_goes_on_from_its_last_round(tenure, tmp_path):
-    log = tmp_path / "rounds"
-    job = tenure.train(workers=2, rounds=30, pause_s=0.05, rounds_log=str(log))
-    run, status, told = tenure.interrupted(job, lambda: len(combined(log)) > 5)
+def test_ctrl_c_during_training_keeps_what_was_done_and_training_goes_on_from_its_last_round(tenure, tmp_path):
+    log, prepared = tmp_path / "rounds", tmp_path / "prepared"
+    job = tenure.goal(pause_s=0.05, needed=9, rounds_log=str(log))
+    code = json.dumps(f"open({str(prepared)!r}, 'a').write('once ')")
+    job.write_text(job.read_text().replace("[train]", f'[task]\ncommand = ["python", "-c", {code}]\n\n[train]'))
+    run, status, told = tenure.interrupted(job, lambda: tenure.files("train/store/weights/00000003*"))
     cancelled(tenure, run, status, told)
-    before = len(combined(log))
-    assert before < 30
+    assert [stage.state for stage in run.stages] == ["done", "cancelled"]
+    before = combined(log)
+    assert before[-1] < 8
+    trials = verbs.trials(home=tenure.home, run=run.id)
     outcome = tenure.run(resume=run.id)
     assert outcome.run.state == "done", outcome.failed
-    rounds = combined(log)
-    assert set(rounds) == set(range(30))
-    assert rounds[before] >= before - 1
+    assert prepared.read_text() == "once "
+    assert [step.partition(": ")[2][:4] for step in outcome.closing[:2]] == ["done", "kept"]
+    assert before[-1] <= combined(log)[len(before)] <= before[-1] + 1
+    assert trials == verbs.trials(home=tenure.home, run=run.id)[: len(trials)]
     assert (tenure.home / "runs" / run.id / "train" / "artefacts" / "model.onnx").is_file()
 
 
 def test_ctrl_c_while_measuring_keeps_the_trials_and_the_run_goes_on(tenure, tmp_path):
     log = tmp_path / "rounds"
     job = tenure.goal(pause_s=0.02, rounds_log=str(log))
-
-    def second_probe():
-        return len(combined(log)) > 11
-
-    run, status, told = tenure.interrupted(job, second_probe)
+    run, status, told = tenure.interrupted(job, lambda: len(combined(log)) > 10)  # in the second probe
     cancelled(tenure, run, status, told)
     trials = verbs.trials(home=tenure.home, run=run.id)
     assert [trial.source for trial in trials] == ["probe"]
@@ -377,16 +373,24 @@ def test_ctrl_c_ends_a_served_model_that_outlived_its_first_slot(tenure):
     cancelled(tenure, run, status, told)
 
 
+def test_ctrl_c_while_a_model_is_measured_leaves_nothing(tenure):
+    np.save(tenure.folder / "x.npy", np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32))
+    job = tenure.serve()
+    job.write_text('[serve]\nmodel = "tiny.onnx"\ninputs = { x = "x.npy" }\ngoals = [{ name = "one", p99 = "1s" }]\n')
+    run, status, told = tenure.interrupted(job, lambda: tenure.files("serve/workers/1/*/*"))
+    cancelled(tenure, run, status, told)
+
+
 def test_a_killed_command_leaves_a_run_that_resumes_without_running_twice(tenure, tmp_path):
     log = tmp_path / "rounds"
-    job = tenure.train(rounds=60, pause_s=0.05, rounds_log=str(log))
+    job = tenure.train(workers=2, rounds=30, pause_s=0.05, rounds_log=str(log))
     run, status, _ = tenure.interrupted(job, lambda: len(combined(log)) > 5, number=signal.SIGKILL)
     assert status == -signal.SIGKILL
     outcome = tenure.run(resume=run.id)
     assert outcome.run.state == "done", outcome.failed
     rounds = combined(log)
-    assert set(rounds) == set(range(60))
-    assert len(rounds) <= 61
+    assert set(rounds) == set(range(30))
+    assert len(rounds) <= 31
     assert of_run(run.id) == []
 
 

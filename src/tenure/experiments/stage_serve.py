@@ -6,6 +6,7 @@ architecture is measured and reported, but not a candidate: it has its clients o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tenure.errors import JobFailed, SpecError
+from tenure.errors import Conflict, JobFailed, NotFound, SpecError
 from tenure.experiments.architectures import (
     INTERACTIONS,
     TRANSPORTS,
@@ -30,7 +31,7 @@ from tenure.protocols import ExitKind, Launched, LaunchRequest
 from tenure.recommend.observe import compare
 from tenure.recommend.serving import ServeTunable
 from tenure.recommend.tune import tune
-from tenure.resources import Envelope, show_bytes
+from tenure.resources import Envelope, format_duration, show_bytes
 from tenure.serve.client import Model
 from tenure.trials import Candidate, Configuration, Recommendation, Trial
 
@@ -257,10 +258,12 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
 
     Ctrl-C releases it. Raises JobFailed when the server ends by itself.
     """
-    context.step(job.name, "lease + serve", envelope.describe())
+    context.step(job.name, "lease", envelope.describe())
     command = _server(context, job, model)
     server = context.launch(job.name)(LaunchRequest(name="server", command=command, envelope=envelope))
     where = ", ".join(f"{name}://{address}" for name, address in server.endpoints.items())
+    context.close_step(job.name, "lease", f"serving {context.run.name} at {where}; Ctrl-C ends the lease")
+    context.step(job.name, "serve", envelope.describe())
     ended = None
     while ended is None:
         usage = server.usage()
@@ -268,11 +271,13 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
         lease = context.client.lease(server.lease_id).lease
         left_s = lease.ends_at_s - context.clock.utc_s()
         if lease.state is LeaseState.ACTIVE and left_s < envelope.slot_s / 2 and lease.ends_at_s < lease.total_ends_at_s:
-            context.client.renew(server.lease_id, envelope.slot_s)
+            with contextlib.suppress(Conflict, NotFound):  # it ends just now, and is waited for
+                context.client.renew(server.lease_id, envelope.slot_s)
         ended = server.wait(min(1.0, envelope.slot_s / 8))
     if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
         raise JobFailed(
             f"stage {job.name}: the server at {where} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
             reason=str(ended.kind),
         )
-    context.close_step(job.name, "lease + serve", f"served at {where}; ended {ended.kind}")
+    held_s = ended.ended_at_s - ended.started_at_s
+    context.close_step(job.name, "serve", f"served at {where} for {format_duration(round(held_s, 1))}; ended {ended.kind}")
