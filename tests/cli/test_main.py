@@ -1,5 +1,6 @@
 """The command as a whole: arguments in, one answer and an exit code out. The verbs behind it are stood in for here."""
 
+import errno
 import json
 import os
 import signal
@@ -206,3 +207,11 @@ def test_doctor_ends_with_1_when_something_needed_is_broken(verbs, capsys):
     verbs.doctor = lambda _home: (Finding("home", False, "not writable", "nothing can run", "set TENURE_HOME"),)
     assert cli.run(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[0]["ok"] is False
+
+
+@pytest.mark.parametrize("named", [(), ("/h/ledger",)])
+def test_a_full_disk_is_told_as_such_and_not_as_a_bug(verbs, capsys, named):
+    verbs.runs = raising(OSError(errno.ENOSPC, "No space left on device", *named))
+    assert cli.run(["runs", "--home", "/h"]) == 3
+    assert "the disk is full" in (said := capsys.readouterr().err)
+    assert "bug" not in said

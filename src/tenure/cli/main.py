@@ -7,6 +7,7 @@ Errors become one message on stderr, without a trace unless TENURE_DEBUG is set;
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from types import FrameType
 
 from tenure.cli import exits
 from tenure.cli.output import as_json, clean_lines, say
-from tenure.errors import TenureError
+from tenure.errors import Refused, TenureError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,6 +53,10 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own: a wrong command line
             return _usage_error(error, json)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" at {error.filename}" if error.filename else " where Tenure keeps its state ($TENURE_HOME, or --home)"
+            full = Refused(f"the disk is full{where}: free space there and try again")
+            return _tell(full, str(full), json)
         if isinstance(error, OSError) and error.filename:
             return _tell(error, f"{error.filename}: {error.strerror}", json)
         return _tell(error, f"unforeseen {type(error).__name__}: {error}; this is a bug, TENURE_DEBUG=1 shows where", json)
