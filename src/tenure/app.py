@@ -73,8 +73,8 @@ def run_job_file(
     with broker(home) as client:
         if resume:
             run, jobs = resumed_run(client.runs(run_id=resume), resume)
-        run = client.submit_run(run)
         node = _node(client)
+        run = client.submit_run(run)
         # How bounds are held here changes what the figures mean, so it is said first.
         display.step_done("node", node.name, "; ".join(node.confinement.values()))
         context = RunContext(
@@ -122,7 +122,7 @@ def _node(client: BrokerClient) -> Node:
     status = client.status()
     nodes = status.nodes
     if not nodes:
-        why = "; ".join(status.unreached.values())
+        why = "; ".join(status.unreached.values()).rstrip(".")
         raise Unavailable(
             f'no node can be used: {why or "none answers the broker"}. "tenure doctor" tells what this machine can do.'
         )

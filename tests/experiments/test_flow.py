@@ -472,6 +472,8 @@ def test_a_second_home_is_refused_with_who_holds_the_machine(tenure, tmp_path):
     told = tenure.call("run", tenure.task("pass"), "--home", tmp_path / "other", code=6)
     assert str(tenure.home) in told
     assert "holds" in told
+    assert verbs.runs(home=tmp_path / "other") == ()
+    verbs.down(home=tmp_path / "other")
 
 
 def test_a_served_model_that_dies_fails_its_run(tenure):
