@@ -29,12 +29,19 @@ def write_json(path: str | Path, data: Any, *, sync: bool = False, mode: int = 0
     temporary = f"{path}.{os.getpid()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        os.write(fd, json.dumps(data).encode())
-        if sync:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
+        try:
+            left = memoryview(json.dumps(data).encode())
+            while left:  # a disk that fills up takes a part first, and refuses only the next write
+                left = left[os.write(fd, left) :]
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:
