@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from tenure.runtimes.state import read_json, write_json
+from tenure.runtimes.state import read_json, write_json, write_record
 
 
 @pytest.fixture
@@ -34,3 +34,19 @@ def test_a_full_disk_leaves_the_former_content_and_no_draft(tmp_path, narrow):
         write_json(tmp_path / "a.json", {"text": "x" * 100})
     assert read_json(tmp_path / "a.json") == {"n": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_record_waits_for_room_on_a_full_disk_and_is_given_up_after_its_bound(tmp_path, narrow):
+    narrow[0] = 10
+    waits = []
+
+    def freed_at_the_third(pause_s):
+        waits.append(pause_s)
+        narrow[0] = 1 << 20 if len(waits) == 3 else 10
+
+    write_record(tmp_path / "exit.json", {"kind": "completed"}, pause=freed_at_the_third)
+    assert read_json(tmp_path / "exit.json") == {"kind": "completed"}
+    assert len(waits) == 3
+    narrow[0] = 10
+    with pytest.raises(OSError, match="No space left"):
+        write_record(tmp_path / "other.json", {"kind": "completed"}, max_s=0.0)

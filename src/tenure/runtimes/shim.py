@@ -32,7 +32,7 @@ from tenure.runtimes.become import adopt_orphans, own_memory
 from tenure.runtimes.confine import Confinement, data_limit_bytes
 from tenure.runtimes.job import wait_and_become
 from tenure.runtimes.outcome import read_result, read_tail
-from tenure.runtimes.state import read_json, write_json
+from tenure.runtimes.state import read_json, write_json, write_record
 
 _HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -144,7 +144,7 @@ class Shim:
             self._watch(self._waiting.wakeup)
         left = self._end_all()
         if failure is None:
-            write_json(self._folder / "exit.json", self._record(left), sync=True)
+            write_record(self._folder / "exit.json", self._record(left))
             self._confinement.remove()
         else:
             self._confinement.remove()

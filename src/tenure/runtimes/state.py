@@ -13,14 +13,19 @@ Not for: deciding anything about what they say (`process`, `shim`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tenure.errors import CorruptData, SpecError
 
+RECORD_MAX_S = 600.0
+"""How long a shim whose job is over waits for a full disk to have room for its record."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -42,6 +47,21 @@ def write_json(path: str | Path, data: Any, *, sync: bool = False, mode: int = 0
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_record(
+    path: str | Path, data: Any, *, max_s: float = RECORD_MAX_S, pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Write what must not be lost, to survive a power cut: on a full disk, wait for room. Raises OSError after `max_s`."""
+    end_s = time.monotonic() + max_s
+    while True:
+        try:
+            write_json(path, data, sync=True)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() >= end_s:
+                raise
+        pause(0.2)
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:
