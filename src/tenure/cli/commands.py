@@ -72,7 +72,8 @@ def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", 
         _print(output.outcome_json(outcome, code))
     else:
         _print(f"run      {output.clean(outcome.run.id)} {outcome.run.state}")
-        _print(f"report   {outcome.report_html}\nfigures  {outcome.report_json}")
+        if outcome.report_html.exists():  # a full disk may have kept it from being written, and that was told
+            _print(f"report   {outcome.report_html}\nfigures  {outcome.report_json}")
     if outcome.failed:
         output.say(output.clean_lines(f"tenure: {outcome.failed}"), sys.stderr)
     raise typer.Exit(code)
