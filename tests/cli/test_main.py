@@ -48,19 +48,23 @@ def raising(error):
     return verb
 
 
-def test_run_tells_where_the_report_is(verbs, capsys):
+def test_run_tells_where_the_report_is_when_there_is_one(verbs, capsys, tmp_path):
     seen = {}
+    page = tmp_path / "report.html"
 
     def run(job_file, **options):
         seen.update(options, job_file=job_file)
         options["display"].step_done("train", "measure", "4 probes")
-        return an_outcome()
+        return an_outcome(report_html=page)
 
     verbs.run = run
     assert cli.run(["run", "x.toml", "--home", "/h"]) == 0
+    assert "report" not in capsys.readouterr().out
+    page.write_text("<html>")
+    assert cli.run(["run", "x.toml", "--home", "/h"]) == 0
     out = capsys.readouterr().out
     assert "train measure: 4 probes" in out
-    assert "report   /r/report.html" in out
+    assert f"report   {page}" in out
     assert seen["job_file"] == Path("x.toml")
     assert seen["home"] == Path("/h")
     assert seen["resume"] == ""
