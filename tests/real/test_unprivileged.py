@@ -132,6 +132,8 @@ def test_the_doctor_finds_nothing_broken(tenure):
 def test_a_home_of_another_user_is_refused_with_what_to_do(tenure, tmp_path):
     if not NOBODY:
         pytest.skip("only root can make what belongs to another user")
-    done = tenure("nodes", "--home", "/root/tenure-home-of-root")
+    foreign = tmp_path / "of-root"
+    foreign.mkdir(mode=0o700)
+    done = tenure("nodes", "--home", str(foreign / "home"))
     assert done.returncode == 2
     assert "Set TENURE_HOME to a folder you may write" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from tenure.errors import Unsupported
 from tenure.ledger.dialect import forbid_changes
 
 revision = "0001"
@@ -137,4 +138,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """There is no way back from the first step."""
-    raise NotImplementedError("restore a backup instead")
+    raise Unsupported("downgrade", "before the first step there is no ledger", "Use a copy of the file from before.")
