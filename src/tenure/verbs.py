@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tenure import app
 from tenure.broker.client import connect, start_broker
-from tenure.errors import Conflict, NotFound, SpecError, Unavailable
+from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
 from tenure.meter.doctor import Finding, diagnose
@@ -16,6 +16,7 @@ from tenure.protocols import SystemClock
 from tenure.runs import Run, RunFiles
 from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
+from tenure.wire import Status
 
 if TYPE_CHECKING:
     from tenure.experiments.context import Display
@@ -99,9 +100,14 @@ def trials(*, home: Home = None, fingerprint: str = "", run: str = "") -> tuple[
 
 
 def nodes(*, home: Home = None) -> tuple[Node, ...]:
-    """Return the nodes the broker knows."""
+    """Return the nodes the broker knows, with their state and what leases hold of them."""
+    return tuple(status(home=home).nodes)
+
+
+def status(*, home: Home = None) -> Status:
+    """Return the broker in one answer: its nodes, those it cannot reach and why, how many leases and clients it has."""
     with app.broker(app.find_home(home)) as client:
-        return tuple(client.status().nodes)
+        return client.status()
 
 
 def report(run_id: str, *, home: Home = None, folder: str | Path | None = None) -> tuple[Path, Path]:
@@ -130,30 +136,45 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
 
 
 def up(*, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None) -> Node:
-    """Start a broker and this machine's agent that stay until `down`; return the node. An answering broker is kept as it is.
+    """Have a broker and a node of this machine that stay until `down`; return the node. Doing it again changes nothing.
 
-    cpus, memory (bytes): offer only this part of the machine; both or neither. Raises SpecError, Conflict, Unavailable.
+    A broker that answers, also one that a run started for itself, gets the node added and stays from then on. cpus, memory
+    (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
+    agents have left. Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
+    another part.
     """
-    if (cpus is None) != (memory is None):
-        raise SpecError("a part of a machine needs both cpus and memory, e.g. --cpus 2 --memory 8GiB")
     found_home = app.find_home(home)
-    part = check_name("node", node) if cpus is None else f"{check_name('node', node)}:{cpus:g}:{memory}B"
-    start_broker(found_home, persistent=True, nodes=(part,))
+    check_name("node", node)
+    start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
-        status = client.status()
-    if not status.persistent:
-        raise Conflict("a broker that a run started for itself answers in this home; try again when that run has ended")
-    return next((known for known in status.nodes if known.name == node), status.nodes[0])
+        try:
+            return client.add_node(node, cpus=cpus, memory_bytes=memory)
+        except TenureError:
+            left = client.status()
+            if not (left.nodes or left.unreached or left.leases):  # it was started for this node alone
+                client.shutdown()
+            raise
 
 
-def down(*, home: Home = None) -> bool:
-    """End every lease of the home, its agents and its broker. Returns False when no broker answered."""
+def down(*, home: Home = None, node: str = "") -> bool:
+    """End every lease of the home, its agents and its broker. Returns False when no broker answered.
+
+    node: take only this node out: its leases, with the others of their gangs, are released, its agent ends, its part of the
+    machine is free. Raises NotFound for an unknown node, Unavailable when it takes longer than a minute.
+    """
     try:
         client = connect(app.find_home(home), start=False, who="cli:down")
     except Unavailable:
         return False
     try:
-        client.shutdown()
+        if node:
+            found = client.status()
+            names = sorted({*(known.name for known in found.nodes), *found.unreached})
+            if node not in names:
+                raise NotFound(f"node {node!r} does not exist; this home has {', '.join(names) or 'none'}")
+            client.remove_node(node)
+        else:
+            client.shutdown()
     finally:
         client.close()
     return True

@@ -305,9 +305,30 @@ class Status:
     """Node -> why it can't be used now, e.g. who holds the machine."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddNode:
+    """Offer a part of this machine as a node, and stay when nobody is left. Answers once it is up; doing it again changes
+    nothing. cpus, memory_bytes: one alone brings the same share of the other, neither offers all that is left. Raises Refused
+    with who holds the machine, Conflict when the name has another part; the node is then not kept."""
+
+    name: str
+    cpus: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveNode:
+    """Take a node out: its leases, and others of their gangs, are released, its agent ends, its part is free. Doing it again
+    changes nothing. Raises Unavailable when that takes too long; it then gets no new lease, and this may be tried again."""
+
+    name: str
+
+
 BROKER_OPS: Mapping[str, Op] = {
     "hello": Op(args=Hello, result=Welcome),
     "status": Op(args=Nothing, result=Status),
+    "add_node": Op(args=AddNode, result=Node),
+    "remove_node": Op(args=RemoveNode, result=Nothing),
     "submit_run": Op(args=SubmitRun, result=Run),
     "set_stage": Op(args=SetStage, result=Nothing),
     "set_run": Op(args=SetRun, result=Nothing),

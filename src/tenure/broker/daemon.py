@@ -83,8 +83,10 @@ class Broker:
         persistent: bool = False,
         term_s: float = TERM_S,
         new_lease_id: Callable[[], str] = _new_lease_id,
+        remember: Callable[[bool], None] = lambda persistent: None,
     ) -> None:
         self.persistent, self.fleet = persistent, fleet
+        self._remember = remember
         self.book = Book(ledger, clock)
         with self.book.transaction() as tx:
             self.fence = tx.next_fence()
@@ -106,12 +108,21 @@ class Broker:
             attempts=self.attempts,
             invocations=self.invocations,
             fence=self.fence,
-            persistent=persistent,
+            persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
+            on_stay=self.stay,
+            on_nodes=lambda: self._remember(self.persistent),
             on_shutdown=self.leave,
         )
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
+
+    async def stay(self) -> None:
+        """Go on when nobody is left, until a shutdown, and have the nodes act for longer without word from here."""
+        if not self.persistent:
+            self.persistent = True
+            self._remember(True)
+            await self.nodes.lengthen(PERSISTENT_TERM_S)
 
     def leave(self) -> None:
         """Have the loop end."""
@@ -150,15 +161,29 @@ class Broker:
         await self.fleet.close()
 
 
-async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | None = None) -> int:
+async def serve(
+    home: Path,
+    fleet: Fleet,
+    *,
+    persistent: bool,
+    clock: Clock | None = None,
+    remember: Callable[[bool], None] = lambda persistent: None,
+) -> int:
     """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held.
 
-    Returns how many leases are left behind: after a SIGTERM they go on under their agents until a term is over.
+    remember: called, with whether it is to stay, when that or its nodes change. Returns how many leases are left behind:
+    after a SIGTERM they go on under their agents until a term is over.
     """
     clock = clock or SystemClock()
     ledger = Ledger.open(home / "ledger.sqlite", now_s=clock.utc_s)
     broker = Broker(
-        ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=PERSISTENT_TERM_S if persistent else TERM_S
+        ledger,
+        fleet,
+        home=home,
+        clock=clock,
+        persistent=persistent,
+        term_s=PERSISTENT_TERM_S if persistent else TERM_S,
+        remember=remember,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

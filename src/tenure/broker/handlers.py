@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from tenure import wire
@@ -11,11 +12,12 @@ from tenure.broker.book import Book
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.queue import Queue
-from tenure.errors import IllegalChange, Refused, TenureError
+from tenure.errors import IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
-from tenure.fleet.contract import Fleet
+from tenure.fleet.contract import Fleet, Part
 from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
 from tenure.ledger import queries
+from tenure.nodes import Node
 from tenure.resources import Envelope
 from tenure.runs import Run
 from tenure.sockets import Connection, Handler
@@ -24,6 +26,8 @@ from tenure.trials import Recommendation, Trial
 UNWRITABLE_MAX_S = 5.0
 """How long the ledger may refuse to be written before those who wait for leases are told so."""
 MAX_WAIT_S = 600.0
+DRAIN_MAX_S = 60.0
+"""How long the leases of a node that is taken out may take to end."""
 MAX_ROWS = 100_000
 _READY = (LeaseState.ACTIVE, LeaseState.RESIZING, LeaseState.DRAINING, LeaseState.ENDED)
 
@@ -41,13 +45,17 @@ class Handlers:
         attempts: Attempts,
         invocations: Invocations,
         fence: int,
-        persistent: bool,
+        persistent: Callable[[], bool],
         clients: Callable[[], int],
+        on_stay: Callable[[], Awaitable[None]],
+        on_nodes: Callable[[], None],
         on_shutdown: Callable[[], None],
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations = attempts, invocations
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
+        self._on_stay, self._on_nodes = on_stay, on_nodes
+        self._one_change = asyncio.Lock()
 
     def table(self) -> dict[str, Handler]:
         """Return operation -> handler."""
@@ -60,9 +68,39 @@ class Handlers:
             leases=len(self._book.live),
             clients=self._clients(),
             nodes=self._nodes.known(),
-            persistent=self._persistent,
+            persistent=self._persistent(),
             unreached=self._nodes.why_unreached(),
         )
+
+    # --- nodes ---
+
+    async def op_add_node(self, args: wire.AddNode, client: Connection) -> Node:
+        """See wire.AddNode."""
+        part = Part(name=args.name, cpus=args.cpus, memory_bytes=args.memory_bytes)
+        async with self._one_change:
+            node = await self._nodes.add(part, on_nodes=self._on_nodes)
+            await self._on_stay()
+        return node
+
+    async def op_remove_node(self, args: wire.RemoveNode, client: Connection) -> None:
+        """See wire.RemoveNode."""
+        async with self._one_change:
+            self._nodes.drain(args.name)
+            why = f"node {args.name} is taken out"
+            gangs = {lease.gang_id or lease.id for lease in self._book.live.values() if lease.node == args.name}
+            for lease in list(self._book.live.values()):
+                if (lease.gang_id or lease.id) in gangs:
+                    self._attempts.drain(lease, EndReason.RELEASED, why)
+            end_s = self._book.clock.boot_s() + DRAIN_MAX_S
+            while held := sorted(lease.id for lease in self._book.live.values() if lease.holds and lease.node == args.name):
+                if self._book.clock.boot_s() >= end_s:
+                    raise Unavailable(
+                        f"node {args.name} gets no new lease, but {', '.join(held)} did not end within {DRAIN_MAX_S:g} s. "
+                        "Try again; a node that cannot be reached gives its leases up once its term is over."
+                    )
+                await self._book.changed(1.0)
+            await self._nodes.remove(args.name)
+            self._on_nodes()
 
     # --- runs ---
 

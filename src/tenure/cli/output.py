@@ -158,15 +158,15 @@ def nodes_table(nodes: Sequence[Node]) -> str:
         (
             node.name,
             str(node.state),
-            f"{node.capacity.cpus:g}",
-            show_bytes(node.capacity.memory_bytes),
+            f"{node.held_cpus:g} of {node.capacity.cpus:g}",
+            f"{show_bytes(node.held_memory_bytes)} of {show_bytes(node.capacity.memory_bytes)}",
             str(len(node.capacity.gpus)),
             "; ".join(node.confinement.values()) or ", ".join(node.runtimes),
             node.machine.cpu_model,
         )
         for node in nodes
     ]
-    return table(("NODE", "STATE", "CPUS", "MEMORY", "GPUS", "CONFINEMENT", "CPU MODEL"), rows, empty="no nodes")
+    return table(("NODE", "STATE", "CPUS HELD", "MEMORY HELD", "GPUS", "CONFINEMENT", "CPU MODEL"), rows, empty="no nodes")
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
