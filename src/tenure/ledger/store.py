@@ -18,6 +18,7 @@ from tenure.errors import Conflict, CorruptData, InternalError, Refused
 from tenure.events import Event
 from tenure.leases import Lease
 from tenure.ledger import dialect, queries
+from tenure.ledger.address import Address
 from tenure.nodes import Node
 from tenure.protocols import Exit
 from tenure.runs import Run, RunState, Stage
@@ -114,21 +115,29 @@ class Transaction:
 class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
-    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float]) -> None:
-        self._engine, self._where, self._now_s = engine, where, now_s
+    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float], let_go: Callable[[], None]) -> None:
+        self._engine, self._where, self._now_s, self._let_go = engine, where, now_s, let_go
         self._busy = False
         self.refusals, self.refusal = 0, ""
         """How many transactions were refused for want of room or rights, and why the latest was."""
 
     @classmethod
-    def open(cls, path: Path, *, now_s: Callable[[], float]) -> Ledger:
-        """Open or make the ledger and bring its tables up to date.
+    def open(cls, at: Path | Address, *, now_s: Callable[[], float], who: str = "") -> Ledger:
+        """Open or make the ledger, hold it alone until `close`, and bring its tables up to date.
 
-        Raises CorruptData when the file is damaged, Conflict when a newer Tenure wrote it, Unavailable when it is locked
-        or cannot be opened. In each case the file stays as it was.
+        at: a SQLite file, or an address. who: how the holder is named to others, e.g. its home.
+        Raises LedgerHeld when another process has it, CorruptData when it is damaged, Conflict when a newer Tenure wrote it,
+        Unavailable when it is locked or cannot be opened, MissingExtra. In each case the ledger stays as it was.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ledger = cls(dialect.open_engine(path), str(path), now_s)
+        address = at if isinstance(at, Address) else Address(path=at)
+        if address.path is not None:
+            address.path.parent.mkdir(parents=True, exist_ok=True)
+        let_go = dialect.hold(address, who=who)
+        try:
+            ledger = cls(dialect.open_engine(address, who=who), str(address), now_s, let_go)
+        except BaseException:
+            let_go()
+            raise
         try:
             with ledger.reading() as connection:
                 dialect.check_whole(connection)
@@ -139,8 +148,9 @@ class Ledger:
         return ledger
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the ledger."""
         self._engine.dispose()
+        self._let_go()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
