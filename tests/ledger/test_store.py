@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -121,6 +122,53 @@ def test_a_full_disk_is_refused_with_the_reason_and_nothing_is_lost(ledger: Ledg
         tx.append("broker.started", who="broker", why="x" * 1_000_000)
     with ledger.reading() as connection:
         assert len(queries.events_after(connection, 0, run_id="", max_events=10)) == 1
+
+
+def events_of(path: Path) -> list[str]:
+    """Return what another connection sees, which is what is on disk."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute("SELECT why FROM events ORDER BY seq")]
+
+
+def test_parts_go_to_disk_together_with_one_commit(ledger: Ledger, tmp_path: Path) -> None:
+    before = ledger.commits
+    for why in ("a", "b"):
+        with ledger.part() as tx:
+            tx.append("broker.started", who="broker", why=why)
+    assert (ledger.uncommitted, events_of(tmp_path / "ledger.sqlite")) == (2, [])
+    with ledger.reading() as connection:
+        assert len(queries.events_after(connection, 0, run_id="", max_events=10)) == 2
+    ledger.commit()
+    assert (ledger.uncommitted, ledger.commits - before) == (0, 1)
+    assert events_of(tmp_path / "ledger.sqlite") == ["a", "b"]
+
+
+def test_a_part_that_raises_is_undone_alone(ledger: Ledger, tmp_path: Path) -> None:
+    with ledger.part() as tx:
+        tx.append("broker.started", who="broker", why="a")
+    with pytest.raises(NotFound), ledger.part() as tx:
+        tx.put_run_state("none", tx.append("broker.started", who="broker", why="b") and RunState.DONE, who="broker")
+    ledger.commit()
+    assert events_of(tmp_path / "ledger.sqlite") == ["a"]
+
+
+def test_a_part_that_raises_alone_leaves_the_database_unlocked(ledger: Ledger, tmp_path: Path) -> None:
+    with pytest.raises(NotFound), ledger.part() as tx:
+        tx.put_run_state("none", RunState.DONE, who="broker")
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite", timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+
+def test_when_the_database_refuses_a_part_the_earlier_ones_are_undone_and_it_is_told(ledger: Ledger, tmp_path: Path) -> None:
+    lost: list[str] = []
+    ledger.on_lost = lambda error: lost.append(str(error))
+    with ledger.reading() as connection:
+        connection.execute(sa.text("PRAGMA max_page_count = 1"))
+    with ledger.part() as tx:
+        tx.append("broker.started", who="broker", why="a")
+    with pytest.raises(Refused, match="disk is full"), ledger.part() as tx:
+        tx.append("broker.started", who="broker", why="x" * 1_000_000)
+    assert (len(lost), ledger.uncommitted, events_of(tmp_path / "ledger.sqlite")) == (1, 0, [])
 
 
 def test_runs_keep_their_stages_in_order(ledger: Ledger) -> None:

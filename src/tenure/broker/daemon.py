@@ -18,6 +18,7 @@ from tenure.broker.book import LOG, USAGE_EVERY_S, Book
 from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
+from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
@@ -84,11 +85,11 @@ class Broker:
         term_s: float = TERM_S,
         new_lease_id: Callable[[], str] = _new_lease_id,
     ) -> None:
-        self.persistent, self.fleet = persistent, fleet
-        self.book = Book(ledger, clock)
-        with self.book.transaction() as tx:
+        self.persistent, self.book = persistent, Book(ledger, clock)
+        with ledger.transaction() as tx:
             self.fence = tx.next_fence()
             tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
+        fleet = self.fleet = Outbox(self.book, fleet)
         self.attempts = Attempts(self.book, fleet, home=home)
         self.nodes = Nodes(
             self.book, fleet, fence=self.fence, term_s=term_s, on_up=self.attempts.compare, on_lost=self.attempts.lost
