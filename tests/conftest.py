@@ -32,12 +32,8 @@ def postgres_server() -> Iterator[postgres.Server]:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Address]:
-    """Where a new ledger of the test may lie: once a file, once a database of its own."""
+def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    """Where a new ledger of the test may lie: once a file, once a schema of its own."""
     if request.param == "sqlite":
-        yield Address(path=tmp_path / "ledger.sqlite")
-        return
-    server = request.getfixturevalue("postgres_server")
-    url = server.new_database()
-    yield Address.parse(url)
-    server.drop(url)
+        return Address(path=tmp_path / "ledger.sqlite")
+    return Address.parse(request.getfixturevalue("postgres_server").new_schema())

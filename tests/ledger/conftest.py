@@ -29,7 +29,7 @@ def new_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], L
     server = None if request.param == "sqlite" else request.getfixturevalue("postgres_server")
 
     def make() -> Ledger:
-        address = Address.parse(server.new_database()) if server else Address(path=tmp_path / f"{next(names)}.sqlite")
+        address = Address.parse(server.new_schema()) if server else Address(path=tmp_path / f"{next(names)}.sqlite")
         return Ledger.open(address, now_s=now)
 
     return make

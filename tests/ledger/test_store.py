@@ -188,6 +188,53 @@ def test_a_full_disk_is_refused_with_the_reason_and_nothing_is_lost(tmp_path: Pa
     ledger.close()
 
 
+def events_of(address: Address) -> list[str]:
+    """Return what another connection sees, which is what is on disk."""
+    with dialect.reading_engine(address).connect() as connection:
+        return [row[0] for row in connection.execute(sa.text("SELECT why FROM events ORDER BY seq"))]
+
+
+def test_parts_go_to_disk_together_with_one_commit(ledger: Ledger, ledger_address: Address) -> None:
+    before = ledger.commits
+    for why in ("a", "b"):
+        with ledger.part() as tx:
+            tx.append("broker.started", who="broker", why=why)
+    assert (ledger.uncommitted, events_of(ledger_address)) == (2, [])
+    with ledger.reading() as connection:
+        assert len(queries.events_after(connection, 0, run_id="", max_events=10)) == 2
+    ledger.commit()
+    assert (ledger.uncommitted, ledger.commits - before) == (0, 1)
+    assert events_of(ledger_address) == ["a", "b"]
+
+
+def test_a_part_that_raises_is_undone_alone(ledger: Ledger, ledger_address: Address) -> None:
+    with ledger.part() as tx:
+        tx.append("broker.started", who="broker", why="a")
+    with pytest.raises(NotFound), ledger.part() as tx:
+        tx.put_run_state("none", tx.append("broker.started", who="broker", why="b") and RunState.DONE, who="broker")
+    ledger.commit()
+    assert events_of(ledger_address) == ["a"]
+
+
+def test_a_part_that_raises_alone_leaves_the_database_unlocked(ledger: Ledger, ledger_address: Address) -> None:
+    with pytest.raises(NotFound), ledger.part() as tx:
+        tx.put_run_state("none", tx.next_fence() and RunState.DONE, who="broker")
+    with dialect.reading_engine(ledger_address).begin() as other:
+        other.execute(sa.update(schema.meta).values(value="7"))
+
+
+def test_when_the_database_refuses_a_part_the_earlier_ones_are_undone_and_it_is_told(
+    ledger: Ledger, ledger_address: Address
+) -> None:
+    lost: list[str] = []
+    ledger.on_lost = lambda error: lost.append(str(error))
+    with ledger.part() as tx:
+        tx.append("broker.started", who="broker", why="a")
+    with pytest.raises(InternalError, match="append-only"), ledger.part() as tx:
+        tx.connection.execute(sa.update(schema.events).values(why="else"))
+    assert (len(lost), ledger.uncommitted, events_of(ledger_address)) == (1, 0, [])
+
+
 def test_runs_keep_their_stages_in_order(ledger: Ledger) -> None:
     stages = tuple(Stage(name=name, kind="task") for name in ("prepare", "a"))
     run = Run(id="r1", name="n", tenant="default", job_file="", source="", stages=stages, created_at_s=5.0)

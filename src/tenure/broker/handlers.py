@@ -10,6 +10,7 @@ from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
+from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
 from tenure.errors import IllegalChange, Refused, TenureError
 from tenure.events import Event
@@ -51,7 +52,7 @@ class Handlers:
 
     def table(self) -> dict[str, Handler]:
         """Return operation -> handler."""
-        return {name: getattr(self, f"op_{name}") for name in wire.BROKER_OPS if name != "hello"}
+        return {name: answering(self._book, getattr(self, f"op_{name}")) for name in wire.BROKER_OPS if name != "hello"}
 
     async def op_status(self, args: wire.Nothing, client: Connection) -> wire.Status:
         """See wire.Status."""
@@ -96,7 +97,7 @@ class Handlers:
 
     async def op_request_gang(self, args: wire.RequestGang, client: Connection) -> tuple[Lease, ...]:
         """See wire.RequestGang."""
-        return self._queue.request(args)
+        return await self._queue.request(args)
 
     async def op_wait_leases(self, args: wire.WaitLeases, client: Connection) -> tuple[wire.LeaseView, ...]:
         """See wire.WaitLeases."""

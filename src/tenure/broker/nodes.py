@@ -55,6 +55,7 @@ class Nodes:
         held = {lease.node for lease in book.live.values() if lease.holds}
         self._links = {name: _Link(term_s=term_s) for name in sorted({*fleet.names(), *held})}
         self._reasons: dict[str, str] = {}
+        self._reloads = self._refusals = 0
         with book.ledger.reading() as connection:
             before = {node.name: node for node in queries.list_nodes(connection)}
         for name in held:
@@ -99,6 +100,8 @@ class Nodes:
     def tick(self) -> None:
         """Renew what is due, reach what is away, give up what is lost. Returns at once; the work is done beside."""
         now_s = self._book.clock.boot_s()
+        if self._refusals != self._book.ledger.refusals:
+            self._again()
         for name, link in self._links.items():
             if link.state is NodeState.UNREACHABLE and now_s - link.heard_s > link.term_s + MARGIN_S:
                 self._lose(name, link)
@@ -113,6 +116,17 @@ class Nodes:
                     self._book.spawn(self._look(name, link))
             elif now_s - link.tried_s >= (REACH_EVERY_S if link.state is NodeState.UNREACHABLE else LOST_REACH_EVERY_S):
                 self._book.spawn(self._reach(name))
+
+    def _again(self) -> None:
+        """The ledger refused something: ask each node what was to be written, and write the nodes if a batch was lost."""
+        self._refusals = self._book.ledger.refusals
+        for link in self._links.values():
+            link.looked_s = float("-inf")
+        if self._reloads != self._book.reloads:
+            with self._book.transaction() as tx:
+                for node in self.known():
+                    tx.put_node(node, kind=f"node.{node.state}", who="broker", why="written again after a full disk")
+            self._reloads = self._book.reloads
 
     def _lose(self, name: str, link: _Link) -> None:
         link.state = NodeState.LOST

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import socket
 import sqlite3
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool, StaticPool
 
@@ -146,7 +148,7 @@ def _open_postgresql(address: Address, who: str) -> Engine:
 
 
 def _take_advisory_lock(connection: Any, address: Address) -> None:
-    """Lock the schema for this session. A holder that was killed is noticed by the server within moments: they are given."""
+    """Lock the schema for this session. The server needs a moment to notice that a holder was killed; it is given."""
     end_s = time.monotonic() + BUSY_TIMEOUT_S
     lock = f"{_LOCK_CLASS}, hashtext(current_schema())"
     while not connection.execute(f"SELECT pg_try_advisory_lock({lock})").fetchone()[0]:
@@ -187,7 +189,20 @@ def _postgresql_connect(address: Address, who: str) -> Callable[[], Any]:
         **given,
         "options": options.strip(),
     }
-    return lambda: psycopg.connect(**arguments)
+
+    def connect() -> Any:
+        end_s = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                return psycopg.connect(**arguments)
+            except psycopg.OperationalError as error:
+                # A server that is just starting, or was started again, takes a moment; what else it says will not change.
+                passes = "refused" in str(error) or "starting up" in str(error) or "No such file" in str(error)
+                if not passes or time.monotonic() > end_s:
+                    raise
+                time.sleep(0.2)
+
+    return connect
 
 
 def _own_name(who: str) -> str:
@@ -196,6 +211,31 @@ def _own_name(who: str) -> str:
 
 def _cut(text: str, max_bytes: int) -> str:
     return text.encode()[:max_bytes].decode(errors="ignore")
+
+
+def listen_for_hang_up(engine: Engine, heard: Callable[[BaseException], None]) -> None:
+    """Have `heard` called when a statement or a commit finds the connection broken, before anybody else hears of it."""
+
+    @event.listens_for(engine, "handle_error")
+    def _listen(context: ExceptionContext) -> None:
+        if context.is_disconnect:
+            heard(context.original_exception)
+
+
+def is_connected(driver: Any) -> bool:
+    """Return whether the other end of a driver's connection is still there, without asking it anything (so at any time)."""
+    if isinstance(driver, sqlite3.Connection):
+        return True
+    if driver.closed:
+        return False
+    gone = select.poll()
+    gone.register(driver.fileno(), select.POLLRDHUP)
+    return not gone.poll(0)
+
+
+def driver_of(connection: Connection) -> Any:
+    """Return the driver's own connection, for `is_connected`."""
+    return connection.connection.driver_connection
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

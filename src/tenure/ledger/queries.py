@@ -221,10 +221,11 @@ def lease_exits(connection: Connection, lease_id: str) -> tuple[Exit, ...]:
     return _nouns(connection.execute(query), Exit)[::-1]
 
 
-def exited_attempts(connection: Connection, lease_id: str) -> frozenset[int]:
-    """Return which attempts of a lease have an exit."""
-    rows = connection.execute(select(t.exits.c.attempt).where(t.exits.c.lease_id == lease_id))
-    return frozenset(row[0] for row in rows)
+def live_exits(connection: Connection) -> frozenset[tuple[str, int]]:
+    """Return (lease id, attempt) of every exit of a lease that has not ended."""
+    live = t.leases.c.state != str(LeaseState.ENDED)
+    query = select(t.exits.c.lease_id, t.exits.c.attempt).join(t.leases, t.leases.c.id == t.exits.c.lease_id).where(live)
+    return frozenset((lease_id, attempt) for lease_id, attempt in connection.execute(query))
 
 
 # --- invocations ------------------------------------------------------------------------------------------------------
@@ -290,10 +291,11 @@ def lease_usage(connection: Connection, lease_id: str, *, max_points: int = 10_0
     return tuple(wire.UsagePoint(lease_id=lease_id, at_s=at_s, usage=wire.from_json(body, Usage)) for at_s, body in rows)
 
 
-def count_usage(connection: Connection, lease_id: str) -> int:
-    """Return how many rollups a lease has."""
-    query = select(func.count()).select_from(t.usage_points).where(t.usage_points.c.lease_id == lease_id)
-    return int(connection.execute(query).scalar_one())
+def live_usage_counts(connection: Connection) -> dict[str, int]:
+    """Return lease id -> how many rollups it has, for every lease that has not ended and has any."""
+    points, live = t.usage_points.c, t.leases.c.state != str(LeaseState.ENDED)
+    query = select(points.lease_id, func.count()).join(t.leases, t.leases.c.id == points.lease_id).where(live)
+    return {row[0]: int(row[1]) for row in connection.execute(query.group_by(points.lease_id))}
 
 
 def insert_trial(connection: Connection, trial: Trial) -> bool:
