@@ -79,7 +79,7 @@ class World:
             await self.settle()
 
     async def ask(self, op: str, **args: Any) -> Any:
-        result = await getattr(self.broker.handlers, f"op_{op}")(wire.BROKER_OPS[op].args(**args), None)
+        result = await self.broker.handlers.table()[op](wire.BROKER_OPS[op].args(**args), None)
         await self.settle()
         return result
 

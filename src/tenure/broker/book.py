@@ -1,11 +1,15 @@
-"""The broker's present state: live leases and placement, changed only by what the ledger has written down first."""
+"""The broker's present state: live leases and placement, changed only by what the ledger has taken down first.
+
+Group commit: changes gather in a batch that goes to disk together, soon, and before anything that rests on them leaves the
+broker (`durable`; `outbox` holds both doors). Should the disk refuse the batch, the state is read anew: none of it happened.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from tenure import wire
@@ -25,6 +29,8 @@ USAGE_EVERY_S = 2.0
 USAGE_PER_STEP = 900
 
 ROOM_AGAIN_S = 2.0
+GATHER_S = 0.002
+"""How long a batch waits for as many callers as the one before it had, once that had several."""
 
 
 class Book:
@@ -47,28 +53,88 @@ class Book:
         self._rollups: dict[str, tuple[int, float]] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called before a batch goes to disk: the last to add to it."""
+        self.reloads = 0
+        """How often a batch was lost and the state read anew: whoever keeps more than `Book` does looks at it."""
+        self._batch: asyncio.Future[None] | None = None
+        self._waiting = self._gathered = 0
+        """How many wait for this batch, and how many did for the last."""
+        ledger.on_lost = self._lost
         self._load()
 
     def _load(self) -> None:
         with self.ledger.reading() as connection:
+            exited = queries.live_exits(connection)
+            points = queries.live_usage_counts(connection)
             for lease, until in queries.live_leases(connection):
                 self.live[lease.id] = lease
                 self.queue_until_s[lease.id] = until
-                if lease.attempt and lease.attempt not in queries.exited_attempts(connection, lease.id):
+                if lease.attempt and (lease.id, lease.attempt) not in exited:
                     self.busy.add(lease.id)
-                self._rollups[lease.id] = (queries.count_usage(connection, lease.id), 0.0)
+                self._rollups[lease.id] = (points.get(lease.id, 0), 0.0)
         for lease in self.live.values():
             self.placement.apply(Event(seq=0, at_s=0.0, kind=f"lease.{lease.state}", who="broker", data={"lease": lease}))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Give a ledger transaction; once it is written, take its events in and wake whoever waits."""
-        with self.ledger.transaction() as tx:
+        """Give a ledger transaction; then take its events in and wake whoever waits. It is on disk once `durable` returns."""
+        with self.ledger.part() as tx:
             yield tx
         for event in tx.events:
             self.placement.apply(event)
             if "lease" in event.data:
                 self._take(wire.from_builtins(event.data["lease"], Lease))
+        self._gather()
+        self.wake()
+
+    # --- group commit ---
+
+    def _gather(self) -> None:
+        """Have what was written go to disk soon, with what others are about to write."""
+        if self._batch is None:
+            loop = asyncio.get_running_loop()
+            self._batch, self._waiting = loop.create_future(), 0
+            if self._gathered > 1:
+                loop.call_later(GATHER_S, self._commit, self._batch)
+            else:
+                loop.call_soon(self._commit, self._batch)
+
+    def _commit(self, batch: asyncio.Future[None] | None) -> None:
+        for step in (self.before_commit, self.ledger.commit):
+            if batch is None or batch is not self._batch:
+                return  # it was lost
+            try:
+                step()
+            except TenureError as error:
+                LOG.error("%s: %s", type(error).__name__, error)
+        if batch is not None and batch is self._batch:
+            self._batch, self._gathered = None, self._waiting
+            batch.set_result(None)
+
+    async def durable(self) -> None:
+        """Return once all that was written so far is on disk. Raises what kept it from being so: then none of it happened."""
+        if self._batch is not None:
+            self._waiting += 1
+            if self._waiting == self._gathered:
+                asyncio.get_running_loop().call_soon(self._commit, self._batch)
+            await asyncio.shield(self._batch)
+
+    def _lost(self, error: TenureError) -> None:
+        """The disk refused a batch: go back to what it holds."""
+        batch, self._batch = self._batch, None
+        nodes = self.placement.nodes()
+        self.placement = Placement()
+        for kept in (self.live, self.queue_until_s, self.busy, self._rollups, self.invocations):
+            kept.clear()
+        self._load()
+        for node in nodes.values():
+            for kind in ("node.up", f"node.{node.state}"):
+                self.placement.apply(Event(seq=0, at_s=0.0, kind=kind, who="broker", node=node.name, data={"node": node}))
+        self.reloads += 1
+        if batch is not None:
+            batch.set_exception(error)
+            batch.exception()  # perhaps nobody waits for it
         self.wake()
 
     def _take(self, lease: Lease) -> None:
@@ -107,7 +173,7 @@ class Book:
         """Write the rollups gathered since the last call."""
         points, self._points = self._points, []
         if points:
-            with self.ledger.transaction() as tx:
+            with self.transaction() as tx:
                 queries.insert_usage(tx.connection, points)
 
     def watch_ledger(self) -> None:
@@ -146,15 +212,20 @@ class Book:
         task.add_done_callback(self._tasks.discard)
 
     async def settle(self, timeout_s: float = 10.0) -> None:
-        """Wait until everything spawned has finished."""
-        while self._tasks:
-            _, pending = await asyncio.wait(set(self._tasks), timeout=timeout_s)
-            if pending:
-                return
+        """Wait until everything spawned has finished, and what was written is on disk."""
+        while self._tasks or self._batch:
+            with contextlib.suppress(TenureError):
+                await self.durable()
+            if self._tasks:
+                _, pending = await asyncio.wait(set(self._tasks), timeout=timeout_s)
+                if pending:
+                    return
 
     async def close(self) -> None:
         """Cancel what still runs beside, and write what was gathered."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.flush_usage()
+        with contextlib.suppress(TenureError):
+            self.flush_usage()
+        self._commit(self._batch)

@@ -18,9 +18,11 @@ from tenure.broker.book import LOG, USAGE_EVERY_S, Book
 from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
+from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
+from tenure.ledger import address
 from tenure.ledger.store import Ledger
 from tenure.protocols import Clock, SystemClock
 from tenure.sockets import LineServer, socket_dir
@@ -30,6 +32,8 @@ TICK_S = 0.2
 IDLE_S = 5.0
 TERM_S = 60.0
 PERSISTENT_TERM_S = 600.0
+EXIT_LEDGER_LOST = 76
+"""Exit code of a broker that lost its ledger's connection."""
 
 
 class HomeHeld(Conflict):
@@ -85,12 +89,12 @@ class Broker:
         new_lease_id: Callable[[], str] = _new_lease_id,
         remember: Callable[[bool], None] = lambda persistent: None,
     ) -> None:
-        self.persistent, self.fleet = persistent, fleet
+        self.persistent, self.book = persistent, Book(ledger, clock)
         self._remember = remember
-        self.book = Book(ledger, clock)
-        with self.book.transaction() as tx:
+        with ledger.transaction() as tx:
             self.fence = tx.next_fence()
             tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
+        fleet = self.fleet = Outbox(self.book, fleet)
         self.attempts = Attempts(self.book, fleet, home=home)
         self.nodes = Nodes(
             self.book, fleet, fence=self.fence, term_s=term_s, on_up=self.attempts.compare, on_lost=self.attempts.lost
@@ -161,6 +165,15 @@ class Broker:
         await self.fleet.close()
 
 
+def _die(why: str) -> None:
+    """End this process at once, as if killed: with the ledger's connection its lock is gone, and another broker may have it.
+
+    Nobody gets an answer that came without the lock. Clients whose connection is cut start a broker anew.
+    """
+    LOG.error("%s; with it went the lock that made this the one broker: leaving", why)
+    os._exit(EXIT_LEDGER_LOST)
+
+
 async def serve(
     home: Path,
     fleet: Fleet,
@@ -175,7 +188,8 @@ async def serve(
     after a SIGTERM they go on under their agents until a term is over.
     """
     clock = clock or SystemClock()
-    ledger = Ledger.open(home / "ledger.sqlite", now_s=clock.utc_s)
+    ledger = Ledger.open(address.of_home(home), now_s=clock.utc_s, who=f"for {home}")
+    ledger.on_hang_up = _die
     broker = Broker(
         ledger,
         fleet,
@@ -196,6 +210,7 @@ async def serve(
     await server.start()
     try:
         while not broker.leaving:
+            ledger.watch()
             broker.tick()
             if not broker.leaving:
                 await broker.book.changed(TICK_S)

@@ -11,6 +11,7 @@ from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
+from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
 from tenure.errors import IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
@@ -59,7 +60,7 @@ class Handlers:
 
     def table(self) -> dict[str, Handler]:
         """Return operation -> handler."""
-        return {name: getattr(self, f"op_{name}") for name in wire.BROKER_OPS if name != "hello"}
+        return {name: answering(self._book, getattr(self, f"op_{name}")) for name in wire.BROKER_OPS if name != "hello"}
 
     async def op_status(self, args: wire.Nothing, client: Connection) -> wire.Status:
         """See wire.Status."""
@@ -67,7 +68,7 @@ class Handlers:
             fence=self._fence,
             leases=len(self._book.live),
             clients=self._clients(),
-            nodes=self._nodes.known(),
+            nodes=self._nodes.listed(),
             persistent=self._persistent(),
             unreached=self._nodes.why_unreached(),
         )
@@ -134,7 +135,7 @@ class Handlers:
 
     async def op_request_gang(self, args: wire.RequestGang, client: Connection) -> tuple[Lease, ...]:
         """See wire.RequestGang."""
-        return self._queue.request(args)
+        return await self._queue.request(args)
 
     async def op_wait_leases(self, args: wire.WaitLeases, client: Connection) -> tuple[wire.LeaseView, ...]:
         """See wire.WaitLeases."""

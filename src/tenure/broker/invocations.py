@@ -87,11 +87,15 @@ class Invocations:
     def __init__(self, book: Book, attempts: Attempts, *, home: Path) -> None:
         self._book, self._attempts, self._home = book, attempts, home
         self._stages: dict[Stage, _Events] = {}
+        self._reloads = 0
         self._scanned_s = self._eager_until_s = float("-inf")
 
     def tick(self, *, now: bool = False) -> None:
         """Look into every live stage's events, at most once a second unless `now`, and start what is due."""
         boot_s = self._book.clock.boot_s()
+        if self._reloads != self._book.reloads:
+            self._reloads = self._book.reloads
+            self._stages.clear()
         # A member that has just left may have published its successor: look at once rather than within a second.
         soon = bool(self._book.invocations) or boot_s < self._eager_until_s
         scan = now or soon or boot_s - self._scanned_s >= SCAN_EVERY_S

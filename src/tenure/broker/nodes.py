@@ -58,6 +58,7 @@ class Nodes:
         held = {lease.node for lease in book.live.values() if lease.holds}
         self._links = {name: _Link(term_s=term_s) for name in sorted({*fleet.names(), *held})}
         self._reasons: dict[str, str] = {}
+        self._reloads = self._refusals = 0
         with book.ledger.reading() as connection:
             before = {node.name: node for node in queries.list_nodes(connection)}
         for name in held:
@@ -67,14 +68,17 @@ class Nodes:
             link.term_s = max(term_s, link.node.term_s if link.node else 0.0)
 
     def known(self) -> tuple[Node, ...]:
-        """Return the nodes that were ever reached, with their present state and what leases hold of them."""
-        return tuple(self._seen(name, link.node, link) for name, link in sorted(self._links.items()) if link.node)
+        """Return the nodes that were ever reached, with their present state."""
+        return tuple(_as_is(link.node, link) for _, link in sorted(self._links.items()) if link.node)
 
-    def _seen(self, name: str, node: Node, link: _Link) -> Node:
-        held = [lease.envelope for lease in self._book.live.values() if lease.holds and lease.node == name]
+    def listed(self) -> tuple[Node, ...]:
+        """Return the nodes that were ever reached, with their present state and what leases hold of each."""
+        return tuple(self._with_held(node) for node in self.known())
+
+    def _with_held(self, node: Node) -> Node:
+        held = [lease.envelope for lease in self._book.live.values() if lease.holds and lease.node == node.name]
         return replace(
             node,
-            state=NodeState.DRAINING if link.leaving and link.state is NodeState.UP else link.state,
             held_cpus=math.fsum(envelope.cpus for envelope in held),
             held_memory_bytes=sum(envelope.memory_bytes for envelope in held),
         )
@@ -118,7 +122,7 @@ class Nodes:
             )
         link = self._links.get(name)
         if before is not None and link is not None and link.state is NodeState.UP and link.node is not None:
-            return self._seen(name, link.node, link)
+            return self._with_held(_as_is(link.node, link))
         if before is None:
             self._fleet.add(part)
             on_nodes()
@@ -147,7 +151,7 @@ class Nodes:
         await self._reach(name)
         if link.node is None:
             raise Unavailable(f"node {name} was not reached")
-        return self._seen(name, link.node, link)
+        return self._with_held(_as_is(link.node, link))
 
     def drain(self, name: str) -> None:
         """Grant nothing more on a node. Nothing happens to an unknown one."""
@@ -200,6 +204,8 @@ class Nodes:
     def tick(self) -> None:
         """Renew what is due, reach what is away, give up what is lost. Returns at once; the work is done beside."""
         now_s = self._book.clock.boot_s()
+        if self._refusals != self._book.ledger.refusals:
+            self._again()
         for name, link in self._links.items():
             if link.state is NodeState.UNREACHABLE and now_s - link.heard_s > link.term_s + MARGIN_S:
                 self._lose(name, link)
@@ -214,6 +220,17 @@ class Nodes:
                     self._book.spawn(self._look(name, link))
             elif now_s - link.tried_s >= (REACH_EVERY_S if link.state is NodeState.UNREACHABLE else LOST_REACH_EVERY_S):
                 self._book.spawn(self._reach(name))
+
+    def _again(self) -> None:
+        """The ledger refused something: ask each node what was to be written, and write the nodes if a batch was lost."""
+        self._refusals = self._book.ledger.refusals
+        for link in self._links.values():
+            link.looked_s = float("-inf")
+        if self._reloads != self._book.reloads:
+            with self._book.transaction() as tx:
+                for node in self.known():
+                    tx.put_node(node, kind=f"node.{node.state}", who="broker", why="written again after a full disk")
+            self._reloads = self._book.reloads
 
     def _lose(self, name: str, link: _Link) -> None:
         link.state = NodeState.LOST
@@ -251,9 +268,8 @@ class Nodes:
             self._heard(link, boot)
             link.node, link.state = replace(node, state=NodeState.UP, term_s=self._term_s), NodeState.UP
             self._reasons.pop(name, None)
-            seen = replace(link.node, state=NodeState.DRAINING) if link.leaving else link.node
             with self._book.transaction() as tx:
-                tx.put_node(seen, kind="node.up", who=f"agent:{name}")
+                tx.put_node(_as_is(link.node, link), kind="node.up", who=f"agent:{name}")
             await self._on_up(name)
             link.looked_s = self._book.clock.boot_s()
         except TenureError as error:
@@ -268,3 +284,7 @@ class Nodes:
         link.boot_id, link.term_s = boot.boot_id, self._term_s
         same = boot.boot_id == self._book.clock.boot_id()
         link.boot_offset_s = 0.0 if same else boot.boot_s - self._book.clock.boot_s()
+
+
+def _as_is(node: Node, link: _Link) -> Node:
+    return replace(node, state=NodeState.DRAINING if link.leaving and link.state is NodeState.UP else link.state)

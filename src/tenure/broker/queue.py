@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from tenure import wire
 from tenure.broker.attempts import Attempts
-from tenure.broker.book import LOG, Book
+from tenure.broker.book import Book
 from tenure.decide.placement import Grant
-from tenure.errors import Conflict, NoPlacement, Refused, SpecError, TenureError
+from tenure.errors import Conflict, NoPlacement, Refused, SpecError
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
 from tenure.ledger import queries
 from tenure.tenants import check_name
 
-MAX_LIVE_LEASES = 1000
+MAX_LIVE_LEASES = 20_000
 MAX_QUEUE_S = 7 * 86400.0
 
 
@@ -23,9 +23,13 @@ class Queue:
 
     def __init__(self, book: Book, attempts: Attempts, *, new_id: Callable[[], str]) -> None:
         self._book, self._attempts, self._new_id = book, attempts, new_id
+        self._asked = False
+        book.before_commit = self._answer_asked
 
-    def request(self, asked: wire.RequestGang) -> tuple[Lease, ...]:
-        """Write a gang's request down, once per gang id, and grant it when there is room.
+    async def request(self, asked: wire.RequestGang) -> tuple[Lease, ...]:
+        """Write a gang's request down, once per gang id, and grant it when there is room; return the leases once on disk.
+
+        Requests that come together are planned together and go to disk together.
 
         Raises NoPlacement (reason per node) when the nodes could not hold it even if idle, Refused past MAX_LIVE_LEASES,
         Conflict when the gang id was used for something else, SpecError for a request that makes no sense.
@@ -60,11 +64,15 @@ class Queue:
                 who = f"tenant:{asked.tenant}"
                 tx.put_lease(lease, who=who, why=member.envelope.describe(), queue_until_s=now_s + asked.queue_s)
                 self._book.queue_until_s[lease.id] = now_s + asked.queue_s
-        try:
-            self.tick()
-        except TenureError as error:  # written down as asked for; what kept it from being granted now may pass while it queues
-            LOG.error("gang %s: %s", asked.gang_id, error)
+        self._asked = True
+        await self._book.durable()
         return self._known(asked)
+
+    def _answer_asked(self) -> None:
+        """Grant what was asked for since the last commit; what keeps it from being granted now may pass while it queues."""
+        if self._asked:
+            self._asked = False
+            self.tick()
 
     def _known(self, asked: wire.RequestGang) -> tuple[Lease, ...]:
         with self._book.ledger.reading() as connection:

@@ -30,6 +30,11 @@ def _text(noun: Any) -> str:
     return wire.to_json(noun).decode()
 
 
+def _plain(text: str) -> str:
+    """Return text without NUL, which PostgreSQL refuses; the last words of a job may hold one. (JSON writes it as \\u0000.)"""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 def _nouns(rows: Any, kind: type[T]) -> tuple[T, ...]:
     return tuple(wire.from_json(row[0], kind) for row in rows)
 
@@ -46,7 +51,7 @@ def _put(connection: Connection, table: Table, key: Mapping[str, Any], values: M
 def insert_event(connection: Connection, event: Event) -> Event:
     """Append an event and return it with its `seq`."""
     values = {
-        "at_s": event.at_s, "kind": event.kind, "who": event.who, "why": event.why, "run_id": event.run_id,
+        "at_s": event.at_s, "kind": event.kind, "who": event.who, "why": _plain(event.why), "run_id": event.run_id,
         "stage": event.stage, "lease_id": event.lease_id, "node": event.node, "data": _text(event.data),
     }  # fmt: skip
     key = connection.execute(insert(t.events).values(**values)).inserted_primary_key
@@ -63,10 +68,28 @@ def events_after(connection: Connection, after_seq: int, *, run_id: str, max_eve
 
 def next_fence(connection: Connection) -> int:
     """Return and keep the next fence."""
-    found = connection.execute(select(t.meta.c.value).where(t.meta.c.key == "fence")).scalar()
-    fence = int(found or 0) + 1
+    fence = _number(connection, "fence") + 1
     _put(connection, t.meta, {"key": "fence"}, {"value": str(fence)})
     return fence
+
+
+def raise_fence(connection: Connection, fence: int) -> None:
+    """Have the next fence be above this one; one that is already higher stays."""
+    _put(connection, t.meta, {"key": "fence"}, {"value": str(max(fence, _number(connection, "fence")))})
+
+
+def events_floor(connection: Connection) -> int:
+    """Return the `seq` up to which events may be, or have been, deleted; 0 when none may."""
+    return _number(connection, "events_floor")
+
+
+def raise_events_floor(connection: Connection, seq: int) -> None:
+    """Let events up to this `seq` be deleted; a floor that is already higher stays."""
+    _put(connection, t.meta, {"key": "events_floor"}, {"value": str(max(seq, events_floor(connection)))})
+
+
+def _number(connection: Connection, key: str) -> int:
+    return int(connection.execute(select(t.meta.c.value).where(t.meta.c.key == key)).scalar() or 0)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -198,10 +221,11 @@ def lease_exits(connection: Connection, lease_id: str) -> tuple[Exit, ...]:
     return _nouns(connection.execute(query), Exit)[::-1]
 
 
-def exited_attempts(connection: Connection, lease_id: str) -> frozenset[int]:
-    """Return which attempts of a lease have an exit."""
-    rows = connection.execute(select(t.exits.c.attempt).where(t.exits.c.lease_id == lease_id))
-    return frozenset(row[0] for row in rows)
+def live_exits(connection: Connection) -> frozenset[tuple[str, int]]:
+    """Return (lease id, attempt) of every exit of a lease that has not ended."""
+    live = t.leases.c.state != str(LeaseState.ENDED)
+    query = select(t.exits.c.lease_id, t.exits.c.attempt).join(t.leases, t.leases.c.id == t.exits.c.lease_id).where(live)
+    return frozenset((lease_id, attempt) for lease_id, attempt in connection.execute(query))
 
 
 # --- invocations ------------------------------------------------------------------------------------------------------
@@ -267,10 +291,11 @@ def lease_usage(connection: Connection, lease_id: str, *, max_points: int = 10_0
     return tuple(wire.UsagePoint(lease_id=lease_id, at_s=at_s, usage=wire.from_json(body, Usage)) for at_s, body in rows)
 
 
-def count_usage(connection: Connection, lease_id: str) -> int:
-    """Return how many rollups a lease has."""
-    query = select(func.count()).select_from(t.usage_points).where(t.usage_points.c.lease_id == lease_id)
-    return int(connection.execute(query).scalar_one())
+def live_usage_counts(connection: Connection) -> dict[str, int]:
+    """Return lease id -> how many rollups it has, for every lease that has not ended and has any."""
+    points, live = t.usage_points.c, t.leases.c.state != str(LeaseState.ENDED)
+    query = select(points.lease_id, func.count()).join(t.leases, t.leases.c.id == points.lease_id).where(live)
+    return {row[0]: int(row[1]) for row in connection.execute(query.group_by(points.lease_id))}
 
 
 def insert_trial(connection: Connection, trial: Trial) -> bool:

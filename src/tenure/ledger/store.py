@@ -14,10 +14,11 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from tenure import wire
-from tenure.errors import Conflict, CorruptData, InternalError, Refused
+from tenure.errors import Conflict, CorruptData, InternalError, Refused, TenureError
 from tenure.events import Event
 from tenure.leases import Lease
 from tenure.ledger import dialect, queries
+from tenure.ledger.address import Address
 from tenure.nodes import Node
 from tenure.protocols import Exit
 from tenure.runs import Run, RunState, Stage
@@ -114,23 +115,44 @@ class Transaction:
 class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
-    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float]) -> None:
-        self._engine, self._where, self._now_s = engine, where, now_s
+    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float], unlock: Callable[[], None]) -> None:
+        self._engine, self._where, self._now_s, self._unlock = engine, where, now_s, unlock
         self._busy = False
+        self._driver: Any = None
+        self.on_hang_up: Callable[[str], None] = lambda why: None
+        """Called when the database has hung up, before whoever used the connection hears of it: the ledger is held no more."""
+        self._connection: Connection | None = None
+        self._parts = 0
+        self.commits = 0
+        """How many batches were written to disk."""
+        self.on_lost: Callable[[TenureError], None] = lambda error: None
+        """Called when parts that had been left without an error were undone after all, with why."""
         self.refusals, self.refusal = 0, ""
         """How many transactions were refused for want of room or rights, and why the latest was."""
+        dialect.listen_for_hang_up(
+            engine, lambda cause: self.on_hang_up(f"the connection to the ledger {where} was lost: {cause}")
+        )
 
     @classmethod
-    def open(cls, path: Path, *, now_s: Callable[[], float]) -> Ledger:
-        """Open or make the ledger and bring its tables up to date.
+    def open(cls, at: Path | Address, *, now_s: Callable[[], float], who: str = "") -> Ledger:
+        """Open or make the ledger, hold it alone until `close`, and bring its tables up to date.
 
-        Raises CorruptData when the file is damaged, Conflict when a newer Tenure wrote it, Unavailable when it is locked
-        or cannot be opened. In each case the file stays as it was.
+        at: a SQLite file, or an address. who: how the holder is named to others, e.g. its home.
+        Raises LedgerHeld when another process has it, CorruptData when it is damaged, Conflict when a newer Tenure wrote it,
+        Unavailable when it is locked or cannot be opened, MissingExtra. In each case the ledger stays as it was.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ledger = cls(dialect.open_engine(path), str(path), now_s)
+        address = at if isinstance(at, Address) else Address(path=at)
+        if address.path is not None:
+            address.path.parent.mkdir(parents=True, exist_ok=True)
+        unlock = dialect.hold(address, who=who)
+        try:
+            ledger = cls(dialect.open_engine(address, who=who), str(address), now_s, unlock)
+        except BaseException:
+            unlock()
+            raise
         try:
             with ledger.reading() as connection:
+                ledger._driver = dialect.driver_of(connection)
                 dialect.check_whole(connection)
             ledger._migrate()
         except BaseException:
@@ -138,38 +160,105 @@ class Ledger:
             raise
         return ledger
 
+    def watch(self) -> None:
+        """Call `on_hang_up` when the database hung up while nobody asked it anything. Costs a system call."""
+        if not dialect.is_connected(self._driver):
+            self.on_hang_up(f"the server of the ledger {self._where} has hung up")
+
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the ledger. What was not committed is undone."""
+        self._let_go()
         self._engine.dispose()
+        self._unlock()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Give a transaction: written on leaving, or not at all when anything raised. They do not nest."""
-        with self._begin() as connection:
-            yield Transaction(connection, self._now_s())
+        """Give a transaction: on disk on leaving, or nothing of it when anything raised. They do not nest."""
+        with self.part() as tx:
+            yield tx
+        self.commit()
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Transaction]:
+        """Give a transaction that is on disk after the next `commit`, together with the parts before it (group commit).
+
+        A body that raises undoes its own part only. A complaint of the database undoes them all: then `on_lost` is called.
+        """
+        with self._explained():
+            connection = self._batch()
+            savepoint = connection.begin_nested()
+            try:
+                yield Transaction(connection, self._now_s())
+                savepoint.commit()
+                self._parts += 1
+            except DBAPIError:
+                raise
+            except BaseException:
+                savepoint.rollback()
+                if not self._parts:
+                    self._let_go()  # an empty batch must not keep the database locked
+                raise
+
+    @property
+    def uncommitted(self) -> int:
+        """How many parts the next `commit` will write."""
+        return self._parts
+
+    def commit(self) -> None:
+        """Write what has gathered; nothing happens when nothing has. What the database refuses is undone, all of it."""
+        if self._connection is None:
+            return
+        with self._explained():
+            self._connection.commit()
+            self.commits += 1
+            self._parts = 0
+            self._let_go()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Give a connection for the reading functions of `queries`."""
-        with self._begin() as connection:
-            yield connection
+        """Give a connection for the reading functions of `queries`; it sees uncommitted parts too."""
+        with self._explained():
+            try:
+                yield self._batch()
+            finally:
+                if not self._parts:
+                    self._let_go()
+
+    def _batch(self) -> Connection:
+        """Return the connection of the open batch, begun now if there is none."""
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            self._connection.begin()
+        return self._connection
+
+    def _let_go(self) -> None:
+        """Let go of the connection, and of what it has not committed."""
+        connection, self._connection, self._parts = self._connection, None, 0
+        if connection is not None:
+            with contextlib.suppress(DBAPIError):
+                connection.close()
 
     @contextlib.contextmanager
-    def _begin(self) -> Iterator[Connection]:
+    def _explained(self) -> Iterator[None]:
         if self._busy:
             raise InternalError("a ledger transaction was begun inside another")
         self._busy = True
+        lost: TenureError | None = None
         try:
-            with self._engine.begin() as connection:
-                yield connection
+            yield
         except DBAPIError as error:
             explained = dialect.explained(error, self._where)
             if isinstance(explained, Refused):
                 self.refusals += 1
                 self.refusal = str(explained)
+            if self._parts:
+                lost = explained
+            self._let_go()
             raise explained from error
         finally:
             self._busy = False
+            if lost is not None:
+                self.on_lost(lost)
 
     def _migrate(self) -> None:
         from alembic import command
@@ -182,9 +271,11 @@ class Ledger:
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.set_main_option("path_separator", "os")
         script = ScriptDirectory.from_config(config)
-        with self._begin() as connection:
+        with self._explained():
+            connection = self._batch()
             present = MigrationContext.configure(connection).get_current_revision()
             if present == script.get_current_head():
+                self._let_go()
                 return
             if present is not None and present not in {step.revision for step in script.walk_revisions()}:
                 raise Conflict(
@@ -196,6 +287,8 @@ class Ledger:
                 command.upgrade(config, "head")
             except CommandError as error:
                 raise CorruptData(f"the ledger {self._where} could not be brought up to date: {error}") from error
+            connection.commit()
+            self._let_go()
 
 
 __all__ = ["Ledger", "Transaction"]
