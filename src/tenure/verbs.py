@@ -7,22 +7,25 @@ from typing import TYPE_CHECKING
 
 from tenure import app
 from tenure.broker.client import connect, start_broker
-from tenure.errors import NotFound, TenureError, Unavailable
+from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
 from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node
 from tenure.protocols import SystemClock
+from tenure.resources import format_duration
 from tenure.runs import Run, RunFiles
 from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
-from tenure.wire import Status
+from tenure.wire import CollectGarbage, Freed, Status
 
 if TYPE_CHECKING:
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
 
 Home = str | Path | None
+RETENTION = CollectGarbage()
+"""What a broker removes by itself, and `gc` unless told otherwise."""
 
 
 class SilentDisplay:
@@ -129,7 +132,7 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
     found = sorted(folder.glob(f"{lease.worker}.*.log"), key=lambda path: path.stat().st_mtime)
     path = next((p for p in found if p.name == f"{lease.worker}.{lease.attempt}.log"), None)
     if path is None:
-        raise NotFound(f"lease {lease_id} has written no log yet (looked in {folder})")
+        raise NotFound(f"lease {lease_id} has no log in {folder}: it wrote none yet, or it was removed for its age")
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - max_bytes))
         return file.read().decode(errors="replace")
@@ -178,6 +181,40 @@ def down(*, home: Home = None, node: str = "") -> bool:
     finally:
         client.close()
     return True
+
+
+def gc(
+    *,
+    home: Home = None,
+    older_than_s: float = RETENTION.older_than_s,
+    forget_after_s: float = RETENTION.forget_after_s,
+    keep_runs: int = RETENTION.keep_runs,
+    events_older_than_s: float = RETENTION.events_older_than_s,
+    trials_older_than_s: float | None = None,
+    dry_run: bool = False,
+) -> tuple[Freed, ...]:
+    """Remove what is old and return it by kind; with dry_run only say what would go. See docs/retention.md.
+
+    The defaults are what a broker does by itself every hour. Nothing of a live run or lease ever goes; trials only when
+    asked. Raises SpecError when keep_runs is negative or forget_after_s is less than older_than_s.
+    """
+    if keep_runs < 0:
+        raise SpecError(f"the number of runs to keep must not be negative; found {keep_runs}")
+    if forget_after_s < older_than_s:
+        raise SpecError(
+            f"whole runs cannot go earlier than their stores, worker folders and logs: found {format_duration(forget_after_s)} "
+            f"and {format_duration(older_than_s)}"
+        )
+    asked = CollectGarbage(
+        older_than_s=older_than_s,
+        forget_after_s=forget_after_s,
+        keep_runs=keep_runs,
+        events_older_than_s=events_older_than_s,
+        trials_older_than_s=trials_older_than_s,
+        dry_run=dry_run,
+    )
+    with app.broker(app.find_home(home)) as client:
+        return client.collect_garbage(asked)
 
 
 def doctor(home: Home = None) -> tuple[Finding, ...]:

@@ -310,6 +310,10 @@ class BrokerClient:
         """Return recommendations, oldest first."""
         return self._call("recommendations", wire.ListRecommendations(run_id=run_id))  # type: ignore[no-any-return]
 
+    def collect_garbage(self, asked: wire.CollectGarbage) -> tuple[wire.Freed, ...]:
+        """Remove what is old, or say what would go; return it by kind. May take minutes, at most an hour."""
+        return self._call("collect_garbage", asked, timeout_s=3600.0)  # type: ignore[no-any-return]
+
     def shutdown(self) -> None:
         """End every lease, the agents and the broker."""
         self._call("shutdown", wire.Nothing(), timeout_s=60.0)

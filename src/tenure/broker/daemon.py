@@ -20,6 +20,7 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
+from tenure.broker.retention import Retention
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
 from tenure.ledger import address
@@ -102,6 +103,7 @@ class Broker:
         self.attempts.nodes = self.nodes
         self.queue = Queue(self.book, self.attempts, new_id=new_lease_id)
         self.invocations = Invocations(self.book, self.attempts, home=home)
+        self.retention = Retention(self.book, fleet, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
         self.handlers = Handlers(
@@ -111,6 +113,7 @@ class Broker:
             queue=self.queue,
             attempts=self.attempts,
             invocations=self.invocations,
+            retention=self.retention,
             fence=self.fence,
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
@@ -136,7 +139,14 @@ class Broker:
     def tick(self) -> None:
         """Do what is due. Whatever one part refuses is logged and tried again by the next tick."""
         now_s = self.book.clock.boot_s()
-        for part in (self.book.watch_ledger, self.nodes.tick, self.attempts.tick, self.queue.tick, self.invocations.tick):
+        for part in (
+            self.book.watch_ledger,
+            self.nodes.tick,
+            self.attempts.tick,
+            self.queue.tick,
+            self.invocations.tick,
+            self.retention.tick,
+        ):
             try:
                 part()
             except TenureError as error:

@@ -13,6 +13,7 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
+from tenure.broker.retention import Retention
 from tenure.errors import IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
 from tenure.fleet.contract import Fleet, Part
@@ -45,6 +46,7 @@ class Handlers:
         queue: Queue,
         attempts: Attempts,
         invocations: Invocations,
+        retention: Retention,
         fence: int,
         persistent: Callable[[], bool],
         clients: Callable[[], int],
@@ -53,7 +55,7 @@ class Handlers:
         on_shutdown: Callable[[], None],
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
-        self._attempts, self._invocations = attempts, invocations
+        self._attempts, self._invocations, self._retention = attempts, invocations, retention
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
         self._one_change = asyncio.Lock()
@@ -260,6 +262,10 @@ class Handlers:
         """See wire.ListRecommendations."""
         with self._book.ledger.reading() as connection:
             return queries.list_recommendations(connection, args.run_id)
+
+    async def op_collect_garbage(self, args: wire.CollectGarbage, client: Connection) -> tuple[wire.Freed, ...]:
+        """See wire.CollectGarbage."""
+        return await self._retention.collect(args)
 
     async def op_shutdown(self, args: wire.Nothing, client: Connection) -> None:
         """End every lease (released), then the agents, then the broker. Answers once all leases have ended, or after 30 s."""

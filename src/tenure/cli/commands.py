@@ -267,6 +267,44 @@ def down(
 
 
 @app.command()
+def gc(
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="TIME", help="Remove stores, worker folders and logs of runs this old.")
+    ] = "30d",
+    forget_after: Annotated[
+        str, typer.Option("--forget-after", metavar="TIME", help="Remove runs this old wholly, with report and artefacts.")
+    ] = "365d",
+    keep_runs: Annotated[int, typer.Option("--keep-runs", metavar="N", min=0, help="Leave the newest N runs alone.")] = 20,
+    events_older_than: Annotated[
+        str, typer.Option("--events-older-than", metavar="TIME", help="Remove events and usage points this old.")
+    ] = "90d",
+    trials_older_than: Annotated[
+        str, typer.Option("--trials-older-than", metavar="TIME", help="Remove trials this old. Default: none ever goes.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go, and how many bytes.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Remove what is old; say what went and how many bytes. The broker does the same by itself, with these defaults.
+
+    Nothing of a live run or lease goes, nothing of a run that a command is at, and no trial unless asked.
+    """
+    from tenure import verbs
+    from tenure.resources import parse_duration
+
+    freed = verbs.gc(
+        home=home,
+        older_than_s=parse_duration(older_than),
+        forget_after_s=max(parse_duration(forget_after), parse_duration(older_than)),
+        keep_runs=keep_runs,
+        events_older_than_s=parse_duration(events_older_than),
+        trials_older_than_s=parse_duration(trials_older_than) if trials_older_than else None,
+        dry_run=dry_run,
+    )
+    _show(freed, lambda parts: output.freed_table(parts, dry_run=dry_run), json)
+
+
+@app.command()
 def logs(
     lease: Annotated[str, typer.Argument(metavar="LEASE", help="Id of the lease; `tenure leases` lists them.")],
     home: Home = None,
