@@ -421,6 +421,8 @@ class AgentStop:
     fence: int
     grace_s: float = 5.0
     kind: ExitKind = ExitKind.STOPPED
+    why: str = ""
+    """Kept in the exit record as its witness."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

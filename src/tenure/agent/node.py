@@ -156,7 +156,7 @@ class Agent:
     async def _stop(self, args: wire.AgentStop, connection: Connection) -> None:
         self._check_broker(connection)
         handle = await self._do(self._runtime.attach, args.lease_id)
-        await self._do(lambda: self._runtime.stop(handle, grace_s=args.grace_s, fence=args.fence, kind=args.kind))
+        await self._do(lambda: self._runtime.stop(handle, grace_s=args.grace_s, fence=args.fence, kind=args.kind, why=args.why))
 
     async def _attempts(self, _args: wire.Nothing, _connection: Connection) -> tuple[wire.AttemptView, ...]:
         return await self._do(lambda: tuple(view for lease_id in self._runtime.known() for view in self._views(lease_id)))

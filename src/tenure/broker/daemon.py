@@ -20,6 +20,7 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
+from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
@@ -103,6 +104,7 @@ class Broker:
         self.attempts.nodes = self.nodes
         self.queue = Queue(self.book, self.attempts, new_id=new_lease_id)
         self.invocations = Invocations(self.book, self.attempts, home=home)
+        self.quotas = Quotas(self.book, self.attempts, home=home)
         self.retention = Retention(self.book, fleet, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
@@ -114,6 +116,7 @@ class Broker:
             attempts=self.attempts,
             invocations=self.invocations,
             retention=self.retention,
+            quotas=self.quotas,
             fence=self.fence,
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
@@ -145,6 +148,7 @@ class Broker:
             self.attempts.tick,
             self.queue.tick,
             self.invocations.tick,
+            self.quotas.tick,
             self.retention.tick,
         ):
             try:

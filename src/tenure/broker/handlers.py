@@ -13,6 +13,7 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
+from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
 from tenure.errors import IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
@@ -47,6 +48,7 @@ class Handlers:
         attempts: Attempts,
         invocations: Invocations,
         retention: Retention,
+        quotas: Quotas,
         fence: int,
         persistent: Callable[[], bool],
         clients: Callable[[], int],
@@ -55,7 +57,7 @@ class Handlers:
         on_shutdown: Callable[[], None],
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
-        self._attempts, self._invocations, self._retention = attempts, invocations, retention
+        self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
         self._one_change = asyncio.Lock()
@@ -137,6 +139,7 @@ class Handlers:
 
     async def op_request_gang(self, args: wire.RequestGang, client: Connection) -> tuple[Lease, ...]:
         """See wire.RequestGang."""
+        await self._quotas.admit(args.run_id)
         return await self._queue.request(args)
 
     async def op_wait_leases(self, args: wire.WaitLeases, client: Connection) -> tuple[wire.LeaseView, ...]:
