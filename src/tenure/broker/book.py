@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -30,7 +31,9 @@ USAGE_PER_STEP = 900
 
 ROOM_AGAIN_S = 2.0
 GATHER_S = 0.002
-"""How long a batch waits for as many callers as the one before it had, once that had several."""
+MAX_GATHER_S = 0.02
+"""How long a batch waits for as many callers as the one before it had, once that had several: as long as the last commit took,
+which at worst doubles what a caller waits, between these bounds."""
 
 
 class Book:
@@ -60,6 +63,7 @@ class Book:
         self._batch: asyncio.Future[None] | None = None
         self._waiting = self._gathered = 0
         """How many wait for this batch, and how many did for the last."""
+        self._commit_s = 0.0
         ledger.on_lost = self._lost
         self._load()
 
@@ -84,7 +88,7 @@ class Book:
         for event in tx.events:
             self.placement.apply(event)
             if "lease" in event.data:
-                self._take(wire.from_builtins(event.data["lease"], Lease))
+                self._take(event.data["lease"])
         self._gather()
         self.wake()
 
@@ -96,11 +100,12 @@ class Book:
             loop = asyncio.get_running_loop()
             self._batch, self._waiting = loop.create_future(), 0
             if self._gathered > 1:
-                loop.call_later(GATHER_S, self._commit, self._batch)
+                loop.call_later(min(MAX_GATHER_S, max(GATHER_S, self._commit_s)), self._commit, self._batch)
             else:
                 loop.call_soon(self._commit, self._batch)
 
     def _commit(self, batch: asyncio.Future[None] | None) -> None:
+        begun_s = time.monotonic()
         for step in (self.before_commit, self.ledger.commit):
             if batch is None or batch is not self._batch:
                 return  # it was lost
@@ -109,7 +114,7 @@ class Book:
             except TenureError as error:
                 LOG.error("%s: %s", type(error).__name__, error)
         if batch is not None and batch is self._batch:
-            self._batch, self._gathered = None, self._waiting
+            self._batch, self._gathered, self._commit_s = None, self._waiting, time.monotonic() - begun_s
             batch.set_result(None)
 
     async def durable(self) -> None:

@@ -161,6 +161,14 @@ async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | No
     broker = Broker(
         ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=PERSISTENT_TERM_S if persistent else TERM_S
     )
+    try:
+        return await answer(broker, home)
+    finally:
+        ledger.close()
+
+
+async def answer(broker: Broker, home: Path) -> int:
+    """Answer the home's clients until the broker is to leave; return how many leases are left behind."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, broker.leave)
@@ -181,5 +189,4 @@ async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | No
         await broker.stop_agents()
         left = len(broker.book.live)
         await broker.close()
-        ledger.close()
     return left

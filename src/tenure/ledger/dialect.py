@@ -9,13 +9,15 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from tenure.errors import CorruptData, InternalError, Refused, TenureError, Unavailable
 
 BUSY_TIMEOUT_S = 5.0
+Insert = sqlite.Insert | postgresql.Insert
 
 
 def open_engine(path: Path) -> Engine:
@@ -40,6 +42,11 @@ def open_engine(path: Path) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def insert_into(name: str, table: Table) -> Insert:
+    """Return an INSERT that knows ON CONFLICT, in the words of the database called `name`."""
+    return sqlite.insert(table) if name == "sqlite" else postgresql.insert(table)
 
 
 def check_whole(connection: Connection) -> None:
