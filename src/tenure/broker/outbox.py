@@ -19,10 +19,14 @@ def answering(book: Book, handler: Handler) -> Handler:
     """Return the handler, answering once all that was written so far is on disk; it fails with what kept it from being so."""
 
     async def answer(args: Any, client: Connection) -> Any:
+        book.calls += 1
         try:
             return await handler(args, client)
         finally:
-            await book.durable()
+            try:
+                await book.durable()
+            finally:
+                book.calls -= 1
 
     return answer
 
