@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,15 +130,22 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
         return file.read().decode(errors="replace")
 
 
-def up(*, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None) -> Node:
+def up(
+    *, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None, ledger: str = ""
+) -> Node:
     """Start a broker and this machine's agent that stay until `down`; return the node. An answering broker is kept as it is.
 
-    cpus, memory (bytes): offer only this part of the machine; both or neither. Raises SpecError, Conflict, Unavailable.
+    cpus, memory (bytes): offer only this part of the machine; both or neither. ledger: URL of the PostgreSQL database that is
+    the home's ledger from now on; default $TENURE_LEDGER, else as before. Raises SpecError, Conflict, Unavailable.
     """
     if (cpus is None) != (memory is None):
         raise SpecError("a part of a machine needs both cpus and memory, e.g. --cpus 2 --memory 8GiB")
     found_home = app.find_home(home)
     part = check_name("node", node) if cpus is None else f"{check_name('node', node)}:{cpus:g}:{memory}B"
+    if ledger := ledger or os.environ.get("TENURE_LEDGER", ""):
+        from tenure.broker import ledgers  # SQL comes with it
+
+        ledgers.choose(found_home, ledger)
     start_broker(found_home, persistent=True, nodes=(part,))
     with app.broker(found_home) as client:
         status = client.status()

@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from tenure.broker.client import EXIT_HELD
+from tenure.broker.client import EXIT_HELD, EXIT_REASONS
 from tenure.broker.daemon import HomeHeld, home_lock, serve
 from tenure.errors import CorruptData, SpecError, TenureError
 from tenure.fleet.local import LocalFleet, Part
@@ -52,7 +52,7 @@ def _remembered(home: Path, options: argparse.Namespace) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run until nobody is left. Returns the exit code: 0, EXIT_HELD, or 1 with the reason on stderr."""
+    """Run until nobody is left. Returns the exit code: 0, EXIT_HELD, or, the reason on stderr, one of EXIT_REASONS or 1."""
     parser = argparse.ArgumentParser(prog="python -m tenure.broker", description="Be the broker of a home.")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--persistent", action="store_true", help="stay when no client and no lease is left")
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_HELD
     except TenureError as error:
         logging.error("%s: %s", type(error).__name__, error)
-        return 1
+        return next((code for code, kind in EXIT_REASONS.items() if isinstance(error, kind)), 1)
     return 0
 
 

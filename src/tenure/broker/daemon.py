@@ -22,6 +22,7 @@ from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
+from tenure.ledger import address
 from tenure.ledger.store import Ledger
 from tenure.protocols import Clock, SystemClock
 from tenure.sockets import LineServer, socket_dir
@@ -31,6 +32,8 @@ TICK_S = 0.2
 IDLE_S = 5.0
 TERM_S = 60.0
 PERSISTENT_TERM_S = 600.0
+EXIT_LEDGER_LOST = 76
+"""Exit code of a broker that lost its ledger's connection."""
 
 
 class HomeHeld(Conflict):
@@ -151,13 +154,23 @@ class Broker:
         await self.fleet.close()
 
 
+def _die(why: str) -> None:
+    """End this process at once, as if killed: with the ledger's connection its lock is gone, and another broker may have it.
+
+    Nobody gets an answer that came without the lock. Clients whose connection is cut start a broker anew.
+    """
+    LOG.error("%s; with it went the lock that made this the one broker: leaving", why)
+    os._exit(EXIT_LEDGER_LOST)
+
+
 async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | None = None) -> int:
     """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held.
 
     Returns how many leases are left behind: after a SIGTERM they go on under their agents until a term is over.
     """
     clock = clock or SystemClock()
-    ledger = Ledger.open(home / "ledger.sqlite", now_s=clock.utc_s)
+    ledger = Ledger.open(address.of_home(home), now_s=clock.utc_s, who=f"for {home}")
+    ledger.on_hang_up = _die
     broker = Broker(
         ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=PERSISTENT_TERM_S if persistent else TERM_S
     )
@@ -180,6 +193,7 @@ async def answer(broker: Broker, home: Path) -> int:
     await server.start()
     try:
         while not broker.leaving:
+            broker.book.ledger.watch()
             broker.tick()
             if not broker.leaving:
                 await broker.book.changed(TICK_S)

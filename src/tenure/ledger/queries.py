@@ -33,6 +33,11 @@ def _text(noun: Any) -> str:
     return wire.to_json(noun).decode()
 
 
+def _plain(text: str) -> str:
+    """Return text without NUL, which PostgreSQL refuses; the last words of a job may hold one. (JSON writes it as \\u0000.)"""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 def _nouns(rows: Any, kind: type[T]) -> tuple[T, ...]:
     return tuple(wire.from_json(row[0], kind) for row in rows)
 
@@ -61,7 +66,7 @@ _INSERT_EVENT = insert(t.events)
 def insert_event(connection: Connection, event: Event) -> Event:
     """Append an event and return it with its `seq`."""
     values = {
-        "at_s": event.at_s, "kind": event.kind, "who": event.who, "why": event.why, "run_id": event.run_id,
+        "at_s": event.at_s, "kind": event.kind, "who": event.who, "why": _plain(event.why), "run_id": event.run_id,
         "stage": event.stage, "lease_id": event.lease_id, "node": event.node, "data": _text(event.data),
     }  # fmt: skip
     key = connection.execute(_INSERT_EVENT, values).inserted_primary_key
@@ -78,10 +83,28 @@ def events_after(connection: Connection, after_seq: int, *, run_id: str, max_eve
 
 def next_fence(connection: Connection) -> int:
     """Return and keep the next fence."""
-    found = connection.execute(select(t.meta.c.value).where(t.meta.c.key == "fence")).scalar()
-    fence = int(found or 0) + 1
+    fence = _number(connection, "fence") + 1
     _put(connection, t.meta, {"key": "fence"}, {"value": str(fence)})
     return fence
+
+
+def raise_fence(connection: Connection, fence: int) -> None:
+    """Have the next fence be above this one; one that is already higher stays."""
+    _put(connection, t.meta, {"key": "fence"}, {"value": str(max(fence, _number(connection, "fence")))})
+
+
+def events_floor(connection: Connection) -> int:
+    """Return the `seq` up to which events may be, or have been, deleted; 0 when none may."""
+    return _number(connection, "events_floor")
+
+
+def raise_events_floor(connection: Connection, seq: int) -> None:
+    """Let events up to this `seq` be deleted; a floor that is already higher stays."""
+    _put(connection, t.meta, {"key": "events_floor"}, {"value": str(max(seq, events_floor(connection)))})
+
+
+def _number(connection: Connection, key: str) -> int:
+    return int(connection.execute(select(t.meta.c.value).where(t.meta.c.key == key)).scalar() or 0)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

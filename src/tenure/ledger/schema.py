@@ -1,35 +1,45 @@
 """The ledger's tables, as SQLAlchemy Core sees them. How they came to be is in `migrations`; a test holds both equal.
 
 Nouns lie as JSON in `body`, beside the columns that queries need: a new field of a noun is no migration.
-Times are UTC seconds. Events are append-only; the database itself refuses to change one (`dialect`).
+Times are UTC seconds. Events are append-only: the database itself refuses to change one, or to delete one above the floor that
+`meta` holds (`dialect`).
 """
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
+
+
+def _text(length: int) -> String:
+    """Text of about so many characters; neither database refuses more, and both sort it by bytes."""
+    return String(length).with_variant(Text(collation="C"), "postgresql")
+
+
+COUNTER = Integer().with_variant(BigInteger(), "postgresql")
+"""64 bits. SQLite's INTEGER has as many, and numbers rows by itself under no other name."""
 
 meta = Table(
     "meta",
     metadata,
-    Column("key", String(64), primary_key=True),
+    Column("key", _text(64), primary_key=True),
     Column("value", Text, nullable=False),
 )
-"""Single values: ``fence``, the highest number ever handed out."""
+"""Single values: ``fence``, the highest number ever handed out; ``events_floor``, the `seq` up to which events may go."""
 
 events = Table(
     "events",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", COUNTER, primary_key=True, autoincrement=True),
     Column("at_s", Float, nullable=False),
-    Column("kind", String(64), nullable=False),
-    Column("who", String(128), nullable=False),
+    Column("kind", _text(64), nullable=False),
+    Column("who", _text(128), nullable=False),
     Column("why", Text, nullable=False),
-    Column("run_id", String(128), nullable=False),
-    Column("stage", String(128), nullable=False),
-    Column("lease_id", String(128), nullable=False),
-    Column("node", String(128), nullable=False),
+    Column("run_id", _text(128), nullable=False),
+    Column("stage", _text(128), nullable=False),
+    Column("lease_id", _text(128), nullable=False),
+    Column("node", _text(128), nullable=False),
     Column("data", Text, nullable=False),
     Index("ix_events_run", "run_id", "seq"),
     sqlite_autoincrement=True,
@@ -38,9 +48,9 @@ events = Table(
 runs = Table(
     "runs",
     metadata,
-    Column("id", String(128), primary_key=True),
-    Column("tenant", String(64), nullable=False),
-    Column("state", String(16), nullable=False),
+    Column("id", _text(128), primary_key=True),
+    Column("tenant", _text(64), nullable=False),
+    Column("state", _text(16), nullable=False),
     Column("created_at_s", Float, nullable=False),
     Column("body", Text, nullable=False),
     Index("ix_runs_created", "created_at_s"),
@@ -50,27 +60,27 @@ runs = Table(
 stages = Table(
     "stages",
     metadata,
-    Column("run_id", String(128), primary_key=True),
-    Column("name", String(128), primary_key=True),
+    Column("run_id", _text(128), primary_key=True),
+    Column("name", _text(128), primary_key=True),
     Column("position", Integer, nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("fingerprint", String(64), nullable=False),
+    Column("state", _text(16), nullable=False),
+    Column("fingerprint", _text(64), nullable=False),
     Column("body", Text, nullable=False),
 )
 
 leases = Table(
     "leases",
     metadata,
-    Column("id", String(128), primary_key=True),
-    Column("gang_id", String(128), nullable=False),
-    Column("run_id", String(128), nullable=False),
-    Column("stage", String(128), nullable=False),
+    Column("id", _text(128), primary_key=True),
+    Column("gang_id", _text(128), nullable=False),
+    Column("run_id", _text(128), nullable=False),
+    Column("stage", _text(128), nullable=False),
     Column("worker", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
-    Column("tenant", String(64), nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("node", String(128), nullable=False),
-    Column("fence", Integer, nullable=False),
+    Column("tenant", _text(64), nullable=False),
+    Column("state", _text(16), nullable=False),
+    Column("node", _text(128), nullable=False),
+    Column("fence", COUNTER, nullable=False),
     Column("requested_at_s", Float, nullable=False),
     Column("queue_until_s", Float, nullable=False),
     Column("ended_at_s", Float, nullable=False),
@@ -83,9 +93,9 @@ leases = Table(
 exits = Table(
     "exits",
     metadata,
-    Column("lease_id", String(128), primary_key=True),
+    Column("lease_id", _text(128), primary_key=True),
     Column("attempt", Integer, primary_key=True),
-    Column("kind", String(16), nullable=False),
+    Column("kind", _text(16), nullable=False),
     Column("ended_at_s", Float, nullable=False),
     Column("body", Text, nullable=False),
 )
@@ -93,11 +103,11 @@ exits = Table(
 invocations = Table(
     "invocations",
     metadata,
-    Column("run_id", String(128), primary_key=True),
-    Column("stage", String(128), primary_key=True),
-    Column("name", String(256), primary_key=True),
+    Column("run_id", _text(128), primary_key=True),
+    Column("stage", _text(128), primary_key=True),
+    Column("name", _text(256), primary_key=True),
     Column("worker", Integer, nullable=False),
-    Column("lease_id", String(128), nullable=False),
+    Column("lease_id", _text(128), nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("starts", Integer, nullable=False),
     Column("failures", Integer, nullable=False),
@@ -110,8 +120,8 @@ invocations = Table(
 usage_points = Table(
     "usage_points",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("lease_id", String(128), nullable=False),
+    Column("id", COUNTER, primary_key=True, autoincrement=True),
+    Column("lease_id", _text(128), nullable=False),
     Column("at_s", Float, nullable=False),
     Column("body", Text, nullable=False),
     Index("ix_usage_lease", "lease_id", "at_s"),
@@ -120,12 +130,12 @@ usage_points = Table(
 trials = Table(
     "trials",
     metadata,
-    Column("position", Integer, primary_key=True, autoincrement=True),
-    Column("id", String(128), nullable=False, unique=True),
-    Column("run_id", String(128), nullable=False),
-    Column("stage", String(128), nullable=False),
-    Column("fingerprint", String(64), nullable=False),
-    Column("source", String(16), nullable=False),
+    Column("position", COUNTER, primary_key=True, autoincrement=True),
+    Column("id", _text(128), nullable=False, unique=True),
+    Column("run_id", _text(128), nullable=False),
+    Column("stage", _text(128), nullable=False),
+    Column("fingerprint", _text(64), nullable=False),
+    Column("source", _text(16), nullable=False),
     Column("at_s", Float, nullable=False),
     Column("body", Text, nullable=False),
     Index("ix_trials_fingerprint", "fingerprint"),
@@ -135,10 +145,10 @@ trials = Table(
 recommendations = Table(
     "recommendations",
     metadata,
-    Column("position", Integer, primary_key=True, autoincrement=True),
-    Column("id", String(128), nullable=False, unique=True),
-    Column("run_id", String(128), nullable=False),
-    Column("stage", String(128), nullable=False),
+    Column("position", COUNTER, primary_key=True, autoincrement=True),
+    Column("id", _text(128), nullable=False, unique=True),
+    Column("run_id", _text(128), nullable=False),
+    Column("stage", _text(128), nullable=False),
     Column("at_s", Float, nullable=False),
     Column("body", Text, nullable=False),
     Index("ix_recommendations_run", "run_id"),
@@ -147,7 +157,7 @@ recommendations = Table(
 nodes = Table(
     "nodes",
     metadata,
-    Column("name", String(128), primary_key=True),
-    Column("state", String(16), nullable=False),
+    Column("name", _text(128), primary_key=True),
+    Column("state", _text(16), nullable=False),
     Column("body", Text, nullable=False),
 )

@@ -17,6 +17,7 @@ from tenure.errors import Conflict, CorruptData, InternalError, Refused, TenureE
 from tenure.events import Event
 from tenure.leases import Lease
 from tenure.ledger import dialect, queries
+from tenure.ledger.address import Address
 from tenure.nodes import Node
 from tenure.protocols import Exit
 from tenure.runs import Run, RunState, Stage
@@ -113,9 +114,12 @@ class Transaction:
 class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
-    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float]) -> None:
-        self._engine, self._where, self._now_s = engine, where, now_s
+    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float], unlock: Callable[[], None]) -> None:
+        self._engine, self._where, self._now_s, self._unlock = engine, where, now_s, unlock
         self._busy = False
+        self._driver: Any = None
+        self.on_hang_up: Callable[[str], None] = lambda why: None
+        """Called when the database has hung up, before whoever used the connection hears of it: the ledger is held no more."""
         self._connection: Connection | None = None
         self._parts = 0
         self.commits = 0
@@ -124,18 +128,30 @@ class Ledger:
         """Called when parts that had been left without an error were undone after all, with why."""
         self.refusals, self.refusal = 0, ""
         """How many transactions were refused for want of room or rights, and why the latest was."""
+        dialect.listen_for_hang_up(
+            engine, lambda cause: self.on_hang_up(f"the connection to the ledger {where} was lost: {cause}")
+        )
 
     @classmethod
-    def open(cls, path: Path, *, now_s: Callable[[], float]) -> Ledger:
-        """Open or make the ledger and bring its tables up to date.
+    def open(cls, at: Path | Address, *, now_s: Callable[[], float], who: str = "") -> Ledger:
+        """Open or make the ledger, hold it alone until `close`, and bring its tables up to date.
 
-        Raises CorruptData when the file is damaged, Conflict when a newer Tenure wrote it, Unavailable when it is locked
-        or cannot be opened. In each case the file stays as it was.
+        at: a SQLite file, or an address. who: how the holder is named to others, e.g. its home.
+        Raises LedgerHeld when another process has it, CorruptData when it is damaged, Conflict when a newer Tenure wrote it,
+        Unavailable when it is locked or cannot be opened, MissingExtra. In each case the ledger stays as it was.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ledger = cls(dialect.open_engine(path), str(path), now_s)
+        address = at if isinstance(at, Address) else Address(path=at)
+        if address.path is not None:
+            address.path.parent.mkdir(parents=True, exist_ok=True)
+        unlock = dialect.hold(address, who=who)
+        try:
+            ledger = cls(dialect.open_engine(address, who=who), str(address), now_s, unlock)
+        except BaseException:
+            unlock()
+            raise
         try:
             with ledger.reading() as connection:
+                ledger._driver = dialect.driver_of(connection)
                 dialect.check_whole(connection)
             ledger._migrate()
         except BaseException:
@@ -143,10 +159,16 @@ class Ledger:
             raise
         return ledger
 
+    def watch(self) -> None:
+        """Call `on_hang_up` when the database hung up while nobody asked it anything. Costs a system call."""
+        if not dialect.is_connected(self._driver):
+            self.on_hang_up(f"the server of the ledger {self._where} has hung up")
+
     def close(self) -> None:
-        """Let go of the file. What was not committed is undone."""
+        """Let go of the ledger. What was not committed is undone."""
         self._let_go()
         self._engine.dispose()
+        self._unlock()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
