@@ -499,3 +499,28 @@ def test_python_means_the_interpreter_tenure_runs_under_unless_the_job_has_a_pat
         assert (theirs.argv, theirs.env["PATH"]) == (("python", "x.py"), "/opt/bin")
 
     play(scene)
+
+
+@pytest.mark.parametrize("jump_s", [-86400.0, 86400.0])
+def test_setting_the_wall_clock_moves_no_deadline_also_across_a_restart(play, jump_s: float) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(slot_s=100.0, total_s=150.0)
+        began_s = world.clock.boot_s()
+
+        async def renewed_to(for_s: float) -> float:
+            world.fleet.calls.clear()
+            await world.ask("renew", lease_id=lease.id, for_s=for_s)
+            return next(args.deadline_boot_s for _, op, args in world.fleet.calls if op == "renew") - began_s
+
+        world.clock.jump_s = jump_s
+        await world.after(10.0)
+        assert await renewed_to(110.0) == pytest.approx(120.0)
+        await world.restart()
+        assert await renewed_to(1000.0) == pytest.approx(150.0)
+        world.fleet.finish(lease.id, DONE)
+        await world.settle()
+        assert world.lease(lease.id).held_s == pytest.approx(10.0)
+        (after,) = await world.gang("after", stage="t")
+        assert after.starts_at_s == pytest.approx(world.clock.utc_s())
+
+    play(scene)

@@ -19,9 +19,11 @@ from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.queue import Queue
+from tenure.broker.steady import SteadyClock
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
-from tenure.ledger.store import Ledger
+from tenure.ledger import queries
+from tenure.ledger.store import Ledger, Transaction
 from tenure.protocols import Clock, SystemClock
 from tenure.sockets import LineServer, socket_dir
 
@@ -85,8 +87,11 @@ class Broker:
         new_lease_id: Callable[[], str] = _new_lease_id,
     ) -> None:
         self.persistent, self.fleet = persistent, fleet
-        self.book = Book(ledger, clock)
+        self._clock = SteadyClock(clock)
+        ledger.now_s = self._clock.utc_s
+        self.book = Book(ledger, self._clock)
         with self.book.transaction() as tx:
+            self._keep_time(tx)
             self.fence = tx.next_fence()
             tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
         self.attempts = Attempts(self.book, fleet, home=home)
@@ -113,6 +118,16 @@ class Broker:
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
 
+    def _keep_time(self, tx: Transaction) -> None:
+        """Go on with the UTC that live leases were granted by; without any, with the wall clock's."""
+        boot_id = self._clock.boot_id()
+        kept = queries.utc_offset(tx.connection, boot_id)
+        if kept is not None and self.book.live:
+            self._clock.offset_s = kept
+        else:
+            self._clock.follow()
+            queries.put_utc_offset(tx.connection, boot_id, self._clock.offset_s)
+
     def leave(self) -> None:
         """Have the loop end."""
         self.leaving = True
@@ -130,6 +145,9 @@ class Broker:
             self._flushed_s = now_s
             with contextlib.suppress(TenureError):  # rollups are the one thing that may be lost: a full disk says so above
                 self.book.flush_usage()
+        if not self.book.live and self._clock.jumped():
+            with contextlib.suppress(TenureError), self.book.transaction() as tx:
+                self._keep_time(tx)
         if self.book.live or self.clients() or self.persistent:
             self._busy_s = now_s
         elif now_s - self._busy_s >= IDLE_S:

@@ -69,6 +69,18 @@ def next_fence(connection: Connection) -> int:
     return fence
 
 
+def utc_offset(connection: Connection, boot_id: str) -> float | None:
+    """Return UTC minus CLOCK_BOOTTIME as the brokers of this boot have counted it, None in the first of them."""
+    found = str(connection.execute(select(t.meta.c.value).where(t.meta.c.key == "utc_offset")).scalar() or "")
+    boot, _, offset_s = found.rpartition(" ")
+    return float(offset_s) if boot == boot_id else None
+
+
+def put_utc_offset(connection: Connection, boot_id: str, offset_s: float) -> None:
+    """Keep it."""
+    _put(connection, t.meta, {"key": "utc_offset"}, {"value": f"{boot_id} {offset_s!r}"})
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 

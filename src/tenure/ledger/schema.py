@@ -16,7 +16,7 @@ meta = Table(
     Column("key", String(64), primary_key=True),
     Column("value", Text, nullable=False),
 )
-"""Single values: ``fence``, the highest number ever handed out."""
+"""Single values: ``fence``, the highest number ever handed out; ``utc_offset``, boot id and UTC minus CLOCK_BOOTTIME."""
 
 events = Table(
     "events",

@@ -115,7 +115,9 @@ class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
     def __init__(self, engine: Engine, where: str, now_s: Callable[[], float]) -> None:
-        self._engine, self._where, self._now_s = engine, where, now_s
+        self._engine, self._where = engine, where
+        self.now_s = now_s
+        """What stamps events; the broker puts a clock here that does not jump."""
         self._busy = False
         self.refusals, self.refusal = 0, ""
         """How many transactions were refused for want of room or rights, and why the latest was."""
@@ -146,7 +148,7 @@ class Ledger:
     def transaction(self) -> Iterator[Transaction]:
         """Give a transaction: written on leaving, or not at all when anything raised. They do not nest."""
         with self._begin() as connection:
-            yield Transaction(connection, self._now_s())
+            yield Transaction(connection, self.now_s())
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
