@@ -7,8 +7,8 @@ at most 2 processes.
 Operations, by weight, drawn from the seed: request a gang of 1 to 4 (CPU, memory, disk, fractions of a device with its memory,
 whole devices; some wait for events), the same request once more, end an attempt (every ExitKind), publish an event, renew,
 resize up and down, release, preempt, let time pass (up to past slots, totals and queue times), cut a node off (shorter and
-longer than its term) and mend it, kill an agent, set the wall clock by up to a day, kill the broker at any point of its work and
-start the next from the ledger. All the while 1 in 30 calls is lost, arrives late, or is done and its answer lost; so with notes.
+longer than its term) and mend it, kill an agent, set the wall clock by up to a day, kill the broker at any point of its work
+and start the next from the ledger. All the while 1 in 30 calls is lost, late, or done and its answer lost; so with notes.
 Oracle (`trust_oracle`): after every operation it counts again from what the agents hold, reachable or not, together with
 what is granted and not started: CPUs, memory, disk, and per device shares and memory. It also checks: an ended lease runs
 nowhere; one attempt per lease; gangs whole or not at all; fences only grow; deadlines on CLOCK_BOOTTIME are what grant, slots

@@ -93,7 +93,9 @@ class Oracle:
         """Return committed events with their nouns."""
         if self._reader is None:
             self._reader = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
-        rows = self._reader.execute("SELECT seq, kind, lease_id, node, data FROM events WHERE seq > ? ORDER BY seq", (after_seq,))
+        rows = self._reader.execute(
+            "SELECT seq, kind, lease_id, node, data FROM events WHERE seq > ? ORDER BY seq", (after_seq,)
+        )
         for seq, kind, lease_id, node, text in rows.fetchall():
             data = self._decoder.decode(text) if kind.startswith(("lease.", "node.", "invoked")) else _Data()
             nouns: dict[str, Any] = {name: noun for name, noun in (("lease", data.lease), ("node", data.node)) if noun}

@@ -1,4 +1,4 @@
-"""UTC for leases: as the wall clock had it once, from then on counted on CLOCK_BOOTTIME, so that setting the clock moves nothing.
+"""UTC for leases: read off the wall clock once, from then on counted on CLOCK_BOOTTIME, so that setting it moves nothing.
 
 For: every UTC time that the broker writes down or compares. Not for: deadlines on nodes (`nodes` turns what is left into
 their own CLOCK_BOOTTIME). Weighed and rejected: moving every lease's times when a jump is seen, which needs the jump seen

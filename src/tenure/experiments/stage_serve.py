@@ -265,7 +265,7 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     context.close_step(job.name, "lease", f"serving {context.run.name} at {where}; Ctrl-C ends the lease")
     context.step(job.name, "serve", envelope.describe())
     ended = None
-    renew_s = context.clock.boot_s() + envelope.slot_s / 4
+    renew_s = 0.0
     while ended is None:
         usage = server.usage()
         context.progress(f"serving {context.run.name} at {where}; {show_bytes(usage.memory_bytes)}; Ctrl-C ends the lease")

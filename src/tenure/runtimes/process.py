@@ -98,6 +98,10 @@ class ProcessRuntime:
             return
         if self._runs(last, read_json(files.shim)):
             raise Conflict(f"lease {spec.lease_id} still runs attempt {last['attempt']}; stop it before starting another")
+        if spec.attempt <= int(last["attempt"]):
+            raise Conflict(
+                f"lease {spec.lease_id} has had attempt {last['attempt']}; the order for {spec.attempt} came too late"
+            )
         self._settle(files, last)
         files.set_aside(int(last["attempt"]))
 
