@@ -68,7 +68,7 @@ class Book:
         for event in tx.events:
             self.placement.apply(event)
             if "lease" in event.data:
-                self._take(wire.from_builtins(event.data["lease"], Lease))
+                self._take(event.data["lease"])
         self.wake()
 
     def _take(self, lease: Lease) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Insert, Table, Update, and_, bindparam, func, insert, select, update
 
 from tenure import wire
 from tenure.errors import NotFound
@@ -34,10 +35,30 @@ def _nouns(rows: Any, kind: type[T]) -> tuple[T, ...]:
     return tuple(wire.from_json(row[0], kind) for row in rows)
 
 
-def _put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    where = and_(*(table.c[name] == value for name, value in key.items()))
-    if connection.execute(update(table).where(where).values(**values)).rowcount == 0:
-        connection.execute(insert(table).values(**key, **values))
+@cache
+def _update(table: Table, key: tuple[str, ...], names: tuple[str, ...]) -> Update:
+    """Return the statement, built once: building it anew takes longer than the database takes to run it."""
+    where = and_(*(table.c[name] == bindparam(f"key_{name}") for name in key))
+    return update(table).where(where).values({name: bindparam(f"new_{name}") for name in names})
+
+
+@cache
+def _insert(table: Table) -> Insert:
+    return insert(table)
+
+
+def _put(
+    connection: Connection,
+    table: Table,
+    key: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    first: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a row by its key. first: what only a new row gets."""
+    given = {f"key_{name}": value for name, value in key.items()} | {f"new_{name}": value for name, value in values.items()}
+    if connection.execute(_update(table, tuple(key), tuple(values)), given).rowcount == 0:
+        connection.execute(_insert(table), {**(first or {}), **key, **values})
 
 
 # --- events and fences ------------------------------------------------------------------------------------------------
@@ -49,7 +70,7 @@ def insert_event(connection: Connection, event: Event) -> Event:
         "at_s": event.at_s, "kind": event.kind, "who": event.who, "why": event.why, "run_id": event.run_id,
         "stage": event.stage, "lease_id": event.lease_id, "node": event.node, "data": _text(event.data),
     }  # fmt: skip
-    key = connection.execute(insert(t.events).values(**values)).inserted_primary_key
+    key = connection.execute(_insert(t.events), values).inserted_primary_key
     return replace(event, seq=int(key[0]) if key else 0)
 
 
@@ -146,10 +167,9 @@ def put_lease(connection: Connection, lease: Lease, *, queue_until_s: float = 0.
         "attempt": lease.attempt, "tenant": lease.tenant, "state": str(lease.state), "node": lease.node,
         "fence": lease.fence, "requested_at_s": lease.requested_at_s, "ended_at_s": lease.ended_at_s, "body": _text(lease),
     }  # fmt: skip
-    known = connection.execute(select(t.leases.c.id).where(t.leases.c.id == lease.id)).scalar()
-    if queue_until_s or known is None:
+    if queue_until_s:
         values["queue_until_s"] = queue_until_s
-    _put(connection, t.leases, {"id": lease.id}, values)
+    _put(connection, t.leases, {"id": lease.id}, values, first={"queue_until_s": queue_until_s})
 
 
 def get_lease(connection: Connection, lease_id: str) -> Lease:
@@ -200,7 +220,7 @@ def insert_exit(connection: Connection, lease_id: str, attempt: int, end: Exit) 
     if connection.execute(select(c.attempt).where(c.lease_id == lease_id, c.attempt == attempt)).scalar() is not None:
         return False
     values = {"lease_id": lease_id, "attempt": attempt, "kind": str(end.kind), "ended_at_s": end.ended_at_s}
-    connection.execute(insert(t.exits).values(**values, body=_text(end)))
+    connection.execute(_insert(t.exits), {**values, "body": _text(end)})
     return True
 
 

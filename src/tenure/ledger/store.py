@@ -13,7 +13,6 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from tenure import wire
 from tenure.errors import Conflict, CorruptData, InternalError, Refused
 from tenure.events import Event
 from tenure.leases import Lease
@@ -26,7 +25,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Transaction:
-    """Changes that become true together. Made by `Ledger.transaction`; `events` holds what will have happened."""
+    """Changes that become true together. Made by `Ledger.transaction`; `events` holds what will have happened, with nouns."""
 
     def __init__(self, connection: Connection, now_s: float) -> None:
         self.connection = connection
@@ -75,7 +74,7 @@ class Transaction:
             stage=lease.stage,
             lease_id=lease.id,
             node=lease.node,
-            data={"lease": wire.to_builtins(lease), **(data or {})},
+            data={"lease": lease, **(data or {})},
         )
 
     def put_exit(self, lease: Lease, attempt: int, end: Exit, *, who: str, why: str = "") -> bool:
@@ -104,7 +103,7 @@ class Transaction:
     def put_node(self, node: Node, *, kind: str, who: str, why: str = "") -> None:
         """Write a node as it now is. kind: ``node.up``, ``node.unreachable`` or ``node.lost``."""
         queries.put_node(self.connection, node)
-        self.append(kind, who=who, why=why, node=node.name, data={"node": wire.to_builtins(node)})
+        self.append(kind, who=who, why=why, node=node.name, data={"node": node})
 
     def next_fence(self) -> int:
         """Return a number above every one returned before, in this life of the broker or an earlier one."""
