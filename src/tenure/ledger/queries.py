@@ -60,7 +60,7 @@ def _upsert(dialect_name: str, table: Table, key: tuple[str, ...], values: tuple
 # --- events and fences ------------------------------------------------------------------------------------------------
 
 
-_INSERT_EVENT = insert(t.events)
+_INSERT_EVENT, _INSERT_EXIT = insert(t.events), insert(t.exits)
 
 
 def insert_event(connection: Connection, event: Event) -> Event:
@@ -105,6 +105,18 @@ def raise_events_floor(connection: Connection, seq: int) -> None:
 
 def _number(connection: Connection, key: str) -> int:
     return int(connection.execute(select(t.meta.c.value).where(t.meta.c.key == key)).scalar() or 0)
+
+
+def utc_offset(connection: Connection, boot_id: str) -> float | None:
+    """Return UTC minus CLOCK_BOOTTIME as the brokers of this boot have counted it, None in the first of them."""
+    found = str(connection.execute(select(t.meta.c.value).where(t.meta.c.key == "utc_offset")).scalar() or "")
+    boot, _, offset_s = found.rpartition(" ")
+    return float(offset_s) if boot == boot_id else None
+
+
+def put_utc_offset(connection: Connection, boot_id: str, offset_s: float) -> None:
+    """Keep it."""
+    _put(connection, t.meta, {"key": "utc_offset"}, {"value": f"{boot_id} {offset_s!r}"})
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -227,7 +239,7 @@ def insert_exit(connection: Connection, lease_id: str, attempt: int, end: Exit) 
     if connection.execute(select(c.attempt).where(c.lease_id == lease_id, c.attempt == attempt)).scalar() is not None:
         return False
     values = {"lease_id": lease_id, "attempt": attempt, "kind": str(end.kind), "ended_at_s": end.ended_at_s}
-    connection.execute(insert(t.exits).values(**values, body=_text(end)))
+    connection.execute(_INSERT_EXIT, {**values, "body": _text(end)})
     return True
 
 

@@ -26,7 +26,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Transaction:
-    """Changes that become true together. Made by `Ledger.transaction`; `events` holds what will have happened."""
+    """Changes that become true together. Made by `Ledger.transaction`; `events` holds what will have happened, with nouns."""
 
     def __init__(self, connection: Connection, now_s: float) -> None:
         self.connection = connection
@@ -115,7 +115,9 @@ class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
     def __init__(self, engine: Engine, where: str, now_s: Callable[[], float], unlock: Callable[[], None]) -> None:
-        self._engine, self._where, self._now_s, self._unlock = engine, where, now_s, unlock
+        self._engine, self._where, self._unlock = engine, where, unlock
+        self.now_s = now_s
+        """What stamps events; the broker puts a clock here that does not jump."""
         self._busy = False
         self._driver: Any = None
         self.on_hang_up: Callable[[str], None] = lambda why: None
@@ -187,7 +189,7 @@ class Ledger:
             connection = self._batch()
             savepoint = connection.begin_nested()
             try:
-                yield Transaction(connection, self._now_s())
+                yield Transaction(connection, self.now_s())
                 savepoint.commit()
                 self._parts += 1
             except DBAPIError:

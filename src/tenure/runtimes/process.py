@@ -96,6 +96,10 @@ class ProcessRuntime:
         if last is None:
             files.root.mkdir(parents=True, exist_ok=True)
             return
+        if spec.attempt <= int(last["attempt"]):
+            raise Conflict(
+                f"lease {spec.lease_id} has had attempt {last['attempt']}; the order for {spec.attempt} came too late"
+            )
         if self._runs(last, read_json(files.shim)):
             raise Conflict(f"lease {spec.lease_id} still runs attempt {last['attempt']}; stop it before starting another")
         self._settle(files, last)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tenure.errors import TenureError
+from tenure.nodes import TERM_GRACE_S
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.become import adopt_orphans, own_memory
@@ -251,7 +252,7 @@ class Shim:
             order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": "the shim was sent SIGTERM"}
         elif now >= self._term_s:
             why = f"the node's term ended at {self._term_s:.3f} s of CLOCK_BOOTTIME without word from the broker"
-            order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": why}
+            order = {"kind": "stopped", "grace_s": min(float(self._spec["grace_s"]), TERM_GRACE_S), "why": why}
         elif now >= self._deadline_s:
             why = f"deadline {self._deadline_s:.3f} s of CLOCK_BOOTTIME reached at {now:.3f} s"
             order = {"kind": "out_of_time", "grace_s": self._spec["grace_s"], "why": why}
