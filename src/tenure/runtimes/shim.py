@@ -166,10 +166,14 @@ class Shim:
             self._log_start_bytes = os.stat(self._spec["log_path"]).st_blocks * 512
         try:
             self._confinement.make(self._envelope, int(self._spec["pids_max"]))
+            self._identity["started_at_s"] = time.time()
+            # First the note, then the look, then the job: an attempt without a note has run nothing, and stays so.
+            write_json(f"{self._folder}/shim.json", self._identity)
+            control = read_json(self._folder / "control.json")
+            if control is None or control["attempt"] != self._spec["attempt"] or control.get("stop"):
+                return {"error": "it is no longer wanted", "errno": None, "step": "prepare"}
             with os.fdopen(self._waiting.orders, "wb") as orders:
                 orders.write(self._text)
-            self._identity["started_at_s"] = time.time()
-            write_json(f"{self._folder}/shim.json", self._identity)  # while the job gets ready
         except OSError as error:
             return {"error": f"the shim could not prepare it: {error}", "errno": error.errno, "step": "prepare"}
         with os.fdopen(self._waiting.failure, "rb") as stream:
