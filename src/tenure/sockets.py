@@ -33,7 +33,7 @@ MAX_UNSENT_BYTES = 32 << 20
 def check_owner(home: Path) -> None:
     """Raise SpecError when a home exists and belongs to another user, for root as for everybody.
 
-    Whatever runs in a home runs with the rights of whoever started its broker (docs/decisions/0007).
+    Whatever runs in a home runs with the rights of whoever started its broker (docs/decisions/0008).
     """
     try:
         owner = home.stat().st_uid
@@ -328,7 +328,10 @@ class AsyncLineClient:
         return _checked_welcome(await self.call("hello", hello, timeout_s=timeout_s))
 
     async def call(self, op: str, args: Any, *, timeout_s: float = 30.0) -> Any:
-        """Return the operation's result. Raises what the other side raised; Unavailable when it is gone or too slow."""
+        """Return the operation's result. Raises what the other side raised; Unavailable when it is gone or too slow.
+
+        One that is too slow is hung up on: nobody could tell what it makes of the call, and of those after it, later.
+        """
         if self._writer is None or self._writer.is_closing():
             raise Unavailable(f"{self._path} is not connected")
         call_id = next(self._ids)
@@ -338,6 +341,7 @@ class AsyncLineClient:
             self._writer.write(_call_line(call_id, op, args))
             message = await asyncio.wait_for(future, timeout_s)
         except (TimeoutError, OSError) as error:
+            self._writer.transport.abort()
             raise Unavailable(f"{self._path} did not answer {op!r} within {timeout_s:g} s") from error
         finally:
             self._waiting.pop(call_id, None)

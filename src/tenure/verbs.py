@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,16 +139,23 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
         return file.read().decode(errors="replace")
 
 
-def up(*, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None) -> Node:
+def up(
+    *, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None, ledger: str = ""
+) -> Node:
     """Have a broker and a node of this machine that stay until `down`; return the node. Doing it again changes nothing.
 
     A broker that answers, also one that a run started for itself, gets the node added and stays from then on. cpus, memory
     (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
-    agents have left. Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
+    agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
+    else as before. Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
     another part.
     """
     found_home = app.find_home(home)
     check_name("node", node)
+    if ledger := ledger or os.environ.get("TENURE_LEDGER", ""):
+        from tenure.broker import ledgers  # SQL comes with it
+
+        ledgers.choose(found_home, ledger)
     start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
         try:

@@ -11,6 +11,7 @@ from tenure import wire
 from tenure.broker.daemon import Broker
 from tenure.fleet.fake import FakeFleet
 from tenure.jobs import Command
+from tenure.ledger.address import Address
 from tenure.ledger.store import Ledger
 from tenure.nodes import Machine, Node
 from tenure.resources import Capacity, Envelope
@@ -23,9 +24,11 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now_s = 1_000_000.0
+        self.jump_s = 0.0
+        """How far the wall clock was set away."""
 
     def utc_s(self) -> float:
-        return self.now_s
+        return self.now_s + self.jump_s
 
     def boot_s(self) -> float:
         return self.now_s - 900_000.0
@@ -41,8 +44,9 @@ def node(name: str, *, cpus: float = 4.0, memory_bytes: int = 1024 * MIB) -> Nod
 class World:
     """A broker over imagined nodes, driven by hand. `restart` is a kill -9 followed by a new broker."""
 
-    def __init__(self, home: Path, *nodes: Node) -> None:
+    def __init__(self, home: Path, *nodes: Node, address: Address | None = None) -> None:
         self.home, self.clock = home, VirtualClock()
+        self.address = address or Address(path=home / "ledger.sqlite")
         self.fleet = FakeFleet(nodes, self.clock)
         self._ids = 0
         self.broker: Broker
@@ -53,7 +57,7 @@ class World:
         return f"l{self._ids}"
 
     def _open(self) -> None:
-        self.ledger = Ledger.open(self.home / "ledger.sqlite", now_s=self.clock.utc_s)
+        self.ledger = Ledger.open(self.address, now_s=self.clock.utc_s)
         self.broker = Broker(self.ledger, self.fleet, home=self.home, clock=self.clock, term_s=60.0, new_lease_id=self._new_id)
 
     async def up(self) -> World:
@@ -116,10 +120,19 @@ class World:
 @pytest.fixture
 def play(tmp_path: Path) -> Callable[..., None]:
     """Run a scene in a world with the given nodes (default: one, called a)."""
+    return player(tmp_path)
 
+
+@pytest.fixture
+def play_on_both(tmp_path: Path, ledger_address: Address) -> Callable[..., None]:
+    """Run a scene as `play` does, over each database once."""
+    return player(tmp_path, ledger_address)
+
+
+def player(home: Path, address: Address | None = None) -> Callable[..., None]:
     def run(scene: Callable[[World], Coroutine[Any, Any, None]], *nodes: Node) -> None:
         async def all_of_it() -> None:
-            world = World(tmp_path, *(nodes or (node("a"),)))
+            world = World(home, *(nodes or (node("a"),)), address=address)
             try:
                 await world.up()
                 await scene(world)

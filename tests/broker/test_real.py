@@ -16,7 +16,7 @@ import pytest
 
 from tenure.broker.client import BrokerClient, connect, start_broker
 from tenure.broker.launch import BrokerLaunch
-from tenure.errors import JobFailed, NoPlacement, Refused, Unavailable
+from tenure.errors import CorruptData, JobFailed, NoPlacement, Refused, Unavailable
 from tenure.jobs import Command
 from tenure.leases import EndReason, LeaseState
 from tenure.protocols import ExitKind, LaunchRequest
@@ -246,6 +246,6 @@ def test_a_broker_and_its_agent_leave_by_themselves_when_nobody_is_left(home: Pa
 def test_a_ledger_that_cannot_be_read_is_said_by_the_client_and_left_as_it_is(home: Path) -> None:
     home.mkdir()
     (home / "ledger.sqlite").write_bytes(b"this is no database" * 1000)
-    with pytest.raises(Unavailable, match="restore a backup"):
+    with pytest.raises(CorruptData, match="restore a backup"):
         connect(home)
     assert (home / "ledger.sqlite").read_bytes().startswith(b"this is no database")

@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tenure.broker.client import EXIT_HELD
+from tenure.agent.start import is_agent_alive
+from tenure.broker.client import EXIT_HELD, EXIT_REASONS
 from tenure.broker.daemon import HomeHeld, home_lock, serve
 from tenure.broker.note import Note, read_note, remove_note, write_note
 from tenure.errors import TenureError
@@ -28,13 +29,16 @@ def _told(home: Path, options: argparse.Namespace) -> Note:
     if told.parts:
         return told
     before = read_note(home)
+    if before is not None and told.persistent and not before.persistent:
+        # Of a run's own node, which takes all it can get, only one that still lives stands in the way of what is to come.
+        before = replace(before, parts=tuple(part for part in before.parts if is_agent_alive(home, part.name)))
     if before is not None and before.parts:
         return replace(before, persistent=before.persistent or told.persistent)
     return told if told.persistent else replace(told, parts=(Part(),))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run until nobody is left. Returns the exit code: 0, EXIT_HELD, or 1 with the reason on stderr."""
+    """Run until nobody is left. Returns the exit code: 0, EXIT_HELD, or, the reason on stderr, one of EXIT_REASONS or 1."""
     parser = argparse.ArgumentParser(prog="python -m tenure.broker", description="Be the broker of a home.")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--persistent", action="store_true", help="stay when no client and no lease is left")
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_HELD
     except TenureError as error:
         logging.error("%s: %s", type(error).__name__, error)
-        return 1
+        return next((code for code, kind in EXIT_REASONS.items() if isinstance(error, kind)), 1)
     return 0
 
 

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tenure import wire
-from tenure.errors import Unavailable
+from tenure.errors import Conflict, CorruptData, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
 from tenure.nodes import Node
@@ -30,6 +30,8 @@ START_MAX_S = 15.0
 MAX_IDLE_CONNECTIONS = 8
 EXIT_HELD = 75
 """Exit code of a broker that found its home held by another."""
+EXIT_REASONS: Mapping[int, type[TenureError]] = {77: CorruptData, 78: Conflict}
+"""Exit code of a broker that could not start -> what its client raises; Unavailable for any other code."""
 
 
 def connect(home: Path, *, start: bool = True, who: str = "client") -> BrokerClient:
@@ -45,7 +47,7 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
 
     persistent: it stays when nobody is left. nodes: ``name`` or ``name:cpus:memory`` each; by default those of a broker that
     died here, else ``local`` with the whole machine; none for one that is to stay. Raises Unavailable with the end of
-    ``broker.log``, SpecError when the home is another user's.
+    ``broker.log``; CorruptData or Conflict when that is what kept it from starting; SpecError when the home is another user's.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,8 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
     with log.open("rb") as stream:
         stream.seek(max(said_from, log.stat().st_size - 2000))
         tail = stream.read().decode(errors="replace").strip()
-    raise Unavailable(f"the broker of home {home} did not answer within {START_MAX_S:g} s. Its log ({log}) ends:\n{tail}")
+    kind = EXIT_REASONS.get(process.returncode, Unavailable)
+    raise kind(f"the broker of home {home} could not start, or not within {START_MAX_S:g} s. Its log ({log}) ends:\n{tail}")
 
 
 def _spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

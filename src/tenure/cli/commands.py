@@ -38,6 +38,26 @@ Home = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
 RunOption = Annotated[str, typer.Option("--run", metavar="RUN", help="Only those of this run.")]
+LedgerOption = Annotated[
+    str,
+    typer.Option(
+        "--ledger",
+        metavar="URL",
+        help="Keep the ledger in PostgreSQL: postgresql://USER@HOST/DATABASE [default: $TENURE_LEDGER, else as before; "
+        "a file of the home at first].",
+    ),
+]
+
+
+def _url(text: str) -> str:
+    """Return the URL unless it says a password, which everybody on this machine could read there."""
+    user, _, _ = text.rpartition("@")
+    if ":" in user.partition("://")[2] or "password=" in text:
+        raise SpecError(
+            "a password in --ledger can be read by every user of this machine. Keep it in ~/.pgpass, "
+            "or name the whole URL in the environment variable TENURE_LEDGER."
+        )
+    return text
 
 
 def _version(wanted: bool) -> None:
@@ -235,6 +255,7 @@ def up(
         str,
         typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; alone, with that share of the cores."),
     ] = "",
+    ledger: LedgerOption = "",
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -246,7 +267,7 @@ def up(
     from tenure import verbs
     from tenure.resources import parse_bytes
 
-    started = verbs.up(home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None)
+    started = verbs.up(home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None, ledger=_url(ledger))
     _show((started,), output.nodes_table, json)
 
 

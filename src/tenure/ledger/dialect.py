@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool, StaticPool
@@ -30,6 +31,7 @@ from tenure.ledger.address import Address
 
 LOG = logging.getLogger("tenure.ledger")
 BUSY_TIMEOUT_S = 5.0
+Insert = sqlite.Insert | postgresql.Insert
 """How long to wait for somebody else's lock, and for a holder that was killed to be noticed."""
 CONNECT_TIMEOUT_S = 10.0
 STATEMENT_TIMEOUT_S = 30.0
@@ -239,6 +241,11 @@ def driver_of(connection: Connection) -> Any:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def insert_into(name: str, table: Table) -> Insert:
+    """Return an INSERT that knows ON CONFLICT, in the words of the database called `name`."""
+    return sqlite.insert(table) if name == "sqlite" else postgresql.insert(table)
 
 
 def check_whole(connection: Connection) -> None:

@@ -1,0 +1,194 @@
+"""The broker over both databases, and the real one on a real PostgreSQL: one broker per ledger, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.postgres import PASSWORD, Server
+
+from tenure import verbs
+from tenure.broker import ledgers
+from tenure.broker.client import connect, start_broker
+from tenure.errors import Conflict, SpecError, Unavailable
+from tenure.leases import EndReason, LeaseState
+from tenure.ledger import address
+from tenure.ledger.store import Ledger
+
+from .conftest import World, node
+from .test_broker import DONE, said
+from .test_real import launch, request, shut_down, until
+
+PART = ("a:0.4:150MiB",)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "home"
+    shut_down(tmp_path / "home")
+
+
+# --- imagined nodes, both databases ---
+
+
+def test_a_killed_broker_finds_its_leases_in_either_database(play_on_both) -> None:
+    async def scene(world: World) -> None:
+        gang = await world.gang(members=2)
+        fence = world.broker.fence
+        await world.restart()
+        assert world.broker.fence > fence
+        for lease in gang:
+            assert world.lease(lease.id) == lease
+            world.fleet.finish(lease.id, DONE)
+        await world.settle()
+        assert {world.lease(lease.id).end_reason for lease in gang} == {EndReason.COMPLETED}
+        assert len(world.fleet.started) == 2
+
+    play_on_both(scene, node("a"))
+
+
+def test_events_drive_a_gang_in_either_database(play_on_both) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(on_event=True, expects_result=True)
+        for name in ("one", "two"):
+            world.publish(name, 0)
+            await world.after(2.0)
+            world.fleet.finish(lease.id, said("done" if name == "two" else "continue"))
+            await world.settle()
+        assert world.lease(lease.id).end_reason is EndReason.COMPLETED
+        assert world.events("invoked") == ["invoked", "invoked"]
+
+    play_on_both(scene)
+
+
+# --- which ledger a home has ---
+
+
+def test_a_homes_ledger_is_remembered_for_its_owner_only(tmp_path: Path) -> None:
+    url = f"postgresql://u:{PASSWORD.replace('/', '%2F')}@h/db"
+    ledgers.choose(tmp_path, url)
+    note = tmp_path / "ledger-url"
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600
+    assert address.of_home(tmp_path) == address.Address.parse(url)
+    assert str(address.of_home(tmp_path)) == "postgresql://u:***@h/db"
+    assert PASSWORD not in repr(address.of_home(tmp_path))
+    ledgers.choose(tmp_path, url)
+
+
+@pytest.mark.parametrize("url", ["mysql://u@h/db", "postgresql://u@h", "/tmp/ledger.sqlite", "postgresql://u:pw@h/", "a b"])
+def test_what_names_no_postgresql_database_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(SpecError, match="postgresql://USER@HOST/DATABASE") as caught:
+        ledgers.choose(tmp_path, url)
+    assert "pw" not in str(caught.value)
+
+
+def test_a_home_with_runs_or_leases_keeps_its_ledger(play, tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.gang()
+
+    play(scene)
+    with pytest.raises(Conflict, match=r"already holds runs or leases.*tenure backup FILE"):
+        ledgers.choose(tmp_path, "postgresql://u@h/db")
+    assert not (tmp_path / "ledger-url").exists()
+
+
+def test_a_home_whose_ledger_was_never_used_may_have_another(tmp_path: Path) -> None:
+    Ledger.open(tmp_path / "ledger.sqlite", now_s=time.time).close()
+    ledgers.choose(tmp_path, "postgresql://u@h/db")
+    assert address.of_home(tmp_path).url == "postgresql://u@h/db"
+
+
+# --- real processes, a real server ---
+
+
+def terminate(server: Server) -> None:
+    """Cut every broker's connection, as a restarted or failing server would."""
+    server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tenure pid%'")
+
+
+@pytest.mark.real
+@pytest.mark.postgres
+def test_a_broker_that_loses_its_ledger_ends_and_the_next_one_finds_the_lease_running(
+    home: Path, tmp_path: Path, postgres_server: Server
+) -> None:
+    url = postgres_server.new_database()
+    ledgers.choose(home, url)
+    start_broker(home, nodes=PART)
+    with connect(home) as client:
+        launched = launch(client)(request(("sleep", "60")))
+        until(lambda: launched.usage().processes > 0)
+        before, fence = client.lease(launched.lease_id).lease, client.status().fence
+        events = client.events()
+        pid = int((home / "broker.lock").read_text())
+
+        with pytest.raises(Conflict, match="End it with"):
+            ledgers.choose(home, "postgresql://u@h/db")
+        other = tmp_path / "other"
+        ledgers.choose(other, url)
+        with pytest.raises(Conflict, match=rf"held by another process \(tenure pid {pid} on .*one broker per ledger"):
+            start_broker(other, nodes=("b:0.1:70MiB",))
+
+        terminate(postgres_server)
+        after = client.lease(launched.lease_id).lease
+        assert (after.state, after.attempt, after.fence) == (LeaseState.ACTIVE, before.attempt, before.fence)
+        assert client.status().fence > fence
+        assert client.events()[: len(events)] == events
+        said_so = (home / "broker.log").read_text()
+        assert "was lost" in said_so or "has hung up" in said_so
+        launched.stop()
+        ended = client.lease(launched.lease_id).lease
+        assert ended.end_reason is EndReason.RELEASED
+    assert not (home / "ledger.sqlite").exists()
+
+
+@pytest.mark.real
+@pytest.mark.postgres
+def test_a_call_under_way_when_the_ledger_is_lost_is_made_again_on_the_next_broker(home: Path, postgres_server: Server) -> None:
+    ledgers.choose(home, postgres_server.new_database())
+    start_broker(home, nodes=PART)
+    with connect(home) as client:
+        for _ in range(3):
+            terminate(postgres_server)
+            assert client.runs() == ()
+            assert client.status().leases == 0
+
+
+@pytest.mark.real
+@pytest.mark.postgres
+def test_a_server_that_refuses_is_told_with_what_to_do_and_without_the_password(home: Path, postgres_server: Server) -> None:
+    for url, reason in (
+        (postgres_server.tcp_url(password="wrong"), "lets nobody in.*pgpass"),
+        (postgres_server.url("nowhere"), "createdb"),
+    ):
+        (home / "ledger-url").unlink(missing_ok=True)
+        ledgers.choose(home, url)
+        with pytest.raises(Unavailable, match=reason) as caught:
+            connect(home)
+        assert "wrong" not in str(caught.value)
+        assert "wrong" not in (home / "broker.log").read_text()
+
+
+@pytest.mark.real
+@pytest.mark.postgres
+def test_up_takes_the_ledgers_url_from_the_environment(
+    home: Path, postgres_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    postgres_server.execute("CREATE DATABASE from_environment")
+    monkeypatch.setenv("TENURE_LEDGER", postgres_server.tcp_url("from_environment", password=PASSWORD))
+    verbs.up(home=home, cpus=0.3, memory=100 << 20)
+    assert verbs.runs(home=home) == ()
+    pid = int((home / "broker.lock").read_text())
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    assert PASSWORD not in argv
+    assert PASSWORD.replace("/", "%2F") not in argv
+    assert json.loads((home / "broker.json").read_text())["persistent"] is True
+    assert postgres_server.execute("SELECT count(*) FROM events", "from_environment")[0][0] > 0
+    os.kill(pid, 9)
+    monkeypatch.delenv("TENURE_LEDGER")
+    assert verbs.runs(home=home) == ()
+    assert not (home / "ledger.sqlite").exists()
