@@ -12,6 +12,7 @@ from tenure.resources import Capacity, Envelope
 from tenure.runs import Run, Stage
 from tenure.trials import Broken, Candidate, Prediction, Recommendation, Trial
 from tenure.usage import summarize
+from tenure.wire import Freed
 
 MACHINE = Machine(cpu_model="Fast 3000", cores=2)
 LEASE = Lease(
@@ -73,6 +74,24 @@ def test_every_noun_has_a_table_and_a_json_line():
     assert parsed["path"] == "/x"
     assert parsed["all"][1]["seq"] == 7
     assert parsed["all"][4]["end_reason"] == "out_of_memory"
+
+
+def test_what_leases_hold_of_a_node_stands_beside_what_it_has():
+    node = Node(
+        name="a", capacity=Capacity(cpus=4.0, memory_bytes=8 << 30), machine=MACHINE, held_cpus=1.5, held_memory_bytes=1 << 30
+    )
+    row = output.nodes_table([node]).splitlines()[1]
+    assert "1.5 of 4" in row
+    assert "1.0 GiB of 8.0 GiB" in row
+
+
+def test_what_went_is_told_by_kind_with_its_size_and_the_sum():
+    freed = [Freed(kind="whole runs", count=2, size_bytes=3 << 20, names=("r-1", "r-2")), Freed(kind="events", count=9)]
+    lines = output.freed_table(freed, dry_run=False).splitlines()
+    assert lines[0].split() == ["REMOVED", "COUNT", "SIZE", "WHICH"]
+    assert lines[1].split() == ["whole", "runs", "2", "3.0", "MiB", "r-1,", "r-2"]
+    assert lines[3].split() == ["together", "3.0", "MiB"]
+    assert output.freed_table(freed, dry_run=True).startswith("WOULD GO")
 
 
 def test_a_recommendation_names_what_was_ruled_out_and_the_constraint_it_broke():

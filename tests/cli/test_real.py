@@ -185,5 +185,3 @@ def test_a_run_past_its_disk_ends_with_the_figures_and_gc_says_what_would_go(ten
     freed = {part["kind"]: part for part in json.loads(tenure("gc", *asked, "--json").stdout)}
     assert freed[bulk]["names"] == told[bulk]["names"]
     assert freed["whole runs"]["count"] == 0
-    assert "REMOVED" in tenure("gc").stdout
-    assert told[bulk]["names"][0] in tenure("runs").stdout

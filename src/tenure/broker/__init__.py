@@ -2,7 +2,9 @@
 
     handlers ──► queue ──► grants ──┐
                  invocations ───────┼──► attempts ──► fleet ──► agents
-                 nodes (terms) ─────┘        │
+                 nodes (terms) ─────┤        │
+                 quota (disk) ──────┘        │
+                 retention ──► what is old   │
                             all ──► book ──► ledger, placement
 
 Clients use `client` and `launch`, which import none of the above.

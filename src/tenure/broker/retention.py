@@ -37,7 +37,7 @@ EVERY_S = 3600.0
 LOGS_EVERY_S = 60.0
 MAX_RUNS = 100
 """How many runs one pass by itself goes through, so that a broker's first pass after a long time stays short."""
-MAX_ROWS = 1000
+MAX_ROWS = 500
 """In one transaction: others wait for it."""
 MAX_ENTRIES = 2_000_000
 """Files looked at to tell a folder's size."""
