@@ -12,7 +12,7 @@ import pytest
 
 from tenure import wire
 from tenure.broker import retention
-from tenure.errors import NotFound
+from tenure.errors import NotFound, Refused
 from tenure.leases import LeaseState
 from tenure.ledger import queries
 from tenure.protocols import Exit, ExitKind
@@ -229,6 +229,29 @@ def test_a_run_that_the_ledger_cannot_be_rid_of_keeps_its_files(play, monkeypatc
             await collect(world, older_than_s=400 * DAY_S)
         assert left(folder) == ALL
         assert [run.id for run in await world.ask("runs")] == ["old"]
+
+    play(scene)
+
+
+def test_a_removal_that_the_disk_refused_is_finished_by_the_next_pass(play) -> None:
+    async def scene(world: World) -> None:
+        folder = await a_run(world, "old")
+        await world.after(300 * DAY_S, step_s=300 * DAY_S)
+        world.clock.now_s += 100 * DAY_S
+        commit, world.ledger.commit = world.ledger.commit, lambda: refuse(world.ledger)
+        with pytest.raises(Refused):
+            await world.broker.retention.collect(wire.CollectGarbage(keep_runs=0))
+        world.ledger.commit = commit
+        assert not folder.exists()
+        await collect(world)
+        assert await world.ask("runs") == ()
+        assert not left(world.home / "trash")
+
+    def refuse(ledger) -> None:
+        ledger._let_go()
+        error = Refused("the disk is full")
+        ledger.on_lost(error)
+        raise error
 
     play(scene)
 

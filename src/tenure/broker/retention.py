@@ -17,7 +17,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,20 @@ class Retention:
         self._one = asyncio.Lock()
         self._next_s = book.clock.boot_s() + FIRST_S
         self._next_logs_s = book.clock.boot_s() + LOGS_EVERY_S
-        self._finish()
+        self._forgotten(self._unlist(book.ledger.transaction))
 
-    def _finish(self) -> None:
-        """Have the ledger no longer list what an earlier broker had begun to remove."""
-        for run_id in _names(self._trash / "runs"):
-            with self._book.ledger.transaction() as tx:
+    def _unlist(self, transaction: Callable[[], AbstractContextManager[Transaction]]) -> list[str]:
+        """Have the ledger no longer list runs whose removal was begun and not finished; return their ids."""
+        begun = _names(self._trash / "runs")
+        for run_id in begun:
+            with transaction() as tx:
                 if rows.run_rows(tx.connection, run_id).count and not rows.has_live_lease(tx.connection, run_id):
-                    _forget(tx, run_id, "its removal, begun by an earlier broker, was finished")
+                    _forget(tx, run_id, "its removal was begun earlier")
+        return begun
+
+    def _forgotten(self, run_ids: Iterable[str]) -> None:
+        """Let go of the files of runs that the ledger lists no more, on disk: until then they tell of the removal."""
+        for run_id in run_ids:
             self._discard(self._trash / "runs" / run_id)
 
     def tick(self) -> None:
@@ -86,6 +93,9 @@ class Retention:
     async def collect(self, asked: wire.CollectGarbage, *, max_runs: int | None = None) -> tuple[wire.Freed, ...]:
         """Remove what is older than asked, or with `dry_run` only say what would go. One at a time."""
         async with self._one:
+            if not asked.dry_run and (begun := self._unlist(self._book.transaction)):
+                await self._book.durable()
+                self._forgotten(begun)
             now_s = self._book.clock.utc_s()
             with self._book.ledger.reading() as connection:
                 runs = rows.known_runs(connection)
@@ -122,8 +132,7 @@ class Retention:
             freed = _more(freed, size + held.size_bytes, run.id)
         if runs and not dry_run:
             await self._book.durable()
-            for run_id in freed.names:  # only now: until then it tells of a removal that the ledger may not know of
-                self._discard(self._trash / "runs" / run_id)
+            self._forgotten(freed.names)
         return freed
 
     def _remove_run(self, run_id: str, folder: Path) -> None:
