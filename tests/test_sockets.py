@@ -1,11 +1,12 @@
 import asyncio
+import os
 import threading
 
 import pytest
 
 from tenure import wire
 from tenure.errors import NoPlacement, NotFound, SpecError, Unavailable
-from tenure.sockets import AsyncLineClient, LineClient, LineServer, socket_dir
+from tenure.sockets import AsyncLineClient, LineClient, LineServer, check_owner, socket_dir
 
 OPS = {
     "hello": wire.Op(args=wire.Hello, result=wire.Welcome),
@@ -130,3 +131,15 @@ def test_an_unknown_error_class_becomes_the_base_error():
     assert isinstance(error, NotFound)
     assert str(error) == "no lease x"
     assert isinstance(wire.error_from_wire(wire.error_to_wire(SpecError("s"))), SpecError)
+
+
+def test_a_home_of_another_user_is_refused_whoever_asks(tmp_path, monkeypatch):
+    owner = os.geteuid()
+    check_owner(tmp_path)
+    check_owner(tmp_path / "not made yet")
+    for other in (0, 65534):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda other=other: other)
+            if other != owner:
+                with pytest.raises(SpecError, match=rf"{tmp_path} belongs to user .*; this is user .*Set TENURE_HOME"):
+                    check_owner(tmp_path)

@@ -13,9 +13,10 @@ from tenure.broker.client import BrokerClient, connect
 from tenure.data import price_table
 from tenure.errors import SpecError, Unavailable
 from tenure.meter.machine import versions
-from tenure.nodes import Node
+from tenure.nodes import Node, NodeState
 from tenure.protocols import SystemClock
 from tenure.runs import RunFiles
+from tenure.sockets import check_owner
 
 if TYPE_CHECKING:
     from tenure.experiments.context import Display
@@ -26,7 +27,10 @@ LIBRARIES = ("tenure", "numpy", "scipy", "scikit-learn", "onnxruntime", "onnx")
 
 
 def find_home(home: str | Path | None = None) -> Path:
-    """Return the absolute folder of all state: the argument, else $TENURE_HOME, else the platform's data directory."""
+    """Return the absolute folder of all state: the argument, else $TENURE_HOME, else the platform's data directory.
+
+    Made when missing. Raises SpecError when it cannot be made or written, or belongs to another user.
+    """
     if home is None and not (home := os.environ.get("TENURE_HOME")):
         import platformdirs  # a few ms that a given home saves
 
@@ -38,6 +42,7 @@ def find_home(home: str | Path | None = None) -> Path:
         raise SpecError(
             f"the home {path} cannot be made: {error.strerror}. Set TENURE_HOME to a folder you may write."
         ) from error
+    check_owner(path)
     if not os.access(path, os.W_OK):
         raise SpecError(f"the home {path} cannot be written. Set TENURE_HOME to a folder you may write.")
     return path
@@ -120,7 +125,7 @@ def _own_prices(home: Path) -> Path | None:
 def _node(client: BrokerClient) -> Node:
     """Return the largest node: probes and predictions are made for it."""
     status = client.status()
-    nodes = status.nodes
+    nodes = [node for node in status.nodes if node.state is NodeState.UP]
     if not nodes:
         why = "; ".join(status.unreached.values()).rstrip(".")
         raise Unavailable(

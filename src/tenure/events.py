@@ -12,7 +12,8 @@ class Event:
     """One fact of the ledger.
 
     kinds: ``lease.<state>``, ``lease.renewed``, ``lease.started`` (an attempt's process runs), ``lease.exited``;
-    ``node.up``, ``node.unreachable``, ``node.lost``; ``run.<state>``, ``stage.<state>``; ``invoked``; ``broker.started``.
+    ``node.up``, ``node.draining``, ``node.unreachable``, ``node.lost``, ``node.removed``; ``run.<state>``,
+    ``stage.<state>``; ``invoked``; ``broker.started``.
     A ``lease.*`` event carries the whole lease in `data["lease"]`, so that a state can be rebuilt from events alone.
     """
 

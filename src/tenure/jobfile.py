@@ -28,6 +28,7 @@ from typing import Any
 from tenure.errors import JobFileError, SpecError
 from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, TrainGoal
 from tenure.resources import Envelope, format_bytes, format_duration, parse_bytes, parse_duration
+from tenure.runs import DEFAULT_DISK_BYTES
 from tenure.tenants import check_name
 
 MAX_JOB_FILE_BYTES = 1 << 20
@@ -40,6 +41,8 @@ class JobFile:
     name: str
     tenant: str
     stages: tuple[Job, ...]
+    disk_bytes: int = DEFAULT_DISK_BYTES
+    """What the run may occupy, all stages together; 0 for no bound."""
 
 
 _UNITS: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
@@ -179,9 +182,10 @@ def parse_job_file(text: str, *, source: str = "") -> JobFile:
     reader = _Reader(text, source)
     reader.known(data, ("run", *JOB_KINDS))
     run = reader.table(data.get("run", {}), "run")
-    reader.known(run, ("name", "tenant"), "run")
+    reader.known(run, ("name", "tenant", "disk"), "run")
     name = reader.guard(lambda: check_name("run", run.get("name", "run")), "run", "name") if _is_text(run, "name") else None
     tenant = reader.guard(lambda: check_name("tenant", run.get("tenant", "default")), "run", "tenant")
+    disk_bytes = reader.guard(lambda: parse_bytes(run.get("disk", DEFAULT_DISK_BYTES)), "run", "disk")
     if name is None:
         raise reader.fail(f"name must be a text; found {run['name']!r}", "run", "name")
     stages: list[Job] = []
@@ -197,7 +201,7 @@ def parse_job_file(text: str, *, source: str = "") -> JobFile:
         if stage in names[:number]:
             raise reader.fail(f'two stages are called {stage!r}; give one another name = "…"', stages[number].kind, number)
     _check_references(reader, stages)
-    return JobFile(name=name, tenant=tenant, stages=tuple(stages))
+    return JobFile(name=name, tenant=tenant, stages=tuple(stages), disk_bytes=disk_bytes)
 
 
 def _is_text(table: Mapping[str, Any], key: str) -> bool:
@@ -269,6 +273,7 @@ def _check_references(reader: _Reader, stages: list[Job]) -> None:
 def format_job_file(job_file: JobFile) -> str:
     """Return the text of a job file: parsing it gives the same jobs again."""
     lines = ["[run]", f"name = {_toml(job_file.name)}", f"tenant = {_toml(job_file.tenant)}"]
+    lines.append(f"disk = {_toml(format_bytes(job_file.disk_bytes))}")
     kinds = [job.kind for job in job_file.stages]
     for job in job_file.stages:
         lines += ["", f"[[{job.kind}]]" if kinds.count(job.kind) > 1 else f"[{job.kind}]"]

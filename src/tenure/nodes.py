@@ -17,6 +17,7 @@ class NodeState(StrEnum):
 
     UP = "up"
     DRAINING = "draining"
+    """It is being taken out: what it holds goes on to its end, nothing new is granted."""
     UNREACHABLE = "unreachable"
     """Not heard of; its leases may still run until its term is over."""
     LOST = "lost"
@@ -59,3 +60,6 @@ class Node:
     state: NodeState = NodeState.UP
     term_s: float = 60.0
     """How long the agent may act without hearing from the broker."""
+    held_cpus: float = 0.0
+    """What leases hold of it, as the broker counts; 0 from an agent."""
+    held_memory_bytes: int = 0

@@ -172,12 +172,15 @@ class Capacity:
     gpus: tuple[Gpu, ...] = field(default=())
 
     def with_part(self, *, cpus: float | None = None, memory_bytes: int | None = None) -> Capacity:
-        """Return a part of this capacity, for several agents on one machine. Raises SpecError past what there is."""
-        part = replace(
-            self,
-            cpus=self.cpus if cpus is None else cpus,
-            memory_bytes=self.memory_bytes if memory_bytes is None else memory_bytes,
-        )
+        """Return a part of this capacity, for several agents on one machine; of what is not named, the same share.
+
+        With 1 of 4 cpus comes a quarter of the memory, and the other way round. Raises SpecError past what there is.
+        """
+        if cpus is None:
+            cpus = self.cpus if memory_bytes is None else self.cpus * memory_bytes / self.memory_bytes
+        if memory_bytes is None:
+            memory_bytes = int(self.memory_bytes * cpus / self.cpus)
+        part = replace(self, cpus=cpus, memory_bytes=memory_bytes)
         if part.cpus > self.cpus or part.memory_bytes > self.memory_bytes:
             raise SpecError(
                 f"a node cannot offer more than its machine has ({self.cpus:g} cpus, {format_bytes(self.memory_bytes)}); "

@@ -20,6 +20,7 @@ class RunState(StrEnum):
     CANCELLED = "cancelled"
 
 
+DEFAULT_DISK_BYTES = 10 << 30
 FINAL_RUN_STATES = frozenset({RunState.DONE, RunState.FAILED, RunState.CANCELLED})
 
 
@@ -52,6 +53,8 @@ class Run:
     state: RunState = RunState.PENDING
     stages: tuple[Stage, ...] = ()
     created_at_s: float = 0.0
+    disk_bytes: int = DEFAULT_DISK_BYTES
+    """What its folder may occupy, all stages together; 0 for no bound."""
 
 
 @dataclass(frozen=True, slots=True)

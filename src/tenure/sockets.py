@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import pwd
 import socket
 import struct
 import tempfile
@@ -27,6 +28,30 @@ from tenure.errors import CorruptData, InternalError, SpecError, TenureError, Un
 
 Handler = Callable[[Any, "Connection"], Awaitable[Any]]
 MAX_UNSENT_BYTES = 32 << 20
+
+
+def check_owner(home: Path) -> None:
+    """Raise SpecError when a home exists and belongs to another user, for root as for everybody.
+
+    Whatever runs in a home runs with the rights of whoever started its broker (docs/decisions/0007).
+    """
+    try:
+        owner = home.stat().st_uid
+    except FileNotFoundError:
+        return
+    if owner != os.geteuid():
+        raise SpecError(
+            f"the home {home} belongs to user {_user_name(owner)}; this is user {_user_name(os.geteuid())}. A home serves its "
+            "owner alone: what runs there runs with its owner's rights, and what you wrote there the owner could not change. "
+            "Set TENURE_HOME, or --home, to a folder of your own; the machine is shared out between homes all the same."
+        )
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except KeyError:
+        return str(uid)
 
 
 def socket_dir(home: Path) -> Path:

@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING
 
 from tenure import app
 from tenure.broker.client import connect, start_broker
-from tenure.errors import Conflict, NotFound, SpecError, Unavailable
+from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
 from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node
 from tenure.protocols import SystemClock
+from tenure.resources import format_duration
 from tenure.runs import Run, RunFiles
 from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
+from tenure.wire import CollectGarbage, Freed, Status
 
 if TYPE_CHECKING:
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
 
 Home = str | Path | None
+RETENTION = CollectGarbage()
+"""What a broker removes by itself, and `gc` unless told otherwise."""
 
 
 class SilentDisplay:
@@ -100,9 +104,14 @@ def trials(*, home: Home = None, fingerprint: str = "", run: str = "") -> tuple[
 
 
 def nodes(*, home: Home = None) -> tuple[Node, ...]:
-    """Return the nodes the broker knows."""
+    """Return the nodes the broker knows, with their state and what leases hold of them."""
+    return tuple(status(home=home).nodes)
+
+
+def status(*, home: Home = None) -> Status:
+    """Return the broker in one answer: its nodes, those it cannot reach and why, how many leases and clients it has."""
     with app.broker(app.find_home(home)) as client:
-        return tuple(client.status().nodes)
+        return client.status()
 
 
 def report(run_id: str, *, home: Home = None, folder: str | Path | None = None) -> tuple[Path, Path]:
@@ -124,7 +133,7 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
     found = sorted(folder.glob(f"{lease.worker}.*.log"), key=lambda path: path.stat().st_mtime)
     path = next((p for p in found if p.name == f"{lease.worker}.{lease.attempt}.log"), None)
     if path is None:
-        raise NotFound(f"lease {lease_id} has written no log yet (looked in {folder})")
+        raise NotFound(f"lease {lease_id} has no log in {folder}: it wrote none yet, or it was removed for its age")
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - max_bytes))
         return file.read().decode(errors="replace")
@@ -133,38 +142,87 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
 def up(
     *, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None, ledger: str = ""
 ) -> Node:
-    """Start a broker and this machine's agent that stay until `down`; return the node. An answering broker is kept as it is.
+    """Have a broker and a node of this machine that stay until `down`; return the node. Doing it again changes nothing.
 
-    cpus, memory (bytes): offer only this part of the machine; both or neither. ledger: URL of the PostgreSQL database that is
-    the home's ledger from now on; default $TENURE_LEDGER, else as before. Raises SpecError, Conflict, Unavailable.
+    A broker that answers, also one that a run started for itself, gets the node added and stays from then on. cpus, memory
+    (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
+    agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
+    else as before. Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
+    another part or the home has another ledger.
     """
-    if (cpus is None) != (memory is None):
-        raise SpecError("a part of a machine needs both cpus and memory, e.g. --cpus 2 --memory 8GiB")
     found_home = app.find_home(home)
-    part = check_name("node", node) if cpus is None else f"{check_name('node', node)}:{cpus:g}:{memory}B"
+    check_name("node", node)
     if ledger := ledger or os.environ.get("TENURE_LEDGER", ""):
         from tenure.broker import ledgers  # SQL comes with it
 
         ledgers.choose(found_home, ledger)
-    start_broker(found_home, persistent=True, nodes=(part,))
+    start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
-        status = client.status()
-    if not status.persistent:
-        raise Conflict("a broker that a run started for itself answers in this home; try again when that run has ended")
-    return next((known for known in status.nodes if known.name == node), status.nodes[0])
+        try:
+            return client.add_node(node, cpus=cpus, memory_bytes=memory)
+        except TenureError:
+            left = client.status()
+            if not (left.nodes or left.unreached or left.leases):  # it was started for this node alone
+                client.shutdown()
+            raise
 
 
-def down(*, home: Home = None) -> bool:
-    """End every lease of the home, its agents and its broker. Returns False when no broker answered."""
+def down(*, home: Home = None, node: str = "") -> bool:
+    """End every lease of the home, its agents and its broker. Returns False when no broker answered.
+
+    node: take only this node out: its leases, with the others of their gangs, are released, its agent ends, its part of the
+    machine is free. Raises NotFound for an unknown node, Unavailable when it takes longer than a minute.
+    """
     try:
         client = connect(app.find_home(home), start=False, who="cli:down")
     except Unavailable:
         return False
     try:
-        client.shutdown()
+        if node:
+            found = client.status()
+            names = sorted({*(known.name for known in found.nodes), *found.unreached})
+            if node not in names:
+                raise NotFound(f"node {node!r} does not exist; this home has {', '.join(names) or 'none'}")
+            client.remove_node(node)
+        else:
+            client.shutdown()
     finally:
         client.close()
     return True
+
+
+def gc(
+    *,
+    home: Home = None,
+    older_than_s: float = RETENTION.older_than_s,
+    forget_after_s: float = RETENTION.forget_after_s,
+    keep_runs: int = RETENTION.keep_runs,
+    events_older_than_s: float = RETENTION.events_older_than_s,
+    trials_older_than_s: float | None = None,
+    dry_run: bool = False,
+) -> tuple[Freed, ...]:
+    """Remove what is old and return it by kind; with dry_run only say what would go. See docs/retention.md.
+
+    The defaults are what a broker does by itself every hour. Nothing of a live run or lease ever goes; trials only when
+    asked. Raises SpecError when keep_runs is negative or forget_after_s is less than older_than_s.
+    """
+    if keep_runs < 0:
+        raise SpecError(f"the number of runs to keep must not be negative; found {keep_runs}")
+    if forget_after_s < older_than_s:
+        raise SpecError(
+            f"whole runs cannot go earlier than their stores, worker folders and logs: found {format_duration(forget_after_s)} "
+            f"and {format_duration(older_than_s)}"
+        )
+    asked = CollectGarbage(
+        older_than_s=older_than_s,
+        forget_after_s=forget_after_s,
+        keep_runs=keep_runs,
+        events_older_than_s=events_older_than_s,
+        trials_older_than_s=trials_older_than_s,
+        dry_run=dry_run,
+    )
+    with app.broker(app.find_home(home)) as client:
+        return client.collect_garbage(asked)
 
 
 def doctor(home: Home = None) -> tuple[Finding, ...]:

@@ -305,9 +305,62 @@ class Status:
     """Node -> why it can't be used now, e.g. who holds the machine."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddNode:
+    """Offer a part of this machine as a node, and stay when nobody is left. Answers once it is up; doing it again changes
+    nothing. cpus, memory_bytes: one alone brings the same share of the other, neither offers all that is left. Raises Refused
+    with who holds the machine, Conflict when the name has another part; the node is then not kept."""
+
+    name: str
+    cpus: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveNode:
+    """Take a node out: its leases, and others of their gangs, are released, its agent ends, its part is free. Doing it again
+    changes nothing. Raises Unavailable when that takes too long; it then gets no new lease, and this may be tried again."""
+
+    name: str
+
+
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectGarbage:
+    """Remove what is old. The defaults are what a broker does by itself. Nothing of a live run or lease ever goes."""
+
+    older_than_s: float = 30 * DAY_S
+    """Since the last thing that happened in a run: then its stores, worker folders and logs go."""
+    forget_after_s: float = 365 * DAY_S
+    """Then the whole run goes: report, artefacts, leases, exits, recommendations. Its trials stay."""
+    keep_runs: int = 20
+    """The newest runs, of which nothing goes but old events and usage points."""
+    events_older_than_s: float = 90 * DAY_S
+    """Events and usage points."""
+    trials_older_than_s: float | None = None
+    """None keeps them all: recommendations rest on them."""
+    dry_run: bool = False
+    """Only say what would go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freed:
+    """What went, or would go, of one kind."""
+
+    kind: str
+    count: int = 0
+    size_bytes: int = 0
+    names: tuple[str, ...] = ()
+    """Of runs or nodes."""
+
+
 BROKER_OPS: Mapping[str, Op] = {
     "hello": Op(args=Hello, result=Welcome),
     "status": Op(args=Nothing, result=Status),
+    "add_node": Op(args=AddNode, result=Node),
+    "remove_node": Op(args=RemoveNode, result=Nothing),
     "submit_run": Op(args=SubmitRun, result=Run),
     "set_stage": Op(args=SetStage, result=Nothing),
     "set_run": Op(args=SetRun, result=Nothing),
@@ -326,6 +379,7 @@ BROKER_OPS: Mapping[str, Op] = {
     "trials": Op(args=ListTrials, result=tuple[Trial, ...]),
     "record_recommendation": Op(args=RecordRecommendation, result=Nothing),
     "recommendations": Op(args=ListRecommendations, result=tuple[Recommendation, ...]),
+    "collect_garbage": Op(args=CollectGarbage, result=tuple[Freed, ...]),
     "shutdown": Op(args=Nothing, result=Nothing),
 }
 
@@ -367,6 +421,8 @@ class AgentStop:
     fence: int
     grace_s: float = 5.0
     kind: ExitKind = ExitKind.STOPPED
+    why: str = ""
+    """Kept in the exit record as its witness."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,3 +169,21 @@ def test_two_runs_at_once_share_one_broker(home, tmp_path):
     answers = [process.communicate(timeout=90) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     assert len({json.loads(out)["run"]["id"] for out, _ in answers}) == 2
+
+
+def test_a_run_past_its_disk_ends_with_the_figures_and_gc_says_what_would_go(tenure, tmp_path):
+    code = "import os, time; open(os.environ['TENURE_WORKER_DIR'] + '/big', 'wb').write(b'x' * (8 << 20)); time.sleep(60)"
+    job = Path(write_job(tmp_path, code))
+    job.write_text(job.read_text().replace('name = "small"', 'name = "small"\ndisk = "4MiB"'))
+    done = tenure("run", str(job), code=1)
+    assert "out_of_disk" in done.stderr
+    assert "bound is 4MiB ([run] disk)" in done.stderr
+    asked = ("--older-than", "0s", "--keep-runs", "0")
+    told = {part["kind"]: part for part in json.loads(tenure("gc", *asked, "--dry-run", "--json").stdout)}
+    bulk = "stores, worker folders and logs of runs"
+    assert told[bulk]["size_bytes"] >= 8 << 20
+    freed = {part["kind"]: part for part in json.loads(tenure("gc", *asked, "--json").stdout)}
+    assert freed[bulk]["names"] == told[bulk]["names"]
+    assert freed["whole runs"]["count"] == 0
+    assert "REMOVED" in tenure("gc").stdout
+    assert told[bulk]["names"][0] in tenure("runs").stdout

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tenure import wire
-from tenure.errors import NotFound, Refused, StaleFence, Unavailable
+from tenure.errors import NotFound, Refused, SpecError, StaleFence, Unavailable
 from tenure.fleet.contract import Fleet
 from tenure.fleet.fake import FakeFleet
 from tenure.fleet.local import LocalFleet, Part
@@ -129,3 +129,35 @@ def test_after_hanging_up_calls_say_so_and_reaching_again_finds_what_runs(play, 
         await fleet.call("a", "stop", wire.AgentStop(lease_id="l1", fence=7, grace_s=0.5))
 
     play(scene)
+
+
+def test_a_node_is_added_and_taken_out_and_its_name_is_free_again(play) -> None:
+    async def scene(fleet: Fleet) -> None:
+        fleet.add(Part(name="b", cpus=0.25, memory_bytes=100 * MIB))
+        assert fleet.names() == ("a", "b")
+        node, _ = await fleet.reach("b", term=term(5))
+        assert (node.capacity.cpus, node.capacity.memory_bytes) == (0.25, 100 * MIB)
+        await fleet.remove("b")
+        await fleet.remove("b")
+        assert [str(part) for part in fleet.parts()] == [
+            str(Part(name="a", cpus=fleet.parts()[0].cpus, memory_bytes=200 * MIB))
+        ]
+        with pytest.raises(Unavailable):
+            await fleet.call("b", "describe", wire.Nothing())
+        fleet.add(Part(name="b", cpus=0.125, memory_bytes=100 * MIB))
+        node, _ = await fleet.reach("b", term=term(5))
+        assert node.capacity.cpus == 0.125
+        await fleet.remove("b")
+
+    play(scene)
+
+
+@pytest.mark.parametrize("text", ["a", "a:1.0:", "a::512MiB", "a:0.5:1GiB"])
+def test_a_part_reads_back_as_it_was_written(text: str) -> None:
+    assert str(Part.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["a:1", "a:x:", "a:0:", "a:nan:", "A::", "a:1:2parsec", "a:1:2:3"])
+def test_a_part_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(SpecError):
+        Part.parse(text)

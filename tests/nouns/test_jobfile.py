@@ -154,3 +154,19 @@ def test_parsing_a_printed_job_file_gives_the_same_jobs(jobs):
 def test_any_text_is_either_a_job_file_or_a_clear_refusal(text):
     with contextlib.suppress(JobFileError):
         assert parse_job_file(text).stages
+
+
+@pytest.mark.parametrize(
+    ("line", "size_bytes"), [("", 10 << 30), ('disk = "1.5GiB"', 3 << 29), ("disk = 0", 0), ('disk = "0B"', 0)]
+)
+def test_what_a_run_may_occupy_is_read_with_its_unit_and_has_a_default(line, size_bytes):
+    parsed = parse_job_file(f"[run]\n{line}\n[task]\ncommand = ['x']")
+    assert parsed.disk_bytes == size_bytes
+    assert parse_job_file(format_job_file(parsed)) == parsed
+
+
+@pytest.mark.parametrize("value", ['"much"', "-1", "true", "1.5"])
+def test_a_wrong_size_of_a_run_is_refused_with_its_line(value):
+    with pytest.raises(JobFileError, match=r"f\.toml:3: .*size") as caught:
+        parse_job_file(f"[run]\nname = 'x'\ndisk = {value}\n[task]\ncommand = ['x']", source="f.toml")
+    assert caught.value.key == "run.disk"

@@ -169,7 +169,7 @@ class Agent:
         self._check_broker(connection)
         runtime, lease_id = self._runtime, args.lease_id
         order = self._begin(
-            lambda: runtime.stop(runtime.attach(lease_id), grace_s=args.grace_s, fence=args.fence, kind=args.kind)
+            lambda: runtime.stop(runtime.attach(lease_id), grace_s=args.grace_s, fence=args.fence, kind=args.kind, why=args.why)
         )
         await asyncio.shield(order)
 

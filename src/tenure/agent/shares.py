@@ -65,11 +65,13 @@ def reserve(
 ) -> Capacity:
     """Reserve a part of the machine for this process until it ends, and return it.
 
-    cpus, memory_bytes: what is needed; None takes what the others have left. Raises Refused, with who holds the rest, when
-    that is less than needed or next to nothing; SpecError when more is asked than the machine has; Unavailable when the
-    file cannot be used.
+    cpus, memory_bytes: what is needed; one alone brings the same share of the other, neither takes what the others have
+    left. Raises Refused, with who holds the rest, when that is less than needed or next to nothing; SpecError when more is
+    asked than the machine has; Unavailable when the file cannot be used.
     """
-    whole.with_part(cpus=cpus, memory_bytes=memory_bytes)
+    if cpus is not None or memory_bytes is not None:
+        wanted = whole.with_part(cpus=cpus, memory_bytes=memory_bytes)
+        cpus, memory_bytes = wanted.cpus, wanted.memory_bytes
     with _locked(path or shares_path()) as fd:
         others = [share for share in _read(fd) if _is_held(share, boot_id) and share.pid != os.getpid()]
         left_cpus = whole.cpus - sum(share.cpus for share in others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import time
@@ -69,6 +70,21 @@ def start_agent(
                 f"{_tail(log, start_at) or 'empty'}"
             )
         time.sleep(0.02)
+
+
+def is_agent_alive(home: Path, node: str) -> bool:
+    """Return whether a process is this node's agent, answering or not: it holds the node's lock as long as it lives."""
+    try:
+        descriptor = os.open(Path(home) / "nodes" / node / "agent.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _answers(socket: Path) -> bool:

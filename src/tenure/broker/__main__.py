@@ -4,51 +4,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tenure.broker.client import EXIT_HELD, EXIT_REASONS
 from tenure.broker.daemon import HomeHeld, home_lock, serve
-from tenure.errors import CorruptData, SpecError, TenureError
-from tenure.fleet.local import LocalFleet, Part
-from tenure.resources import parse_bytes
+from tenure.broker.note import Note, read_note, remove_note, write_note
+from tenure.errors import TenureError
+from tenure.fleet.contract import Part
+from tenure.fleet.local import LocalFleet
+from tenure.sockets import check_owner
 
 
-def _part(text: str) -> Part:
-    """Return a node from ``name`` or ``name:cpus:memory``, e.g. ``a:1:512MiB``."""
-    name, *rest = text.split(":")
-    if len(rest) not in (0, 2):
-        raise SpecError(f"a node is written name or name:cpus:memory, e.g. a:1:512MiB; found {text!r}")
-    try:
-        return Part(name=name, cpus=float(rest[0]), memory_bytes=parse_bytes(rest[1])) if rest else Part(name=name)
-    except ValueError as error:
-        raise SpecError(f"the cpus of node {text!r} must be a number") from error
+def _told(home: Path, options: argparse.Namespace) -> Note:
+    """Return what the options say, and otherwise what a broker was told that died here: its agents and leases are about.
 
-
-def _remembered(home: Path, options: argparse.Namespace) -> argparse.Namespace:
-    """Return the options, or those of a broker that died here without leave: its agents and leases are still about.
-
-    Options given by hand go first. Raises CorruptData when the note cannot be read.
+    Without either, the whole machine is one node; only a broker that is to stay may begin without a node. Raises CorruptData
+    when the note of the dead one cannot be read.
     """
-    note = home / "broker.json"
-    if not options.node and not options.persistent and note.exists():
-        try:
-            kept = json.loads(note.read_text())
-            options.node, options.persistent, options.confine = (
-                list(kept["nodes"]),
-                bool(kept["persistent"]),
-                str(kept["confine"]),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptData(
-                f"{note} should hold nodes, persistent and confine: {error!r}. Remove it and try again."
-            ) from error
-    draft = home / ".broker.json"
-    draft.write_text(json.dumps({"nodes": options.node, "persistent": options.persistent, "confine": options.confine}))
-    draft.replace(note)
-    return options
+    told = Note(parts=tuple(Part.parse(text) for text in options.node), persistent=options.persistent, confine=options.confine)
+    if told.parts:
+        return told
+    before = read_note(home)
+    if before is not None and before.parts:
+        return replace(before, persistent=before.persistent or told.persistent)
+    return told if told.persistent else replace(told, parts=(Part(),))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,12 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         home = options.home.resolve()
+        check_owner(home)
         with home_lock(home):
-            options = _remembered(home, options)
-            parts = [_part(text) for text in options.node] or [Part()]
-            fleet = LocalFleet(home, parts, confine=options.confine)
-            if asyncio.run(serve(home, fleet, persistent=options.persistent)) == 0:
-                (home / "broker.json").unlink(missing_ok=True)
+            told = _told(home, options)
+            fleet = LocalFleet(home, told.parts, confine=told.confine)
+
+            def remember(persistent: bool) -> None:
+                write_note(home, Note(parts=fleet.parts(), persistent=persistent, confine=told.confine))
+
+            remember(told.persistent)
+            if asyncio.run(serve(home, fleet, persistent=told.persistent, remember=remember)) == 0:
+                remove_note(home)
     except HomeHeld as error:
         logging.info("%s", error)
         return EXIT_HELD

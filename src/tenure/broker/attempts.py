@@ -347,7 +347,10 @@ class Attempts:
 
     async def _stop(self, lease: Lease) -> None:
         self._stopped_s[lease.id] = self._book.clock.boot_s()
-        order = wire.AgentStop(lease_id=lease.id, fence=lease.fence, grace_s=lease.command.grace_s)
+        kind = ExitKind.OUT_OF_DISK if lease.end_reason is EndReason.OUT_OF_DISK else ExitKind.STOPPED
+        order = wire.AgentStop(
+            lease_id=lease.id, fence=lease.fence, grace_s=lease.command.grace_s, kind=kind, why=lease.end_detail
+        )
         try:
             await self._fleet.call(lease.node, "stop", order)
         except (NotFound, StaleFence) as error:

@@ -20,9 +20,10 @@ from tenure import wire
 from tenure.errors import Conflict, CorruptData, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
+from tenure.nodes import Node
 from tenure.resources import Envelope
 from tenure.runs import Run, RunState, Stage
-from tenure.sockets import LineClient, socket_dir
+from tenure.sockets import LineClient, check_owner, socket_dir
 from tenure.trials import Recommendation, Trial
 
 START_MAX_S = 15.0
@@ -44,11 +45,13 @@ def connect(home: Path, *, start: bool = True, who: str = "client") -> BrokerCli
 def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] = (), confine: str = "auto") -> None:
     """Start a broker that outlives this process, unless one answers, and return once it does.
 
-    persistent: it stays when nobody is left. nodes: ``name`` or ``name:cpus:memory`` each; default one, ``local``.
-    Raises Unavailable with the end of ``broker.log``; CorruptData or Conflict when that is what kept it from starting.
+    persistent: it stays when nobody is left. nodes: ``name`` or ``name:cpus:memory`` each; by default those of a broker that
+    died here, else ``local`` with the whole machine; none for one that is to stay. Raises Unavailable with the end of
+    ``broker.log``, CorruptData or Conflict when that is what kept it from starting, SpecError when the home is another user's.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
+    check_owner(home)
     end_s = time.monotonic() + START_MAX_S
     with _start_lock(home, end_s):
         if _answers(home):
@@ -120,6 +123,7 @@ def _lock_held(home: Path) -> bool:
 
 
 def _open(home: Path, who: str) -> LineClient:
+    check_owner(home)
     return LineClient(socket_dir(home) / "broker.sock", wire.BROKER_OPS, who=who, timeout_s=30.0)
 
 
@@ -220,6 +224,15 @@ class BrokerClient:
         """Return the broker in one answer."""
         return self._call("status", wire.Nothing())  # type: ignore[no-any-return]
 
+    def add_node(self, name: str, *, cpus: float | None = None, memory_bytes: int | None = None) -> Node:
+        """Have a node offer a part of this machine, and the broker stay; return the node. Raises Refused, Conflict."""
+        args = wire.AddNode(name=name, cpus=cpus, memory_bytes=memory_bytes)
+        return self._call("add_node", args)  # type: ignore[no-any-return]
+
+    def remove_node(self, name: str) -> None:
+        """Release a node's leases, end its agent, have its part free. Raises Unavailable when it takes too long."""
+        self._call("remove_node", wire.RemoveNode(name=name), timeout_s=120.0)
+
     def submit_run(self, run: Run) -> Run:
         """Record a run; return it as recorded."""
         return self._call("submit_run", wire.SubmitRun(run=run))  # type: ignore[no-any-return]
@@ -299,6 +312,10 @@ class BrokerClient:
     def recommendations(self, *, run_id: str = "") -> tuple[Recommendation, ...]:
         """Return recommendations, oldest first."""
         return self._call("recommendations", wire.ListRecommendations(run_id=run_id))  # type: ignore[no-any-return]
+
+    def collect_garbage(self, asked: wire.CollectGarbage) -> tuple[wire.Freed, ...]:
+        """Remove what is old, or say what would go; return it by kind. May take minutes, at most an hour."""
+        return self._call("collect_garbage", asked, timeout_s=3600.0)  # type: ignore[no-any-return]
 
     def shutdown(self) -> None:
         """End every lease, the agents and the broker."""

@@ -20,6 +20,8 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
+from tenure.broker.quota import Quotas
+from tenure.broker.retention import Retention
 from tenure.broker.steady import SteadyClock
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
@@ -88,8 +90,9 @@ class Broker:
         persistent: bool = False,
         term_s: float = TERM_S,
         new_lease_id: Callable[[], str] = _new_lease_id,
+        remember: Callable[[bool], None] = lambda persistent: None,
     ) -> None:
-        self.persistent = persistent
+        self.persistent, self._remember = persistent, remember
         self._clock = SteadyClock(clock)
         ledger.now_s = self._clock.utc_s
         self.book = Book(ledger, self._clock)
@@ -105,6 +108,8 @@ class Broker:
         self.attempts.nodes = self.nodes
         self.queue = Queue(self.book, self.attempts, new_id=new_lease_id)
         self.invocations = Invocations(self.book, self.attempts, home=home)
+        self.quotas = Quotas(self.book, self.attempts, home=home)
+        self.retention = Retention(self.book, fleet, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
         self.handlers = Handlers(
@@ -114,9 +119,13 @@ class Broker:
             queue=self.queue,
             attempts=self.attempts,
             invocations=self.invocations,
+            retention=self.retention,
+            quotas=self.quotas,
             fence=self.fence,
-            persistent=persistent,
+            persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
+            on_stay=self.stay,
+            on_nodes=lambda: self._remember(self.persistent),
             on_shutdown=self.leave,
         )
         self._flushed_s = self._busy_s = clock.boot_s()
@@ -132,6 +141,13 @@ class Broker:
             self._clock.follow()
             queries.put_utc_offset(tx.connection, boot_id, self._clock.offset_s)
 
+    async def stay(self) -> None:
+        """Go on when nobody is left, until a shutdown, and have the nodes act for longer without word from here."""
+        if not self.persistent:
+            self.persistent = True
+            self._remember(True)
+            await self.nodes.lengthen(PERSISTENT_TERM_S)
+
     def leave(self) -> None:
         """Have the loop end."""
         self.leaving = True
@@ -140,7 +156,15 @@ class Broker:
     def tick(self) -> None:
         """Do what is due. Whatever one part refuses is logged and tried again by the next tick."""
         now_s = self.book.clock.boot_s()
-        for part in (self.book.watch_ledger, self.nodes.tick, self.attempts.tick, self.queue.tick, self.invocations.tick):
+        for part in (
+            self.book.watch_ledger,
+            self.nodes.tick,
+            self.attempts.tick,
+            self.queue.tick,
+            self.invocations.tick,
+            self.quotas.tick,
+            self.retention.tick,
+        ):
             try:
                 part()
             except TenureError as error:
@@ -181,16 +205,30 @@ def _die(why: str) -> None:
     os._exit(EXIT_LEDGER_LOST)
 
 
-async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | None = None) -> int:
+async def serve(
+    home: Path,
+    fleet: Fleet,
+    *,
+    persistent: bool,
+    clock: Clock | None = None,
+    remember: Callable[[bool], None] = lambda persistent: None,
+) -> int:
     """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held.
 
-    Returns how many leases are left behind: after a SIGTERM they go on under their agents until a term is over.
+    remember: called, with whether it is to stay, when that or its nodes change. Returns how many leases are left behind:
+    after a SIGTERM they go on under their agents until a term is over.
     """
     clock = clock or SystemClock()
     ledger = Ledger.open(address.of_home(home), now_s=clock.utc_s, who=f"for {home}")
     ledger.on_hang_up = _die
     broker = Broker(
-        ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=PERSISTENT_TERM_S if persistent else TERM_S
+        ledger,
+        fleet,
+        home=home,
+        clock=clock,
+        persistent=persistent,
+        term_s=PERSISTENT_TERM_S if persistent else TERM_S,
+        remember=remember,
     )
     try:
         return await answer(broker, home)

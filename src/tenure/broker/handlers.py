@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from tenure import wire
@@ -12,11 +13,14 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
+from tenure.broker.quota import Quotas
+from tenure.broker.retention import Retention
 from tenure.errors import IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
-from tenure.fleet.contract import Fleet
+from tenure.fleet.contract import Fleet, Part
 from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
 from tenure.ledger import queries
+from tenure.nodes import Node
 from tenure.resources import Envelope
 from tenure.runs import Run
 from tenure.sockets import Connection, Handler
@@ -25,6 +29,8 @@ from tenure.trials import Recommendation, Trial
 UNWRITABLE_MAX_S = 5.0
 """How long the ledger may refuse to be written before those who wait for leases are told so."""
 MAX_WAIT_S = 600.0
+DRAIN_MAX_S = 60.0
+"""How long the leases of a node that is taken out may take to end."""
 MAX_ROWS = 100_000
 _READY = (LeaseState.ACTIVE, LeaseState.RESIZING, LeaseState.DRAINING, LeaseState.ENDED)
 
@@ -41,14 +47,20 @@ class Handlers:
         queue: Queue,
         attempts: Attempts,
         invocations: Invocations,
+        retention: Retention,
+        quotas: Quotas,
         fence: int,
-        persistent: bool,
+        persistent: Callable[[], bool],
         clients: Callable[[], int],
+        on_stay: Callable[[], Awaitable[None]],
+        on_nodes: Callable[[], None],
         on_shutdown: Callable[[], None],
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
-        self._attempts, self._invocations = attempts, invocations
+        self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
+        self._on_stay, self._on_nodes = on_stay, on_nodes
+        self._one_change = asyncio.Lock()
 
     def table(self) -> dict[str, Handler]:
         """Return operation -> handler."""
@@ -60,10 +72,40 @@ class Handlers:
             fence=self._fence,
             leases=len(self._book.live),
             clients=self._clients(),
-            nodes=self._nodes.known(),
-            persistent=self._persistent,
+            nodes=self._nodes.listed(),
+            persistent=self._persistent(),
             unreached=self._nodes.why_unreached(),
         )
+
+    # --- nodes ---
+
+    async def op_add_node(self, args: wire.AddNode, client: Connection) -> Node:
+        """See wire.AddNode."""
+        part = Part(name=args.name, cpus=args.cpus, memory_bytes=args.memory_bytes)
+        async with self._one_change:
+            node = await self._nodes.add(part, on_nodes=self._on_nodes)
+            await self._on_stay()
+        return node
+
+    async def op_remove_node(self, args: wire.RemoveNode, client: Connection) -> None:
+        """See wire.RemoveNode."""
+        async with self._one_change:
+            self._nodes.drain(args.name)
+            why = f"node {args.name} is taken out"
+            gangs = {lease.gang_id or lease.id for lease in self._book.live.values() if lease.node == args.name}
+            for lease in list(self._book.live.values()):
+                if (lease.gang_id or lease.id) in gangs:
+                    self._attempts.drain(lease, EndReason.RELEASED, why)
+            end_s = self._book.clock.boot_s() + DRAIN_MAX_S
+            while held := sorted(lease.id for lease in self._book.live.values() if lease.holds and lease.node == args.name):
+                if self._book.clock.boot_s() >= end_s:
+                    raise Unavailable(
+                        f"node {args.name} gets no new lease, but {', '.join(held)} did not end within {DRAIN_MAX_S:g} s. "
+                        "Try again; a node that cannot be reached gives its leases up once its term is over."
+                    )
+                await self._book.changed(1.0)
+            await self._nodes.remove(args.name)
+            self._on_nodes()
 
     # --- runs ---
 
@@ -97,6 +139,7 @@ class Handlers:
 
     async def op_request_gang(self, args: wire.RequestGang, client: Connection) -> tuple[Lease, ...]:
         """See wire.RequestGang."""
+        await self._quotas.admit(args.run_id)
         return await self._queue.request(args)
 
     async def op_wait_leases(self, args: wire.WaitLeases, client: Connection) -> tuple[wire.LeaseView, ...]:
@@ -227,6 +270,10 @@ class Handlers:
         """See wire.ListRecommendations."""
         with self._book.ledger.reading() as connection:
             return queries.list_recommendations(connection, args.run_id)
+
+    async def op_collect_garbage(self, args: wire.CollectGarbage, client: Connection) -> tuple[wire.Freed, ...]:
+        """See wire.CollectGarbage."""
+        return await self._retention.collect(args)
 
     async def op_shutdown(self, args: wire.Nothing, client: Connection) -> None:
         """End every lease (released), then the agents, then the broker. Answers once all leases have ended, or after 30 s."""

@@ -8,7 +8,7 @@ from typing import Any
 from tenure import wire
 from tenure.broker.book import Book
 from tenure.errors import TenureError, Unavailable
-from tenure.fleet.contract import Fleet, OnAttempt, OnCut
+from tenure.fleet.contract import Fleet, OnAttempt, OnCut, Part
 from tenure.nodes import Node
 from tenure.sockets import Connection, Handler
 
@@ -41,6 +41,19 @@ class Outbox:
     def names(self) -> tuple[str, ...]:
         """See Fleet."""
         return self._fleet.names()
+
+    def parts(self) -> tuple[Part, ...]:
+        """See Fleet."""
+        return self._fleet.parts()
+
+    def add(self, part: Part) -> None:
+        """See Fleet."""
+        self._fleet.add(part)
+
+    async def remove(self, node: str) -> None:
+        """See Fleet. Raises what kept the ends of its leases from being written."""
+        await self._book.durable()
+        await self._fleet.remove(node)
 
     def listen(self, on_attempt: OnAttempt, on_cut: OnCut) -> None:
         """See Fleet."""

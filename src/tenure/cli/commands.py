@@ -216,10 +216,13 @@ def trials(
 
 @app.command()
 def nodes(home: Home = None, json: Json = False) -> None:
-    """List nodes: what each can lease out and how it confines."""
+    """List nodes: state, what each can lease out, what leases hold of it, how it confines."""
     from tenure import verbs
 
-    _show(verbs.nodes(home=home), output.nodes_table, json)
+    found = verbs.status(home=home)
+    _show(found.nodes, output.nodes_table, json)
+    for name, why in found.unreached.items():
+        output.say(output.clean(f"node {name} cannot be used now: {why or 'it does not answer'}"), sys.stderr)
 
 
 @app.command()
@@ -244,13 +247,23 @@ def report(
 @app.command()
 def up(
     node: Annotated[str, typer.Option("--node", metavar="NAME", help="What to call this node.")] = "local",
-    cpus: Annotated[float | None, typer.Option("--cpus", metavar="N", help="Offer only so many cores; with --memory.")] = None,
-    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; with --cpus.")] = "",
+    cpus: Annotated[
+        float | None,
+        typer.Option("--cpus", metavar="N", help="Offer only so many cores; alone, with that share of the memory."),
+    ] = None,
+    memory: Annotated[
+        str,
+        typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; alone, with that share of the cores."),
+    ] = "",
     ledger: LedgerOption = "",
     home: Home = None,
     json: Json = False,
 ) -> None:
-    """Start the broker and this node's agent, and leave them running for leases that outlive a command."""
+    """Start the broker and a node on this machine, and leave them running for leases that outlive a command.
+
+    Again with another --node, it adds that node: several nodes, each with a part of this machine, stand for several machines.
+    Without --cpus and --memory a node offers all that other agents, of this home or others, have left.
+    """
     from tenure import verbs
     from tenure.resources import parse_bytes
 
@@ -259,12 +272,57 @@ def up(
 
 
 @app.command()
-def down(home: Home = None, json: Json = False) -> None:
-    """End every lease, the agent and the broker."""
+def down(
+    node: Annotated[
+        str, typer.Option("--node", metavar="NAME", help="Only this node; its leases are released, its part is free again.")
+    ] = "",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """End every lease, the agents and the broker; or take out one node."""
     from tenure import verbs
 
-    was_up = verbs.down(home=home)
-    _print(output.as_json({"was_up": was_up}) if json else "down" if was_up else "nothing was up in this home")
+    was_up = verbs.down(home=home, node=node)
+    done = f"node {output.clean(node)} down" if node else "down"
+    _print(output.as_json({"was_up": was_up}) if json else done if was_up else "nothing was up in this home")
+
+
+@app.command()
+def gc(
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="TIME", help="Remove stores, worker folders and logs of runs this old.")
+    ] = "30d",
+    forget_after: Annotated[
+        str, typer.Option("--forget-after", metavar="TIME", help="Remove runs this old wholly, with report and artefacts.")
+    ] = "365d",
+    keep_runs: Annotated[int, typer.Option("--keep-runs", metavar="N", min=0, help="Leave the newest N runs alone.")] = 20,
+    events_older_than: Annotated[
+        str, typer.Option("--events-older-than", metavar="TIME", help="Remove events and usage points this old.")
+    ] = "90d",
+    trials_older_than: Annotated[
+        str, typer.Option("--trials-older-than", metavar="TIME", help="Remove trials this old. Default: none ever goes.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go, and how many bytes.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Remove what is old; say what went and how many bytes. The broker does the same by itself, with these defaults.
+
+    Nothing of a live run or lease goes, nothing of a run that a command is at, and no trial unless asked.
+    """
+    from tenure import verbs
+    from tenure.resources import parse_duration
+
+    freed = verbs.gc(
+        home=home,
+        older_than_s=parse_duration(older_than),
+        forget_after_s=max(parse_duration(forget_after), parse_duration(older_than)),
+        keep_runs=keep_runs,
+        events_older_than_s=parse_duration(events_older_than),
+        trials_older_than_s=parse_duration(trials_older_than) if trials_older_than else None,
+        dry_run=dry_run,
+    )
+    _show(freed, lambda parts: output.freed_table(parts, dry_run=dry_run), json)
 
 
 @app.command()

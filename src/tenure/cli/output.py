@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
     from tenure.nodes import Node
     from tenure.runs import Run
     from tenure.trials import Candidate, Recommendation, Trial
+    from tenure.wire import Freed
 
 MAX_CELL = 60
 """Longest text of a table cell; --json has all of it."""
@@ -158,15 +159,24 @@ def nodes_table(nodes: Sequence[Node]) -> str:
         (
             node.name,
             str(node.state),
-            f"{node.capacity.cpus:g}",
-            show_bytes(node.capacity.memory_bytes),
+            f"{node.held_cpus:g} of {node.capacity.cpus:g}",
+            f"{show_bytes(node.held_memory_bytes)} of {show_bytes(node.capacity.memory_bytes)}",
             str(len(node.capacity.gpus)),
             "; ".join(node.confinement.values()) or ", ".join(node.runtimes),
             node.machine.cpu_model,
         )
         for node in nodes
     ]
-    return table(("NODE", "STATE", "CPUS", "MEMORY", "GPUS", "CONFINEMENT", "CPU MODEL"), rows, empty="no nodes")
+    return table(("NODE", "STATE", "CPUS HELD", "MEMORY HELD", "GPUS", "CONFINEMENT", "CPU MODEL"), rows, empty="no nodes")
+
+
+def freed_table(freed: Sequence[Freed], *, dry_run: bool) -> str:
+    """Return one row per kind of what went, or would go, and the sum."""
+    from tenure.resources import show_bytes
+
+    rows = [(part.kind, str(part.count), show_bytes(part.size_bytes), ", ".join(part.names)) for part in freed]
+    rows.append(("together", "", show_bytes(sum(part.size_bytes for part in freed)), ""))
+    return table(("WOULD GO" if dry_run else "REMOVED", "COUNT", "SIZE", "WHICH"), rows, empty="nothing")
 
 
 def findings_text(findings: Sequence[Finding]) -> str:

@@ -22,6 +22,11 @@ from .packing import Packing, Room, pack, room_with, shortage, size
 MAX_REMEMBERED = 10_000
 """Sizes of gangs whose "never" is remembered; past it, all are forgotten and asked anew."""
 _WAITING = frozenset({LeaseState.REQUESTED, LeaseState.RESERVED, LeaseState.QUEUED})
+_NODE_STATES = {
+    "node.draining": NodeState.DRAINING,
+    "node.unreachable": NodeState.UNREACHABLE,
+    "node.lost": NodeState.LOST,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +99,11 @@ class Placement:
             given = event.data["node"]
             node = given if isinstance(given, Node) else from_builtins(given, Node)
             self._set_node(node, node.state if node.state is NodeState.DRAINING else NodeState.UP)
-        elif event.kind in ("node.unreachable", "node.lost") and event.node in self._nodes:
-            state = NodeState.LOST if event.kind == "node.lost" else NodeState.UNREACHABLE
-            self._set_node(self._nodes[event.node], state)
+        elif event.kind == "node.removed":
+            self._nodes.pop(event.node, None)
+            self._rooms.pop(event.node, None)
+        elif event.kind in _NODE_STATES and event.node in self._nodes:
+            self._set_node(self._nodes[event.node], _NODE_STATES[event.kind])
 
     def plan(self, now_s: float) -> Plan:
         """Return what to grant at `now_s` (UTC seconds; only reservations look at it). Changes nothing.

@@ -64,6 +64,7 @@ def new_run(text: str, *, source: Path, run_id: str, now_s: float, only: str = "
         source=str(source),
         stages=tuple(Stage(name=job.name, kind=job.kind) for job in job_file.stages),
         created_at_s=now_s,
+        disk_bytes=job_file.disk_bytes,
     )
     return run, job_file
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from tenure import wire
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unavailable
-from tenure.fleet.contract import OnAttempt, OnCut
-from tenure.nodes import Node
+from tenure.fleet.contract import OnAttempt, OnCut, Part
+from tenure.nodes import Machine, Node
 from tenure.protocols import Clock, Exit, RuntimeHandle, StartSpec
+from tenure.resources import Capacity
 from tenure.usage import Usage
 
 
@@ -19,6 +20,9 @@ class FakeFleet:
 
     def __init__(self, nodes: Sequence[Node], clock: Clock) -> None:
         self._nodes = {node.name: node for node in nodes}
+        self._parts = {
+            node.name: Part(name=node.name, cpus=node.capacity.cpus, memory_bytes=node.capacity.memory_bytes) for node in nodes
+        }
         self._clock = clock
         self._on_attempt: OnAttempt = lambda node, view: None
         self._on_cut: OnCut = lambda node: None
@@ -32,12 +36,34 @@ class FakeFleet:
         self.calls: list[tuple[str, str, Any]] = []
         """Every (node, operation, arguments) that was answered."""
         self.refuse_start: Callable[[StartSpec], TenureError | None] = lambda spec: None
+        self.refuse_reach: Callable[[str], TenureError | None] = lambda node: None
+        """What reaching a node raises, e.g. for want of a share of the machine."""
         self.stops_at_once = True
         """Whether a stopped attempt ends by itself."""
 
     def names(self) -> tuple[str, ...]:
         """See Fleet."""
         return tuple(sorted(self._nodes))
+
+    def parts(self) -> tuple[Part, ...]:
+        """See Fleet."""
+        return tuple(self._parts[name] for name in self.names())
+
+    def add(self, part: Part) -> None:
+        """See Fleet. A part that does not say has 1 cpu and 1 GiB."""
+        capacity = Capacity(cpus=part.cpus or 1.0, memory_bytes=part.memory_bytes or 1 << 30)
+        self._nodes[part.name] = Node(name=part.name, capacity=capacity, machine=Machine(cpu_model="fake"))
+        self._parts[part.name] = part
+        self.attempts.setdefault(part.name, {})
+
+    async def remove(self, node: str) -> None:
+        """See Fleet."""
+        if node in self.cut_off:
+            raise Unavailable(f"the agent of node {node} has not left")
+        self._nodes.pop(node, None)
+        self._parts.pop(node, None)
+        self.attempts.pop(node, None)
+        self._connected.discard(node)
 
     def listen(self, on_attempt: OnAttempt, on_cut: OnCut) -> None:
         """See Fleet."""
@@ -49,6 +75,8 @@ class FakeFleet:
             raise NotFound(f"node {node!r} does not exist; this fleet has {', '.join(self.names())}")
         if node in self.cut_off:
             raise Unavailable(f"node {node} does not answer")
+        if (error := self.refuse_reach(node)) is not None:
+            raise error
         self._connected.add(node)
         order = term()
         boot = await self.call(node, "term", order)

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tenure import wire
-from tenure.agent.start import start_agent
-from tenure.errors import NotFound, Unavailable
-from tenure.fleet.contract import OnAttempt, OnCut
+from tenure.agent.start import is_agent_alive, start_agent
+from tenure.errors import NotFound, TenureError, Unavailable
+from tenure.fleet.contract import OnAttempt, OnCut, Part
 from tenure.nodes import Node
 from tenure.sockets import AsyncLineClient, socket_dir
-from tenure.tenants import check_name
 
 FIRST_TERM_S = 60.0
 """Of an agent that was just started, until it is given a term."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One agent to be: a name, and which part of the machine it offers (None: all that is left)."""
-
-    name: str = "local"
-    cpus: float | None = None
-    memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        check_name("node", self.name)
+LEAVE_MAX_S = 20.0
+"""How long an agent may take to leave: it stops what still runs first."""
 
 
 class LocalFleet:
@@ -45,6 +34,31 @@ class LocalFleet:
     def names(self) -> tuple[str, ...]:
         """See Fleet."""
         return tuple(sorted(self._parts))
+
+    def parts(self) -> tuple[Part, ...]:
+        """See Fleet."""
+        return tuple(self._parts[name] for name in self.names())
+
+    def add(self, part: Part) -> None:
+        """See Fleet."""
+        self._parts[part.name] = part
+
+    async def remove(self, node: str) -> None:
+        """See Fleet. An agent whose connection is cut is left alone until it leaves by itself, when its term is over."""
+        if node not in self._parts:
+            return
+        with contextlib.suppress(TenureError):
+            await self.call(node, "shutdown", wire.Nothing(), timeout_s=5.0)
+        end_s = asyncio.get_running_loop().time() + LEAVE_MAX_S
+        while await asyncio.to_thread(is_agent_alive, self._home, node):
+            if asyncio.get_running_loop().time() > end_s:
+                raise Unavailable(
+                    f"the agent of node {node} has not left within {LEAVE_MAX_S:g} s and keeps its part of the machine. "
+                    f"Try again; its log is {self._home / 'nodes' / node / 'agent.log'}"
+                )
+            await asyncio.sleep(0.05)
+        await self._hang_up(node)
+        del self._parts[node]
 
     def listen(self, on_attempt: OnAttempt, on_cut: OnCut) -> None:
         """See Fleet."""
