@@ -33,7 +33,7 @@ MAX_UNSENT_BYTES = 32 << 20
 def check_owner(home: Path) -> None:
     """Raise SpecError when a home exists and belongs to another user, for root as for everybody.
 
-    Whatever runs in a home runs with the rights of whoever started its broker (docs/decisions/0007).
+    Whatever runs in a home runs with the rights of whoever started its broker (docs/decisions/0008).
     """
     try:
         owner = home.stat().st_uid

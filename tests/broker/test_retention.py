@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -155,6 +156,62 @@ def test_a_broker_that_died_between_files_and_rows_lists_the_run_no_more(play) -
         await collect(world)
         assert not left(world.home / "trash")
         assert left(other) == ALL
+
+    play(scene)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing that catches errors catches it."""
+
+
+STEPS = 14
+"""More than there are renames, commits and deletes in the scene below: the last kills nothing."""
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_kill_after_any_step_leaves_a_run_or_nothing_listed_and_the_next_pass_finishes(play, monkeypatch, step) -> None:
+    async def scene(world: World) -> None:
+        whole = await a_run(world, "whole")
+        await world.after(340 * DAY_S, step_s=340 * DAY_S)
+        bulk = await a_run(world, "bulk")
+        live = await a_run(world, "live", live=True)
+        world.clock.now_s += 40 * DAY_S
+        steps = 0
+
+        def stepped(function):
+            def run(*args, **more):
+                nonlocal steps
+                if steps >= step:
+                    raise Killed
+                result = function(*args, **more)
+                steps += 1
+                if steps == step:
+                    raise Killed
+                return result
+
+            return run
+
+        with monkeypatch.context() as patch:
+            patch.setattr(retention.os, "rename", stepped(os.rename))
+            patch.setattr(retention, "delete_tree", stepped(retention.delete_tree))
+            patch.setattr(world.ledger, "commit", stepped(world.ledger.commit))
+            task = asyncio.ensure_future(world.broker.retention.collect(wire.CollectGarbage(keep_runs=0)))
+            while not task.done() and steps < step:
+                await asyncio.sleep(0.002)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert steps < STEPS, "there are more steps than are tried"
+        world.ledger._let_go()  # what was not committed dies with the broker
+        await world.restart()
+        listed = {run.id for run in await world.ask("runs")}
+        assert ("whole" in listed) == whole.exists()
+        assert left(live) == ALL
+        assert KEPT <= left(bulk) <= ALL
+        await collect(world)
+        assert {run.id for run in await world.ask("runs")} == {"bulk", "live"}
+        assert not whole.exists()
+        assert (left(bulk), left(live)) == (KEPT, ALL)
+        assert not left(world.home / "trash")
 
     play(scene)
 

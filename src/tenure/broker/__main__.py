@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tenure.agent.start import is_agent_alive
 from tenure.broker.client import EXIT_HELD, EXIT_REASONS
 from tenure.broker.daemon import HomeHeld, home_lock, serve
 from tenure.broker.note import Note, read_note, remove_note, write_note
@@ -28,6 +29,9 @@ def _told(home: Path, options: argparse.Namespace) -> Note:
     if told.parts:
         return told
     before = read_note(home)
+    if before is not None and told.persistent and not before.persistent:
+        # Of a run's own node, which takes all it can get, only one that still lives stands in the way of what is to come.
+        before = replace(before, parts=tuple(part for part in before.parts if is_agent_alive(home, part.name)))
     if before is not None and before.parts:
         return replace(before, persistent=before.persistent or told.persistent)
     return told if told.persistent else replace(told, parts=(Part(),))

@@ -4,7 +4,7 @@ Crash-safe by the order of steps. A folder leaves by one rename into ``trash/``;
 thread. A run that goes whole is renamed to ``trash/runs/<run>`` first, and whatever the ledger still lists of a run that lies
 there goes before a broker answers anybody. Live leases are looked for again between the last await and the rename.
 
-    runs/<run>/<stage>/store ──rename──► trash/files/<n> ──thread──► nothing
+    runs/<run>/<stage>/store ──rename──► trash/files/<random> ──thread──► nothing
     runs/<run> ──rename──► trash/runs/<run> ──ledger's rows, then thread──► nothing
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import itertools
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable
@@ -54,7 +54,6 @@ class Retention:
     def __init__(self, book: Book, fleet: Fleet, *, home: Path) -> None:
         self._book, self._fleet, self._home = book, fleet, home
         self._trash = home / "trash"
-        self._numbers = itertools.count()
         self._one = asyncio.Lock()
         self._next_s = book.clock.boot_s() + FIRST_S
         self._next_logs_s = book.clock.boot_s() + LOGS_EVERY_S
@@ -190,7 +189,7 @@ class Retention:
         files = self._trash / "files"
         files.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.rename(path, files / f"{os.getpid()}.{int(self._book.clock.boot_s())}.{next(self._numbers)}")
+            os.rename(path, files / secrets.token_hex(16))
 
     def _empty_trash(self) -> None:
         for name in _names(self._trash / "files"):
