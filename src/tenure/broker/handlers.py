@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from tenure import wire
 from tenure.broker.attempts import Attempts
@@ -12,11 +15,11 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
-from tenure.errors import IllegalChange, Refused, TenureError
+from tenure.errors import Conflict, IllegalChange, Refused, TenureError
 from tenure.events import Event
 from tenure.fleet.contract import Fleet
 from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
-from tenure.ledger import queries
+from tenure.ledger import portable, queries
 from tenure.resources import Envelope
 from tenure.runs import Run
 from tenure.sockets import Connection, Handler
@@ -48,6 +51,7 @@ class Handlers:
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations = attempts, invocations
+        self._backing_up = False
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
 
     def table(self) -> dict[str, Handler]:
@@ -222,6 +226,20 @@ class Handlers:
         """See wire.ListRecommendations."""
         with self._book.ledger.reading() as connection:
             return queries.list_recommendations(connection, args.run_id)
+
+    async def op_backup(self, args: wire.MakeBackup, client: Connection) -> wire.Backup:
+        """See wire.MakeBackup. It reads beside the broker, which goes on meanwhile; one at a time."""
+        if client.uid not in (os.geteuid(), 0):
+            raise Refused("a backup holds everybody's leases: only the user whose broker this is may have one made")
+        if self._backing_up:
+            raise Conflict("another backup is being made; try again when it is through")
+        self._backing_up = True
+        try:
+            await self._book.durable()
+            at, now_s = self._book.ledger.address, self._book.clock.utc_s()
+            return await asyncio.to_thread(portable.write_backup, at, Path(args.path), now_s=now_s, force=args.force)
+        finally:
+            self._backing_up = False
 
     async def op_shutdown(self, args: wire.Nothing, client: Connection) -> None:
         """End every lease (released), then the agents, then the broker. Answers once all leases have ended, or after 30 s."""
