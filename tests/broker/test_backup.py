@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,19 +12,17 @@ import pytest
 from tests.postgres import Server
 
 from tenure.broker import ledgers
-from tenure.broker.client import BrokerClient, connect, start_broker
+from tenure.broker.client import connect, start_broker
 from tenure.broker.daemon import home_lock
 from tenure.errors import Conflict, CorruptData, NotFound
-from tenure.jobs import Command
-from tenure.leases import EndReason, Lease, LeaseState
+from tenure.leases import EndReason, LeaseState
 from tenure.ledger import address, portable, queries
 from tenure.ledger.address import Address
 from tenure.ledger.store import Ledger
 from tenure.runs import Run
-from tenure.wire import GangMember, RequestGang
 
 from .conftest import World
-from .test_real import envelope, shut_down, until
+from .test_real import is_alive, shut_down, sleeping, until
 
 
 def now() -> float:
@@ -212,7 +209,7 @@ def test_a_backup_made_under_a_running_lease_is_restored_and_the_lease_still_run
         later = sleeping(client, "later")
         fence, pid = client.status().fence, int((home / "broker.lock").read_text())
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{pid}/stat").exists() or ") Z" in Path(f"/proc/{pid}/stat").read_text())
+    until(lambda: not is_alive(pid))
     ledgers.restore(home, home / "b", force=True)
     with connect(home) as client:
         assert client.status().fence > fence + ledgers.FENCE_JUMP
@@ -225,21 +222,12 @@ def test_a_backup_made_under_a_running_lease_is_restored_and_the_lease_still_run
         assert view.lease.end_reason is EndReason.RELEASED
 
 
-def sleeping(client: BrokerClient, stage: str) -> Lease:
-    """Have a lease run that only waits."""
-    wanted = GangMember(worker=0, envelope=envelope(), command=Command(argv=("sleep", "60")))
-    (lease,) = client.request_gang(RequestGang(gang_id=stage, run_id="r1", stage=stage, members=(wanted,)))
-    (view,) = client.wait_leases((lease.id,), until="active")
-    assert view.lease.state is LeaseState.ACTIVE
-    return view.lease
-
-
 def shims(home: Path, lease_id: str) -> list[Path]:
     return list(home.glob(f"nodes/*/leases/{lease_id}/shim.json"))
 
 
 def alive(shim: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        os.kill(json.loads(shim.read_bytes())["pid"], 0)
-        return True
-    return False
+    try:
+        return is_alive(json.loads(shim.read_bytes())["pid"])
+    except FileNotFoundError:
+        return False
