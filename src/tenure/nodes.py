@@ -8,6 +8,9 @@ from enum import StrEnum
 
 from tenure.resources import Bound, Capacity
 
+TERM_GRACE_S = 5.0
+"""SIGTERM to SIGKILL when a node's term ends, whatever grace the lease has: the broker's margin must outlast it."""
+
 
 class NodeState(StrEnum):
     """Whether the broker may grant on a node."""

@@ -303,7 +303,10 @@ class AsyncLineClient:
         return _checked_welcome(await self.call("hello", hello, timeout_s=timeout_s))
 
     async def call(self, op: str, args: Any, *, timeout_s: float = 30.0) -> Any:
-        """Return the operation's result. Raises what the other side raised; Unavailable when it is gone or too slow."""
+        """Return the operation's result. Raises what the other side raised; Unavailable when it is gone or too slow.
+
+        One that is too slow is hung up on: nobody could tell what it makes of the call, and of those after it, later.
+        """
         if self._writer is None or self._writer.is_closing():
             raise Unavailable(f"{self._path} is not connected")
         call_id = next(self._ids)
@@ -313,6 +316,7 @@ class AsyncLineClient:
             self._writer.write(_call_line(call_id, op, args))
             message = await asyncio.wait_for(future, timeout_s)
         except (TimeoutError, OSError) as error:
+            self._writer.transport.abort()
             raise Unavailable(f"{self._path} did not answer {op!r} within {timeout_s:g} s") from error
         finally:
             self._waiting.pop(call_id, None)

@@ -401,6 +401,10 @@ class NodeTerm:
     term_s: float
     broker_fence: int
     """An agent refuses a broker with an older fence than the last it obeyed."""
+    ends_boot_s: float = 0.0
+    """The node's CLOCK_BOOTTIME past which this term does not go, however late the order arrives: what the broker counts on."""
+    boot_id: str = ""
+    """Of the boot that `ends_boot_s` is counted in; in another one it says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.contracts.runtime_contract import gone, until
 
 from tenure import wire
 from tenure.agent.start import start_agent
+from tenure.broker.nodes import MARGIN_S
 from tenure.errors import Conflict, Refused, StaleFence, Unavailable, Unsupported
 from tenure.protocols import ExitKind, StartSpec
 from tenure.resources import Envelope
@@ -198,3 +200,48 @@ def test_an_agent_that_cannot_come_up_is_reported_with_its_log(tmp_path, monkeyp
     monkeypatch.setenv("TENURE_SHARES_FILE", str(tmp_path / "shares.json"))
     with pytest.raises(Unavailable, match=r"(?s)ended with code 2.*invalid choice"):
         start_agent(tmp_path, "n1", tmp_path / "s", term_s=1, confine="magic")
+
+
+def test_an_order_that_comes_on_a_replaced_connection_is_refused(node):
+    client = node.up()
+    boot = term(client, fence=3)
+    newer = node.client()
+    term(newer, fence=3)
+    with pytest.raises(StaleFence, match="newer connection"):
+        client.call("start", wire.AgentStart(spec=node.spec("true", boot=boot)))
+    assert newer.call("attempts", wire.Nothing()) == ()
+    newer.close()
+    client.close()
+
+
+def test_an_attempt_older_than_one_that_was_started_is_refused(node):
+    client = node.up()
+    spec = replace(node.spec("true", boot=term(client)), attempt=2)
+    client.call("start", wire.AgentStart(spec=spec))
+    node.exit_of()
+    with pytest.raises(Conflict, match="too late"):
+        client.call("start", wire.AgentStart(spec=replace(spec, attempt=1)))
+    client.close()
+
+
+def test_a_term_does_not_go_past_what_its_order_says_however_late_it_comes(node):
+    client = node.up()
+    boot = term(client)
+    order = wire.NodeTerm(term_s=60, broker_fence=1, ends_boot_s=boot.boot_s + 1.0, boot_id=boot.boot_id)
+    client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
+    client.call("term", order)
+    client.close()
+    assert "term" in node.exit_of()["witness"]
+
+
+def test_a_job_that_ignores_sigterm_is_gone_within_the_margin_after_the_term(node):
+    client = node.up()
+    boot = term(client)
+    spec = replace(node.spec("sh", "-c", "trap '' TERM; sleep 60 & wait; wait", boot=boot), grace_s=50.0)
+    client.call("start", wire.AgentStart(spec=spec))
+    boot = term(client, term_s=0.5)
+    client.close()
+    os.kill(node.pid(), signal.SIGKILL)
+    record = node.exit_of()
+    assert record["kind"] == "stopped", record
+    assert record["ended_at_s"] - boot.utc_s - 0.5 <= MARGIN_S

@@ -24,9 +24,11 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now_s = 1_000_000.0
+        self.jump_s = 0.0
+        """How far the wall clock was set away."""
 
     def utc_s(self) -> float:
-        return self.now_s
+        return self.now_s + self.jump_s
 
     def boot_s(self) -> float:
         return self.now_s - 900_000.0

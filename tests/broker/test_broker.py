@@ -342,7 +342,7 @@ def test_an_attempt_of_no_live_lease_is_stopped(play) -> None:
     async def scene(world: World) -> None:
         (lease,) = await world.gang()
         world.fleet.cut("a")
-        await world.after(70.0)
+        await world.after(75.0)
         assert world.lease(lease.id).end_reason is EndReason.NODE_LOST
         world.fleet.mend("a")
         await world.after(6.0)
@@ -497,5 +497,128 @@ def test_python_means_the_interpreter_tenure_runs_under_unless_the_job_has_a_pat
         ours, theirs = world.fleet.started
         assert ours.argv == (sys.executable, "x.py")
         assert (theirs.argv, theirs.env["PATH"]) == (("python", "x.py"), "/opt/bin")
+
+    play(scene)
+
+
+@pytest.mark.parametrize("jump_s", [-86400.0, 86400.0])
+def test_setting_the_wall_clock_moves_no_deadline_also_across_a_restart(play, jump_s: float) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(slot_s=100.0, total_s=150.0)
+        began_s = world.clock.boot_s()
+
+        async def renewed_to(for_s: float) -> float:
+            world.fleet.calls.clear()
+            await world.ask("renew", lease_id=lease.id, for_s=for_s)
+            return next(args.deadline_boot_s for _, op, args in world.fleet.calls if op == "renew") - began_s
+
+        world.clock.jump_s = jump_s
+        await world.after(10.0)
+        assert await renewed_to(110.0) == pytest.approx(120.0)
+        await world.restart()
+        assert await renewed_to(1000.0) == pytest.approx(150.0)
+        world.fleet.finish(lease.id, DONE)
+        await world.settle()
+        assert world.lease(lease.id).held_s == pytest.approx(10.0)
+        (after,) = await world.gang("after", stage="t")
+        assert after.starts_at_s == pytest.approx(world.clock.utc_s())
+
+    play(scene)
+
+
+def test_a_term_whose_answer_was_lost_is_waited_out_before_the_node_is_lost(play) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(slot_s=900.0)
+        taken_s = 0.0
+
+        def take_and_say_nothing(node: str, args: wire.NodeTerm) -> wire.BootTime:
+            nonlocal taken_s
+            taken_s = world.clock.boot_s()
+            assert args.ends_boot_s == taken_s + 60.0
+            world.fleet.cut("a")
+            raise Unavailable("the answer was lost")
+
+        world.fleet._term = take_and_say_nothing
+        await world.after(25.0)
+        assert taken_s
+        await world.after(taken_s + 69.0 - world.clock.boot_s())
+        assert world.lease(lease.id).state is LeaseState.ACTIVE
+        await world.after(2.0)
+        assert world.lease(lease.id).end_reason is EndReason.NODE_LOST
+
+    play(scene)
+
+
+def test_a_node_that_only_takes_connections_is_lost_all_the_same(play) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(slot_s=900.0)
+        world.fleet.cut("a")
+        await world.after(40.0)
+        assert world.fleet.cut_off  # tried all the while; no term was sent, so none is waited for
+        await world.after(32.0)
+        assert world.lease(lease.id).end_reason is EndReason.NODE_LOST
+
+    play(scene)
+
+
+def test_an_attempt_that_was_started_after_all_is_stopped_before_the_next_begins(play) -> None:
+    async def scene(world: World) -> None:
+        held = []
+
+        def hold(spec) -> Unavailable | None:
+            held.append(spec)
+            return Unavailable("no answer")
+
+        world.fleet.refuse_start = hold
+        (lease,) = await world.gang()
+        await world.after(6.0)
+        first, again = held[0], held[-1]
+        assert (first.attempt, again.attempt) == (1, 2)
+        world.fleet.refuse_start = lambda spec: None
+        world.fleet._start("a", wire.AgentStart(spec=first))
+        await world.after(12.0)
+        stops = [args.lease_id for _, op, args in world.fleet.calls if op == "stop"]
+        assert stops == [lease.id]
+        assert world.lease(lease.id).state is LeaseState.ACTIVE
+        assert [spec.attempt for spec in world.fleet.started][-1] == world.lease(lease.id).attempt > 1
+
+    play(scene)
+
+
+def test_a_resize_that_was_not_answered_holds_the_larger_of_both_until_the_node_is_heard(play) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(memory_bytes=100 * MIB)
+        told = []
+
+        def lose(node: str, args: wire.AgentResize) -> wire.Nothing:
+            told.append(args.envelope.memory_bytes)
+            if len(told) == 1:
+                raise Unavailable("the answer was lost")
+            return wire.Nothing()
+
+        world.fleet._resize = lose
+        with pytest.raises(Unavailable):
+            await world.ask("resize", lease_id=lease.id, envelope=Envelope(cpus=0.5, memory_bytes=300 * MIB))
+        assert (world.lease(lease.id).state, world.lease(lease.id).envelope.memory_bytes) == (LeaseState.RESIZING, 300 * MIB)
+        await world.restart()
+        assert (world.lease(lease.id).state, world.lease(lease.id).envelope.memory_bytes) == (LeaseState.ACTIVE, 300 * MIB)
+        assert told == [300 * MIB, 300 * MIB]
+        await world.ask("renew", lease_id=lease.id, for_s=200.0)
+
+    play(scene)
+
+
+def test_a_renewal_that_the_node_did_not_hear_is_told_again(play) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang()
+        world.fleet.cut("a")
+        with pytest.raises(Unavailable):
+            await world.ask("renew", lease_id=lease.id, for_s=500.0)
+        world.fleet.mend("a")
+        await world.after(3.0)
+        (order,) = [args for _, op, args in world.fleet.calls if op == "renew"]
+        assert order.deadline_boot_s == pytest.approx(world.clock.boot_s() + 497.0)
+        await world.after(10.0)
+        assert len([op for _, op, _ in world.fleet.calls if op == "renew"]) == 1
 
     play(scene)

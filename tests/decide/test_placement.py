@@ -253,3 +253,16 @@ def test_whatever_happens_nothing_is_over_granted_and_events_rebuild_the_state(s
             world.hear("b", kind, data)
         check_nothing_is_over_granted(world)
         assert world.fold == world.rebuilt()
+        assert world.fold.plan(float(number)) == world.rebuilt().plan(float(number))
+
+
+def test_a_plan_is_made_once_until_something_changes():
+    world = World()
+    world.up(a_node("a", cpus=2))
+    world.ask(a_lease("x", cpus=2), a_lease("y", cpus=2, at_s=1))
+    plan = world.fold.plan(0.0)
+    assert world.fold.plan(1.0) is plan
+    world.grant(plan)
+    assert world.fold.plan(2.0) is not plan
+    world.ask(replace(a_lease("z"), state=LeaseState.RESERVED, starts_at_s=100.0))
+    assert world.fold.plan(99.0) != world.fold.plan(100.0)

@@ -38,7 +38,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Callable[[
             fleet = request.param(tmp_path / "home")
             try:
                 try:
-                    await fleet.reach("a", term_s=30.0, broker_fence=5)
+                    await fleet.reach("a", term=term(5))
                 except Refused as error:
                     pytest.skip(f"this machine has no room left for a small agent: {error}")
                 await scene(fleet)
@@ -64,9 +64,13 @@ def spec(tmp_path: Path, *, fence: int = 7, attempt: int = 1) -> wire.AgentStart
     )  # fmt: skip
 
 
+def term(fence: int) -> Callable[[], wire.NodeTerm]:
+    return lambda: wire.NodeTerm(term_s=30.0, broker_fence=fence)
+
+
 def test_a_reached_node_describes_itself_and_its_clock(play) -> None:
     async def scene(fleet: Fleet) -> None:
-        node, boot = await fleet.reach("a", term_s=30.0, broker_fence=6)
+        node, boot = await fleet.reach("a", term=term(6))
         assert (node.name, fleet.names()) == ("a", ("a",))
         assert node.capacity.memory_bytes == 200 * MIB
         assert boot.boot_id == CLOCK.boot_id()
@@ -77,7 +81,7 @@ def test_a_reached_node_describes_itself_and_its_clock(play) -> None:
 def test_a_node_that_is_not_of_the_fleet_is_not_found(play) -> None:
     async def scene(fleet: Fleet) -> None:
         with pytest.raises(NotFound, match="this fleet has a"):
-            await fleet.reach("z", term_s=30.0, broker_fence=6)
+            await fleet.reach("z", term=term(6))
 
     play(scene)
 
@@ -85,8 +89,8 @@ def test_a_node_that_is_not_of_the_fleet_is_not_found(play) -> None:
 def test_a_broker_with_an_older_fence_is_refused(play) -> None:
     async def scene(fleet: Fleet) -> None:
         with pytest.raises(StaleFence):
-            await fleet.reach("a", term_s=30.0, broker_fence=4)
-        await fleet.reach("a", term_s=30.0, broker_fence=5)
+            await fleet.reach("a", term=term(4))
+        await fleet.reach("a", term=term(5))
 
     play(scene)
 
@@ -119,7 +123,7 @@ def test_after_hanging_up_calls_say_so_and_reaching_again_finds_what_runs(play, 
         await fleet.close()
         with pytest.raises(Unavailable):
             await fleet.call("a", "attempts", wire.Nothing())
-        await fleet.reach("a", term_s=30.0, broker_fence=6)
+        await fleet.reach("a", term=term(6))
         (view,) = await fleet.call("a", "attempts", wire.Nothing())
         assert view.handle.attempt == 1
         await fleet.call("a", "stop", wire.AgentStop(lease_id="l1", fence=7, grace_s=0.5))

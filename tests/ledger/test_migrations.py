@@ -18,7 +18,7 @@ from tenure.ledger import dialect, migrate, portable, queries, schema
 from tenure.ledger.address import Address
 from tenure.ledger.store import Ledger
 
-HEAD = "0002"
+HEAD = migrate.head()
 
 
 def now() -> float:
@@ -90,10 +90,10 @@ def test_a_released_file_moves_to_postgresql_and_comes_forward_there(
     ledger.close()
 
 
-FAILS = """
+FAILS = f"""
 from alembic import op
 import sqlalchemy as sa
-revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
+revision, down_revision, branch_labels, depends_on = "fails", "{HEAD}", None, None
 def upgrade():
     op.create_table("halfway", sa.Column("key", sa.Integer, primary_key=True))
     op.execute("UPDATE meta SET value = 'spoilt'")
@@ -103,7 +103,7 @@ def upgrade():
 
 def with_a_step_that_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(migrate.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "v0003_fails.py").write_text(FAILS)
+    (folder / "versions" / "fails.py").write_text(FAILS)
     monkeypatch.setattr(migrate, "MIGRATIONS", folder)
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from tenure import wire
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unsupported
 from tenure.meter.machine import machine
-from tenure.nodes import Node
+from tenure.nodes import TERM_GRACE_S, Node
 from tenure.protocols import Clock, ExitKind, RuntimeHandle
 from tenure.resources import Capacity
 from tenure.runtimes.pidfds import open_pidfd
@@ -29,8 +29,6 @@ from tenure.sockets import Connection, LineServer
 
 T = TypeVar("T")
 NOTE_EVERY_S = 1.0
-STOP_GRACE_S = 5.0
-"""SIGTERM to SIGKILL for attempts that end with the term or the agent."""
 _MAX_ORDERS = 16
 _MAX_EXECS = 8
 
@@ -51,11 +49,14 @@ class Agent:
     ) -> None:
         self._node, self._runtime, self._capacity, self._clock = node, runtime, capacity, clock
         self._state_dir = state_dir
-        self._term_s = term_s
         self._broker_fence = int((read_json(state_dir / "broker.json") or {}).get("fence", 0))
-        self._term_ends_s = 0.0
-        self._set_term(term_s)
+        self._term_s, self._term_ends_s = term_s, self._kept_term_s()
+        if self._term_ends_s <= clock.boot_s():
+            self._set_term(term_s, clock.boot_s() + term_s)
         self._fences: dict[Connection, int] = {}
+        self._ordering: Connection | None = None
+        """The latest connection that a broker gave a term on: what is still under way on an older one is refused."""
+        self._under_way: set[asyncio.Future[Any]] = set()
         self._watched: dict[int, RuntimeHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._orders = ThreadPoolExecutor(_MAX_ORDERS, thread_name_prefix="order")
@@ -129,8 +130,11 @@ class Agent:
         if args.broker_fence > self._broker_fence:
             self._broker_fence = args.broker_fence
             write_json(self._state_dir / "broker.json", {"fence": args.broker_fence}, sync=True)
+        if connection not in self._fences:
+            self._ordering = connection
         self._fences[connection] = args.broker_fence
-        self._set_term(args.term_s)
+        ends_s = self._clock.boot_s() + args.term_s
+        self._set_term(args.term_s, min(ends_s, args.ends_boot_s) if args.boot_id == self._clock.boot_id() else ends_s)
         return wire.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
 
     async def _start(self, args: wire.AgentStart, connection: Connection) -> RuntimeHandle:
@@ -139,26 +143,39 @@ class Agent:
             raise Unsupported("runtime", f"node {self._node} has {self._runtime.name}; found {args.runtime!r}")
         if self._clock.boot_s() >= self._term_ends_s or self._over.is_set():
             raise Conflict(f"node {self._node} refused to start lease {args.spec.lease_id}: its term is over; renew it first")
-        handle = await self._do(self._runtime.start, args.spec)
-        self._watch(handle)
-        return handle
+        start = self._begin(lambda: self._runtime.start(args.spec))
+        start.add_done_callback(self._started)
+        return await asyncio.shield(start)
+
+    def _started(self, start: asyncio.Future[RuntimeHandle]) -> None:
+        """Watch what was started, also when who ordered it has hung up meanwhile."""
+        if not start.cancelled() and start.exception() is None:
+            self._watch(start.result())
 
     async def _renew(self, args: wire.AgentRenew, connection: Connection) -> None:
         self._check_broker(connection)
-        handle = await self._do(self._runtime.attach, args.lease_id)
-        await self._do(lambda: self._runtime.renew(handle, deadline_boot_s=args.deadline_boot_s, fence=args.fence))
+        runtime, lease_id = self._runtime, args.lease_id
+        order = self._begin(
+            lambda: runtime.renew(runtime.attach(lease_id), deadline_boot_s=args.deadline_boot_s, fence=args.fence)
+        )
+        await asyncio.shield(order)
 
     async def _resize(self, args: wire.AgentResize, connection: Connection) -> None:
         self._check_broker(connection)
-        handle = await self._do(self._runtime.attach, args.lease_id)
-        await self._do(lambda: self._runtime.resize(handle, args.envelope, fence=args.fence))
+        runtime, lease_id = self._runtime, args.lease_id
+        await asyncio.shield(self._begin(lambda: runtime.resize(runtime.attach(lease_id), args.envelope, fence=args.fence)))
 
     async def _stop(self, args: wire.AgentStop, connection: Connection) -> None:
         self._check_broker(connection)
-        handle = await self._do(self._runtime.attach, args.lease_id)
-        await self._do(lambda: self._runtime.stop(handle, grace_s=args.grace_s, fence=args.fence, kind=args.kind))
+        runtime, lease_id = self._runtime, args.lease_id
+        order = self._begin(
+            lambda: runtime.stop(runtime.attach(lease_id), grace_s=args.grace_s, fence=args.fence, kind=args.kind)
+        )
+        await asyncio.shield(order)
 
     async def _attempts(self, _args: wire.Nothing, _connection: Connection) -> tuple[wire.AttemptView, ...]:
+        if self._under_way:  # "nothing runs" must not be said of what is just being started
+            await asyncio.wait(set(self._under_way))
         return await self._do(lambda: tuple(view for lease_id in self._runtime.known() for view in self._views(lease_id)))
 
     async def _forget(self, args: wire.LeaseRef, connection: Connection) -> None:
@@ -181,6 +198,20 @@ class Agent:
         fence = self._fences.get(connection)
         if fence is not None and fence < self._broker_fence:
             raise StaleFence(f"node {self._node} obeys the broker with fence {self._broker_fence}; not {fence}: end this one")
+        if fence is not None and connection is not self._ordering:
+            raise StaleFence(f"node {self._node} has a newer connection to its broker; this order came on an older one")
+
+    def _begin(self, order: Callable[[], T]) -> asyncio.Future[T]:
+        """Do an order to its end, whether or not who gave it stays to hear of it."""
+        future = asyncio.get_running_loop().run_in_executor(self._orders, order)
+        self._under_way.add(future)
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        self._under_way.discard(future)
+        if not future.cancelled():
+            future.exception()  # looked at: whoever asked may have hung up, and is told nothing then
 
     async def _do(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._orders, work, *args)
@@ -229,9 +260,13 @@ class Agent:
 
     # --- term ---
 
-    def _set_term(self, term_s: float) -> None:
-        self._term_ends_s = self._clock.boot_s() + term_s
-        self._term_s = term_s
+    def _kept_term_s(self) -> float:
+        """Return when the term ends that an earlier agent of this node was given; shims go by it, so this one does too."""
+        kept = read_json(term_file(self._state_dir)) or {}
+        return float(kept.get("ends_boot_s", 0.0)) if kept.get("boot_id") == self._clock.boot_id() else 0.0
+
+    def _set_term(self, term_s: float, ends_boot_s: float) -> None:
+        self._term_s, self._term_ends_s = term_s, ends_boot_s
         write_json(term_file(self._state_dir), {"ends_boot_s": self._term_ends_s, "boot_id": self._clock.boot_id()})
 
     async def _beat(self) -> None:
@@ -259,10 +294,10 @@ class Agent:
         for handle in list(self._watched.values()):
             with contextlib.suppress(TenureError):
                 await self._do(self._stop_one, handle, why)
-        deadline_s = self._clock.boot_s() + STOP_GRACE_S + 5.0
+        deadline_s = self._clock.boot_s() + TERM_GRACE_S + 5.0
         while self._watched and self._clock.boot_s() < deadline_s:
             await asyncio.sleep(0.02)
 
     def _stop_one(self, handle: RuntimeHandle, why: str) -> None:
         fence = self._runtime.newest_fence(handle.lease_id)
-        self._runtime.stop(handle, grace_s=STOP_GRACE_S, fence=fence, kind=ExitKind.STOPPED, why=why)
+        self._runtime.stop(handle, grace_s=TERM_GRACE_S, fence=fence, kind=ExitKind.STOPPED, why=why)

@@ -57,6 +57,10 @@ class Attempts:
         self.nodes: Nodes
         self._starting: set[str] = set()
         self._stopped_s: dict[str, float] = {}
+        self._told_s: dict[str, float] = {}
+        """Lease -> the slot end that its node was last told, and confirmed."""
+        self.resizing: set[str] = set()
+        """Leases whose resize is under way in this broker."""
 
     # --- start ---
 
@@ -68,9 +72,13 @@ class Attempts:
         """Start the attempt that was written down for a lease. Returns at once."""
         self._book.busy.add(lease_id)
         self._starting.add(lease_id)
-        self._book.spawn(self._start(self._book.live[lease_id], event_file))
+        self._book.spawn(self._start(lease_id, self._book.live[lease_id].attempt, event_file))
 
-    async def _start(self, lease: Lease, event_file: str) -> None:
+    async def _start(self, lease_id: str, attempt: int, event_file: str) -> None:
+        lease = self._book.live.get(lease_id)
+        if lease is None or lease.attempt != attempt:
+            self._starting.discard(lease_id)
+            return
         try:
             args = wire.AgentStart(spec=self._spec(lease, event_file))
             handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
@@ -83,7 +91,9 @@ class Attempts:
             return
         finally:
             self._starting.discard(lease.id)
+        self._told_s[lease.id] = lease.ends_at_s
         self._runs(lease.id, handle.attempt, handle.pid)
+        self._tell_slot(lease.id)
 
     def _runs(self, lease_id: str, attempt: int, pid: int) -> None:
         lease = self._book.live.get(lease_id)
@@ -100,6 +110,20 @@ class Attempts:
                 lease = changed(lease, LeaseState.ACTIVE)
                 tx.put_lease(lease, who=f"agent:{lease.node}")
             tx.put_lease(lease, kind="lease.started", who=f"agent:{lease.node}", data=data)
+
+    async def renew(self, lease: Lease) -> None:
+        """Have a lease's node hold the slot that is written down. Raises what the node answers; `compare` tells it again."""
+        left_s = lease.ends_at_s - self._book.clock.utc_s()
+        deadline_s, _ = self.nodes.deadline(lease.node, left_s)
+        order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
+        await self._fleet.call(lease.node, "renew", order)
+        self._told_s[lease.id] = lease.ends_at_s
+
+    def _tell_slot(self, lease_id: str) -> None:
+        """Renew again on the node when the slot has moved and the node has not confirmed it."""
+        lease = self._book.live.get(lease_id)
+        if lease is not None and lease.state is not LeaseState.DRAINING and self._told_s.get(lease_id) != lease.ends_at_s:
+            self._book.spawn(self.renew(lease))
 
     def _spec(self, lease: Lease, event_file: str) -> StartSpec:
         files = RunFiles(self._home, lease.run_id)
@@ -190,7 +214,10 @@ class Attempts:
             if self._book.live.get(lease.id) is not lease or lease.id in self._starting:
                 continue  # it moved on while the node was asked
             view = views.get(lease.id)
-            if view is not None and view.handle.attempt == lease.attempt:
+            if view is not None and view.exit is None and view.handle.attempt != lease.attempt:
+                # An order that was given up as lost has been done after all: it must end before the next attempt begins.
+                await self._clear_away(node, view)
+            elif view is not None and view.handle.attempt == lease.attempt:
                 if view.exit is None:
                     self._adopt(lease, view)
             else:
@@ -202,6 +229,18 @@ class Attempts:
             self._runs(lease.id, lease.attempt, view.handle.pid)
         elif lease.state is LeaseState.DRAINING:
             self._book.spawn(self._stop(lease))
+        elif lease.state is LeaseState.RESIZING and lease.id not in self.resizing:
+            self._book.spawn(self._settle_resize(lease))
+        self._tell_slot(lease.id)
+
+    async def _settle_resize(self, lease: Lease) -> None:
+        """End a resize whose outcome nobody heard: the lease keeps what it holds meanwhile, the larger in each respect."""
+        order = wire.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=lease.envelope)
+        await self._fleet.call(lease.node, "resize", order)
+        now = self._book.live.get(lease.id)
+        if now is not None and now.state is LeaseState.RESIZING:
+            with self._book.transaction() as tx:
+                tx.put_lease(changed(now, LeaseState.ACTIVE), who="broker", why="the outcome of its resize was not heard")
 
     def _missing(self, lease: Lease) -> None:
         """Nothing runs where something should, or nothing was meant to."""
@@ -319,6 +358,7 @@ class Attempts:
 
     def _forget(self, lease: Lease) -> None:
         self._stopped_s.pop(lease.id, None)
+        self._told_s.pop(lease.id, None)
         if lease.attempt and self.nodes.is_up(lease.node):
             self._book.spawn(self._fleet.call(lease.node, "forget", wire.LeaseRef(lease_id=lease.id)))
 

@@ -29,8 +29,9 @@ USAGE_EVERY_S = 2.0
 USAGE_PER_STEP = 900
 
 ROOM_AGAIN_S = 2.0
-GATHER_S = 0.002
-"""How long a batch waits for as many callers as the one before it had, once that had several."""
+QUIET_S = 0.001
+MAX_GATHER_S = 0.02
+"""While several calls are being answered, a batch goes to disk when nothing has joined for QUIET_S, or after MAX_GATHER_S."""
 
 
 class Book:
@@ -58,8 +59,8 @@ class Book:
         self.reloads = 0
         """How often a batch was lost and the state read anew: whoever keeps more than `Book` does looks at it."""
         self._batch: asyncio.Future[None] | None = None
-        self._waiting = self._gathered = 0
-        """How many wait for this batch, and how many did for the last."""
+        self.calls = 0
+        """How many calls of clients are being answered."""
         ledger.on_lost = self._lost
         self._load()
 
@@ -84,7 +85,7 @@ class Book:
         for event in tx.events:
             self.placement.apply(event)
             if "lease" in event.data:
-                self._take(wire.from_builtins(event.data["lease"], Lease))
+                self._take(event.data["lease"])
         self._gather()
         self.wake()
 
@@ -94,11 +95,18 @@ class Book:
         """Have what was written go to disk soon, with what others are about to write."""
         if self._batch is None:
             loop = asyncio.get_running_loop()
-            self._batch, self._waiting = loop.create_future(), 0
-            if self._gathered > 1:
-                loop.call_later(GATHER_S, self._commit, self._batch)
+            self._batch = loop.create_future()
+            if self.calls > 1:
+                loop.call_later(QUIET_S, self._commit_when_quiet, self._batch, 1, loop.time() + MAX_GATHER_S)
             else:
                 loop.call_soon(self._commit, self._batch)
+
+    def _commit_when_quiet(self, batch: asyncio.Future[None], parts: int, end_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        if batch is self._batch and self.ledger.uncommitted > parts and loop.time() < end_s:
+            loop.call_later(QUIET_S, self._commit_when_quiet, batch, self.ledger.uncommitted, end_s)
+        else:
+            self._commit(batch)
 
     def _commit(self, batch: asyncio.Future[None] | None) -> None:
         for step in (self.before_commit, self.ledger.commit):
@@ -109,15 +117,12 @@ class Book:
             except TenureError as error:
                 LOG.error("%s: %s", type(error).__name__, error)
         if batch is not None and batch is self._batch:
-            self._batch, self._gathered = None, self._waiting
+            self._batch = None
             batch.set_result(None)
 
     async def durable(self) -> None:
         """Return once all that was written so far is on disk. Raises what kept it from being so: then none of it happened."""
         if self._batch is not None:
-            self._waiting += 1
-            if self._waiting == self._gathered:
-                asyncio.get_running_loop().call_soon(self._commit, self._batch)
             await asyncio.shield(self._batch)
 
     def _lost(self, error: TenureError) -> None:

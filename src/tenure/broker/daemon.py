@@ -20,10 +20,11 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import Outbox
 from tenure.broker.queue import Queue
+from tenure.broker.steady import SteadyClock
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
-from tenure.ledger import address
-from tenure.ledger.store import Ledger
+from tenure.ledger import address, queries
+from tenure.ledger.store import Ledger, Transaction
 from tenure.protocols import Clock, SystemClock
 from tenure.sockets import LineServer, socket_dir
 
@@ -88,8 +89,12 @@ class Broker:
         term_s: float = TERM_S,
         new_lease_id: Callable[[], str] = _new_lease_id,
     ) -> None:
-        self.persistent, self.book = persistent, Book(ledger, clock)
+        self.persistent = persistent
+        self._clock = SteadyClock(clock)
+        ledger.now_s = self._clock.utc_s
+        self.book = Book(ledger, self._clock)
         with ledger.transaction() as tx:
+            self._keep_time(tx)
             self.fence = tx.next_fence()
             tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
         fleet = self.fleet = Outbox(self.book, fleet)
@@ -117,6 +122,16 @@ class Broker:
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
 
+    def _keep_time(self, tx: Transaction) -> None:
+        """Go on with the UTC that live leases were granted by; without any, with the wall clock's."""
+        boot_id = self._clock.boot_id()
+        kept = queries.utc_offset(tx.connection, boot_id)
+        if kept is not None and self.book.live:
+            self._clock.offset_s = kept
+        else:
+            self._clock.follow()
+            queries.put_utc_offset(tx.connection, boot_id, self._clock.offset_s)
+
     def leave(self) -> None:
         """Have the loop end."""
         self.leaving = True
@@ -134,6 +149,9 @@ class Broker:
             self._flushed_s = now_s
             with contextlib.suppress(TenureError):  # rollups are the one thing that may be lost: a full disk says so above
                 self.book.flush_usage()
+        if not self.book.live and self._clock.jumped():
+            with contextlib.suppress(TenureError), self.book.transaction() as tx:
+                self._keep_time(tx)
         if self.book.live or self.clients() or self.persistent:
             self._busy_s = now_s
         elif now_s - self._busy_s >= IDLE_S:
@@ -174,6 +192,14 @@ async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | No
     broker = Broker(
         ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=PERSISTENT_TERM_S if persistent else TERM_S
     )
+    try:
+        return await answer(broker, home)
+    finally:
+        ledger.close()
+
+
+async def answer(broker: Broker, home: Path) -> int:
+    """Answer the home's clients until the broker is to leave; return how many leases are left behind."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, broker.leave)
@@ -185,7 +211,7 @@ async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | No
     await server.start()
     try:
         while not broker.leaving:
-            ledger.watch()
+            broker.book.ledger.watch()
             broker.tick()
             if not broker.leaving:
                 await broker.book.changed(TICK_S)
@@ -195,5 +221,4 @@ async def serve(home: Path, fleet: Fleet, *, persistent: bool, clock: Clock | No
         await broker.stop_agents()
         left = len(broker.book.live)
         await broker.close()
-        ledger.close()
     return left

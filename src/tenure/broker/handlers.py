@@ -15,7 +15,7 @@ from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
-from tenure.errors import Conflict, IllegalChange, Refused, TenureError
+from tenure.errors import Conflict, IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
 from tenure.fleet.contract import Fleet
 from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
@@ -129,18 +129,18 @@ class Handlers:
 
     async def op_renew(self, args: wire.Renew, client: Connection) -> Lease:
         """See wire.Renew."""
-        now_s = self._book.clock.utc_s()
-        lease = renewed(self._book.lease(args.lease_id), for_s=args.for_s, now_s=now_s)
+        lease = renewed(self._book.lease(args.lease_id), for_s=args.for_s, now_s=self._book.clock.utc_s())
         with self._book.transaction() as tx:
             tx.put_lease(lease, kind="lease.renewed", who=f"tenant:{lease.tenant}")
         if lease.id in self._book.busy:
-            deadline_s, _ = self._nodes.deadline(lease.node, lease.ends_at_s - now_s)
-            order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
-            await self._fleet.call(lease.node, "renew", order)
+            await self._attempts.renew(lease)
         return lease
 
     async def op_resize(self, args: wire.Resize, client: Connection) -> Lease:
-        """See wire.Resize. Raises Refused when the node lacks room or the runtime refuses; the lease is then as before."""
+        """See wire.Resize. Raises Refused when the node lacks room or the runtime refuses; the lease is then as before.
+
+        Raises Unavailable when the node did not answer: it then holds the larger of both until the node is heard of again.
+        """
         lease = self._book.lease(args.lease_id)
         old = lease.envelope
         new = replace(args.envelope, slot_s=old.slot_s, total_s=old.total_s)
@@ -159,13 +159,18 @@ class Handlers:
         who = f"tenant:{lease.tenant}"
         with self._book.transaction() as tx:
             tx.put_lease(changed(lease, LeaseState.RESIZING, envelope=held), who=who, why=new.describe())
+        self._attempts.resizing.add(lease.id)
         try:
             if lease.id in self._book.busy:
                 order = wire.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=new)
                 await self._fleet.call(lease.node, "resize", order)
+        except Unavailable:
+            raise  # it may have been done: `attempts` settles it
         except TenureError as error:
             self._resized(lease.id, old, f"refused: {error}")
             raise
+        finally:
+            self._attempts.resizing.discard(lease.id)
         return self._resized(lease.id, new, "")
 
     def _resized(self, lease_id: str, envelope: Envelope, why: str) -> Lease:

@@ -13,9 +13,10 @@ from tenure.broker.book import LOG, Book
 from tenure.errors import TenureError
 from tenure.fleet.contract import Fleet
 from tenure.ledger import queries
-from tenure.nodes import Node, NodeState
+from tenure.nodes import TERM_GRACE_S, Node, NodeState
 
-MARGIN_S = 5.0
+MARGIN_S = TERM_GRACE_S + 5.0
+"""Past a term: what its attempts may take to leave, and then some."""
 REACH_EVERY_S = 1.0
 LOST_REACH_EVERY_S = 5.0
 LOOK_EVERY_S = 5.0
@@ -24,14 +25,14 @@ LOOK_EVERY_S = 5.0
 
 @dataclass(slots=True)
 class _Link:
-    term_s: float
-    """Of the last term the node may have taken."""
     node: Node | None = None
     state: NodeState = NodeState.LOST
     boot_offset_s: float = 0.0
     boot_id: str = ""
-    heard_s: float = 0.0
-    """Broker's boot clock when the node last confirmed its term."""
+    sent_s: float = float("-inf")
+    """Broker's boot clock when the node was last sent a term."""
+    term_ends_s: float = 0.0
+    """Broker's boot clock by which every term is over that the node may have taken, answered or not."""
     tried_s: float = float("-inf")
     looked_s: float = 0.0
     working: bool = False
@@ -53,7 +54,7 @@ class Nodes:
         self._book, self._fleet, self._fence, self._term_s = book, fleet, fence, term_s
         self._on_up, self._on_lost = on_up, on_lost
         held = {lease.node for lease in book.live.values() if lease.holds}
-        self._links = {name: _Link(term_s=term_s) for name in sorted({*fleet.names(), *held})}
+        self._links = {name: _Link() for name in sorted({*fleet.names(), *held})}
         self._reasons: dict[str, str] = {}
         self._reloads = self._refusals = 0
         with book.ledger.reading() as connection:
@@ -61,8 +62,8 @@ class Nodes:
         for name in held:
             # An earlier broker granted there: it may still run, so it counts as cut off from now, not as lost.
             link = self._links[name]
-            link.state, link.heard_s, link.node = NodeState.UNREACHABLE, book.clock.boot_s(), before.get(name)
-            link.term_s = max(term_s, link.node.term_s if link.node else 0.0)
+            link.state, link.node = NodeState.UNREACHABLE, before.get(name)
+            link.term_ends_s = book.clock.boot_s() + max(term_s, link.node.term_s if link.node else 0.0)
 
     def known(self) -> tuple[Node, ...]:
         """Return the nodes that were ever reached, with their present state."""
@@ -103,12 +104,12 @@ class Nodes:
         if self._refusals != self._book.ledger.refusals:
             self._again()
         for name, link in self._links.items():
-            if link.state is NodeState.UNREACHABLE and now_s - link.heard_s > link.term_s + MARGIN_S:
+            if link.state is NodeState.UNREACHABLE and now_s > link.term_ends_s + MARGIN_S:
                 self._lose(name, link)
             if link.working:
                 continue
             if link.state is NodeState.UP:
-                if now_s - link.heard_s >= self._term_s / 3:
+                if now_s - link.sent_s >= self._term_s / 3:
                     link.working = True
                     self._book.spawn(self._renew(name, link))
                 elif now_s - link.looked_s >= LOOK_EVERY_S:
@@ -130,7 +131,7 @@ class Nodes:
 
     def _lose(self, name: str, link: _Link) -> None:
         link.state = NodeState.LOST
-        why = f"not heard of for {link.term_s + MARGIN_S:g} s (term and margin)"
+        why = f"its last term was over {self._book.clock.boot_s() - link.term_ends_s:.1f} s ago (margin {MARGIN_S:g} s)"
         if link.node is not None:
             with self._book.transaction() as tx:
                 tx.put_node(replace(link.node, state=NodeState.LOST), kind="node.lost", who="broker", why=why)
@@ -138,8 +139,7 @@ class Nodes:
 
     async def _renew(self, name: str, link: _Link) -> None:
         try:
-            boot = await self._fleet.call(name, "term", wire.NodeTerm(term_s=self._term_s, broker_fence=self._fence))
-            self._heard(link, boot)
+            self._heard(link, await self._fleet.call(name, "term", self._order(link)))
         except TenureError as error:
             self._reasons[name] = str(error)
             self.cut(name)
@@ -160,7 +160,7 @@ class Nodes:
         link.working = True
         link.tried_s = self._book.clock.boot_s()
         try:
-            node, boot = await self._fleet.reach(name, term_s=self._term_s, broker_fence=self._fence)
+            node, boot = await self._fleet.reach(name, term=lambda: self._order(link))
             self._heard(link, boot)
             link.node, link.state = replace(node, state=NodeState.UP, term_s=self._term_s), NodeState.UP
             self._reasons.pop(name, None)
@@ -174,9 +174,18 @@ class Nodes:
         finally:
             link.working = False
 
+    def _order(self, link: _Link) -> wire.NodeTerm:
+        """Return a term about to be sent. It counts from now on, also should no answer come: the node may have taken it."""
+        link.sent_s = self._book.clock.boot_s()
+        link.term_ends_s = max(link.term_ends_s, link.sent_s + self._term_s)
+        return wire.NodeTerm(
+            term_s=self._term_s,
+            broker_fence=self._fence,
+            ends_boot_s=link.sent_s + link.boot_offset_s + self._term_s,
+            boot_id=link.boot_id or self._book.clock.boot_id(),
+        )
+
     def _heard(self, link: _Link, boot: wire.BootTime) -> None:
-        # The agent's term began before its answer came: counting from now declares it lost too late rather than too early.
-        link.heard_s = self._book.clock.boot_s()
-        link.boot_id, link.term_s = boot.boot_id, self._term_s
+        link.boot_id, link.term_ends_s = boot.boot_id, link.sent_s + self._term_s
         same = boot.boot_id == self._book.clock.boot_id()
         link.boot_offset_s = 0.0 if same else boot.boot_s - self._book.clock.boot_s()

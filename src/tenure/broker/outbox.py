@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tenure import wire
@@ -19,10 +20,14 @@ def answering(book: Book, handler: Handler) -> Handler:
     """Return the handler, answering once all that was written so far is on disk; it fails with what kept it from being so."""
 
     async def answer(args: Any, client: Connection) -> Any:
+        book.calls += 1
         try:
             return await handler(args, client)
         finally:
-            await book.durable()
+            try:
+                await book.durable()
+            finally:
+                book.calls -= 1
 
     return answer
 
@@ -41,9 +46,9 @@ class Outbox:
         """See Fleet."""
         self._fleet.listen(on_attempt, on_cut)
 
-    async def reach(self, node: str, *, term_s: float, broker_fence: int) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, *, term: Callable[[], wire.NodeTerm]) -> tuple[Node, wire.BootTime]:
         """See Fleet."""
-        return await self._fleet.reach(node, term_s=term_s, broker_fence=broker_fence)
+        return await self._fleet.reach(node, term=term)
 
     async def call(self, node: str, op: str, args: Any, *, timeout_s: float = 10.0) -> Any:
         """See Fleet. Raises Unavailable also when the order was not sent, since the ledger could not be written."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tenure import wire
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
-from tenure.decide.placement import Grant
+from tenure.decide.placement import Grant, Plan
 from tenure.errors import Conflict, NoPlacement, Refused, SpecError
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
 from tenure.ledger import queries
@@ -25,6 +25,7 @@ class Queue:
         self._book, self._attempts, self._new_id = book, attempts, new_id
         self._asked = False
         book.before_commit = self._answer_asked
+        self._noted: Plan | None = None
 
     async def request(self, asked: wire.RequestGang) -> tuple[Lease, ...]:
         """Write a gang's request down, once per gang id, and grant it when there is room; return the leases once on disk.
@@ -106,11 +107,18 @@ class Queue:
             gangs.setdefault(self._book.live[grant.lease_id].gang_id or grant.lease_id, []).append(grant)
         for grants in gangs.values():
             self._grant(grants, now_s)
-        for lease_id, why in plan.waiting.items():
-            waits = self._book.live.get(lease_id)
-            if waits is not None and waits.state is LeaseState.REQUESTED:
-                with self._book.transaction() as tx:
-                    tx.put_lease(changed(waits, LeaseState.QUEUED), who="broker", why=why)
+        if plan is not self._noted:
+            self._note(plan.waiting)
+            self._noted = plan
+
+    def _note(self, waiting: Mapping[str, str]) -> None:
+        """Write down of those that wait for the first time that they do, and for what."""
+        live = self._book.live
+        new = [lease_id for lease_id in waiting if lease_id in live and live[lease_id].state is LeaseState.REQUESTED]
+        if new:
+            with self._book.transaction() as tx:
+                for lease_id in new:
+                    tx.put_lease(changed(live[lease_id], LeaseState.QUEUED), who="broker", why=waiting[lease_id])
 
     def _grant(self, grants: list[Grant], now_s: float) -> None:
         """Grant a gang: one fence, one transaction, then the orders."""

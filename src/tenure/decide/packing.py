@@ -66,6 +66,8 @@ def shortage(room: Room, envelope: Envelope, *, word: str = "free") -> str:
 
     A capacity with `disk_bytes` 0 states no disk, and bounds none.
     """
+    if _fits_beside_devices(room, envelope) and (not envelope.gpus or choose_devices(room, envelope) is not None):
+        return ""
     capacity, found = room.capacity, f" {word}" if word else ""
     free_cpus = max(0.0, capacity.cpus - room.cpus)
     if envelope.cpus > capacity.cpus - room.cpus + TOLERANCE:
@@ -76,9 +78,16 @@ def shortage(room: Room, envelope: Envelope, *, word: str = "free") -> str:
     free_disk_bytes = capacity.disk_bytes - room.disk_bytes
     if capacity.disk_bytes and envelope.disk_bytes > free_disk_bytes:
         return f"needs {show_bytes(envelope.disk_bytes)} of disk; node has {show_bytes(max(0, free_disk_bytes))}{found}"
-    if envelope.gpus and choose_devices(room, envelope) is None:
-        return _gpu_shortage(room, envelope, found)
-    return ""
+    return _gpu_shortage(room, envelope, found)
+
+
+def _fits_beside_devices(room: Room, envelope: Envelope) -> bool:
+    capacity = room.capacity
+    return (
+        envelope.cpus <= capacity.cpus - room.cpus + TOLERANCE
+        and envelope.memory_bytes <= capacity.memory_bytes - room.memory_bytes
+        and (not capacity.disk_bytes or envelope.disk_bytes <= capacity.disk_bytes - room.disk_bytes)
+    )
 
 
 def choose_devices(room: Room, envelope: Envelope) -> tuple[DeviceShare, ...] | None:
@@ -150,7 +159,7 @@ def pack(envelopes: Sequence[Envelope], rooms: Mapping[str, Room]) -> tuple[Pack
         scratch[choices[0][0]].take(envelopes[i], choices[0][1])
     if len(placed) == len(envelopes):
         return tuple(placed[i] for i in range(len(envelopes))), True
-    if len({_size(envelope) for envelope in envelopes}) == 1:
+    if len({size(envelope) for envelope in envelopes}) == 1:
         return None, True
     if len(envelopes) > MAX_SEARCH_MEMBERS:
         return None, False
@@ -161,17 +170,19 @@ def pack(envelopes: Sequence[Envelope], rooms: Mapping[str, Room]) -> tuple[Pack
     return None, steps > 0
 
 
-def _size(envelope: Envelope) -> tuple[float, ...]:
+def size(envelope: Envelope) -> tuple[float, ...]:
+    """Return what of an envelope a node must have room for: two of the same size fit in the same places."""
     return (envelope.cpus, envelope.memory_bytes, envelope.gpus, envelope.gpu_memory_bytes, envelope.disk_bytes)
 
 
 def _choices(envelope: Envelope, rooms: Mapping[str, Room]) -> list[tuple[str, tuple[DeviceShare, ...]]]:
     fitting = []
     for name, room in rooms.items():
-        if not shortage(room, envelope):
-            left_bytes = room.capacity.memory_bytes - room.memory_bytes - envelope.memory_bytes
-            left_cpus = room.capacity.cpus - room.cpus - envelope.cpus
-            fitting.append((left_bytes, left_cpus, name, choose_devices(room, envelope) or ()))
+        if not _fits_beside_devices(room, envelope) or (devices := choose_devices(room, envelope)) is None:
+            continue
+        left_bytes = room.capacity.memory_bytes - room.memory_bytes - envelope.memory_bytes
+        left_cpus = room.capacity.cpus - room.cpus - envelope.cpus
+        fitting.append((left_bytes, left_cpus, name, devices))
     return [(name, devices) for _, _, name, devices in sorted(fitting, key=lambda choice: choice[:3])]
 
 

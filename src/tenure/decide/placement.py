@@ -17,8 +17,10 @@ from tenure.nodes import Node, NodeState
 from tenure.resources import Capacity, DeviceShare, Envelope
 from tenure.wire import from_builtins
 
-from .packing import Packing, Room, pack, room_with, shortage
+from .packing import Packing, Room, pack, room_with, shortage, size
 
+MAX_REMEMBERED = 10_000
+"""Sizes of gangs whose "never" is remembered; past it, all are forgotten and asked anew."""
 _WAITING = frozenset({LeaseState.REQUESTED, LeaseState.RESERVED, LeaseState.QUEUED})
 
 
@@ -60,6 +62,10 @@ class Placement:
         self._held: dict[str, dict[str, Lease]] = {}  # node -> lease id -> lease
         self._where: dict[str, str] = {}  # lease id -> node that holds it
         self._rooms: dict[str, Room] = {}  # of nodes with known capacity; dropped when out of date
+        self._nevers: dict[tuple[tuple[float, ...], ...], Mapping[str, str] | None] = {}  # dropped when a node changes
+        self._alone: dict[tuple[float, ...], int] = {}  # size -> how many nodes could hold it when idle; dropped likewise
+        self._idle: dict[str, Room] = {}  # the nodes with nothing on them; dropped likewise
+        self._planned: Plan | None = None  # dropped when anything changes; None while time alone could change it
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Placement) and self.snapshot() == other.snapshot()
@@ -93,12 +99,23 @@ class Placement:
             self._set_node(self._nodes[event.node], state)
 
     def plan(self, now_s: float) -> Plan:
-        """Return what to grant at `now_s` (UTC seconds; only reservations look at it). Changes nothing."""
+        """Return what to grant at `now_s` (UTC seconds; only reservations look at it). Changes nothing.
+
+        The same plan (`is`) as before comes back at once as long as no event has changed anything.
+        """
+        if self._planned is None:
+            plan = self._plan(now_s)
+            if any(lease.state is LeaseState.RESERVED for lease in self._waiting.values()):
+                return plan
+            self._planned = plan
+        return self._planned
+
+    def _plan(self, now_s: float) -> Plan:
         rooms = {name: self._room(name).copy() for name, node in self._nodes.items() if node.state is NodeState.UP}
         grants: list[Grant] = []
         impossible: list[Impossible] = []
         waiting: dict[str, str] = {}
-        blocked_by = ""
+        behind = ""
         for members in self._queue():
             early = [lease for lease in members if lease.state is LeaseState.RESERVED and lease.starts_at_s > now_s]
             if early:
@@ -108,12 +125,11 @@ class Placement:
             if never is not None:
                 impossible += [Impossible(lease_id=lease.id, reasons=never) for lease in members]
                 continue
-            name = members[0].gang_id or members[0].id
-            packing = None if blocked_by else pack([lease.envelope for lease in members], rooms)[0]
+            packing = None if behind else pack([lease.envelope for lease in members], rooms)[0]
             if packing is None:
-                text = f"waits behind {blocked_by}" if blocked_by else self._lacks(members, rooms)
+                text = behind or self._lacks(members, rooms)
                 waiting |= {lease.id: text for lease in members}
-                blocked_by = blocked_by or name
+                behind = behind or f"waits behind {members[0].gang_id or members[0].id}"
                 continue
             for lease, (node, devices) in zip(members, packing, strict=True):
                 rooms[node].take(lease.envelope, devices)
@@ -160,6 +176,7 @@ class Placement:
     # --- state ---
 
     def _put(self, lease: Lease) -> None:
+        self._planned = None
         self._waiting.pop(lease.id, None)
         old = self._where.pop(lease.id, None)
         if old is not None:
@@ -174,6 +191,9 @@ class Placement:
 
     def _set_node(self, node: Node, state: NodeState) -> None:
         self._nodes[node.name] = replace(node, state=state)
+        self._planned = None
+        for remembered in (self._nevers, self._alone, self._idle):
+            remembered.clear()
         self._rooms.pop(node.name, None)
 
     def _room(self, name: str) -> Room:
@@ -198,15 +218,29 @@ class Placement:
             return (members[0].run_id not in running, min(lease.requested_at_s for lease in members), name)
 
         for _, members in sorted(gangs.items(), key=turn):
-            yield sorted(members, key=lambda lease: (lease.worker, lease.id))
+            yield sorted(members, key=lambda lease: (lease.worker, lease.id)) if len(members) > 1 else members
 
     def _never(self, envelopes: Sequence[Envelope]) -> Mapping[str, str] | None:
         """Return why the fleet could not hold these even when idle, None when it could or when that is not certain."""
-        rooms = {name: room_with(self._nodes[name].capacity, ()) for name in self._alive()}
-        if not rooms:
+        sizes = tuple([size(envelope) for envelope in envelopes])
+        if sizes not in self._nevers:
+            if len(self._nevers) >= MAX_REMEMBERED:
+                self._nevers.clear()
+                self._alone.clear()
+            self._nevers[sizes] = self._never_anew(envelopes, sizes)
+        return self._nevers[sizes]
+
+    def _never_anew(self, envelopes: Sequence[Envelope], sizes: Sequence[tuple[float, ...]]) -> Mapping[str, str] | None:
+        if not self._idle:
+            self._idle = {name: room_with(self._nodes[name].capacity, ()) for name in self._alive()}
+        for envelope, key in zip(envelopes, sizes, strict=True):
+            if key not in self._alone:
+                self._alone[key] = sum(not shortage(room, envelope) for room in self._idle.values())
+        # Where each fits alone on as many nodes as there are members, each can have a node of its own: no need to pack.
+        if not self._idle or all(self._alone[key] >= len(envelopes) for key in sizes):
             return None
-        packing, certain = pack(envelopes, rooms)
-        return None if packing is not None or not certain else self._reasons(envelopes, rooms, "")
+        packing, certain = pack(envelopes, self._idle)
+        return None if packing is not None or not certain else self._reasons(envelopes, self._idle, "")
 
     def _reasons(self, envelopes: Sequence[Envelope], rooms: Mapping[str, Room], word: str) -> dict[str, str]:
         for envelope in envelopes:

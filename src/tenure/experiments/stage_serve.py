@@ -265,12 +265,14 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     context.close_step(job.name, "lease", f"serving {context.run.name} at {where}; Ctrl-C ends the lease")
     context.step(job.name, "serve", envelope.describe())
     ended = None
+    renew_s = 0.0
     while ended is None:
         usage = server.usage()
         context.progress(f"serving {context.run.name} at {where}; {show_bytes(usage.memory_bytes)}; Ctrl-C ends the lease")
         lease = context.client.lease(server.lease_id).lease
-        left_s = lease.ends_at_s - context.clock.utc_s()
-        if lease.state is LeaseState.ACTIVE and left_s < envelope.slot_s / 2 and lease.ends_at_s < lease.total_ends_at_s:
+        due = context.clock.boot_s() >= renew_s  # counted since boot: UTC may be set meanwhile, here or on the broker's side
+        if lease.state is LeaseState.ACTIVE and due and lease.ends_at_s < lease.total_ends_at_s:
+            renew_s = context.clock.boot_s() + envelope.slot_s / 4
             with contextlib.suppress(Conflict, NotFound):  # it ends just now, and is waited for
                 context.client.renew(server.lease_id, envelope.slot_s)
         ended = server.wait(min(1.0, envelope.slot_s / 8))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tenure.nodes import Node
-from tenure.wire import AttemptView, BootTime
+from tenure.wire import AttemptView, BootTime, NodeTerm
 
 OnAttempt = Callable[[str, AttemptView], None]
 OnCut = Callable[[str], None]
@@ -23,9 +23,10 @@ class Fleet(Protocol):
         """Have `on_attempt(node, view)` told of usage and exits, and `on_cut(node)` of a connection that broke."""
         ...
 
-    async def reach(self, node: str, *, term_s: float, broker_fence: int) -> tuple[Node, BootTime]:
-        """Connect to a node, start its agent when none answers, and take its term.
+    async def reach(self, node: str, *, term: Callable[[], NodeTerm]) -> tuple[Node, BootTime]:
+        """Connect to a node, start its agent when none answers, and give it its term.
 
+        term: makes the order; called once, when the order goes out, and not at all when it does not get that far.
         Raises Unavailable when that takes too long, StaleFence when it obeys a newer broker.
         """
         ...

@@ -43,15 +43,16 @@ class FakeFleet:
         """See Fleet."""
         self._on_attempt, self._on_cut = on_attempt, on_cut
 
-    async def reach(self, node: str, *, term_s: float, broker_fence: int) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, *, term: Callable[[], wire.NodeTerm]) -> tuple[Node, wire.BootTime]:
         """See Fleet."""
         if node not in self._nodes:
             raise NotFound(f"node {node!r} does not exist; this fleet has {', '.join(self.names())}")
         if node in self.cut_off:
             raise Unavailable(f"node {node} does not answer")
         self._connected.add(node)
-        boot = await self.call(node, "term", wire.NodeTerm(term_s=term_s, broker_fence=broker_fence))
-        return replace(self._nodes[node], term_s=term_s), boot
+        order = term()
+        boot = await self.call(node, "term", order)
+        return replace(self._nodes[node], term_s=order.term_s), boot
 
     async def call(self, node: str, op: str, args: Any, *, timeout_s: float = 10.0) -> Any:
         """See Fleet."""

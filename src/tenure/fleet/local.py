@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from tenure.fleet.contract import OnAttempt, OnCut
 from tenure.nodes import Node
 from tenure.sockets import AsyncLineClient, socket_dir
 from tenure.tenants import check_name
+
+FIRST_TERM_S = 60.0
+"""Of an agent that was just started, until it is given a term."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class LocalFleet:
         """See Fleet."""
         self._on_attempt, self._on_cut = on_attempt, on_cut
 
-    async def reach(self, node: str, *, term_s: float, broker_fence: int) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, *, term: Callable[[], wire.NodeTerm]) -> tuple[Node, wire.BootTime]:
         """See Fleet."""
         part = self._parts.get(node)
         if part is None:
@@ -62,14 +65,14 @@ class LocalFleet:
                 self._home,
                 node,
                 path,
-                term_s=term_s,
+                term_s=FIRST_TERM_S,
                 cpus=part.cpus,
                 memory_bytes=part.memory_bytes,
                 confine=self._confine,
             )
             client = await self._connect(node, path)
         try:
-            boot = await client.call("term", wire.NodeTerm(term_s=term_s, broker_fence=broker_fence), timeout_s=10.0)
+            boot = await client.call("term", term(), timeout_s=10.0)
             described = await client.call("describe", wire.Nothing(), timeout_s=10.0)
         except BaseException:
             await client.close()

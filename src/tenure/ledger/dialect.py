@@ -3,7 +3,7 @@
 SQLite is embedded and durable here (WAL, synchronous=FULL); PostgreSQL takes the same tables and queries. Either way a ledger
 is open in one process at a time, over one connection. What keeps others out is a locked file beside the SQLite file, an
 advisory lock of the connection's own session in PostgreSQL. That lock lives and dies with the connection, so a lost one is
-never made anew: who had it must end, and whoever comes next takes the lock (docs/decisions/0007-one-connection-one-lock.md).
+never made anew: who had it must end, and whoever comes next takes the lock (docs/decisions/0008-one-connection-one-lock.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool, StaticPool
@@ -40,6 +41,7 @@ from tenure.ledger.address import Address
 
 LOG = logging.getLogger("tenure.ledger")
 BUSY_TIMEOUT_S = 5.0
+Insert = sqlite.Insert | postgresql.Insert
 """How long to wait for somebody else's lock, and for a holder that was killed to be noticed."""
 CONNECT_TIMEOUT_S = 10.0
 STATEMENT_TIMEOUT_S = 30.0
@@ -254,6 +256,11 @@ def driver_of(connection: Connection) -> Any:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def insert_into(name: str, table: Table) -> Insert:
+    """Return an INSERT that knows ON CONFLICT, in the words of the database called `name`."""
+    return sqlite.insert(table) if name == "sqlite" else postgresql.insert(table)
 
 
 def check_whole(connection: Connection) -> None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+def head() -> str:
+    """Return the newest schema that this Tenure knows."""
+    return str(_scripts()[1].get_current_head())
+
+
 def revision_of(connection: Connection) -> str:
     """Return the ledger's schema, empty when it has no tables yet."""
     from alembic.runtime.migration import MigrationContext  # alembic takes a while to import

@@ -1,6 +1,6 @@
 """A backup: one file that holds a ledger whatever database it lies in, so that it can be restored into either.
 
-A gzip file of JSON lines, UTF-8 (docs/decisions/0008-one-portable-backup.md):
+A gzip file of JSON lines, UTF-8 (docs/decisions/0009-one-portable-backup.md):
 
     {"tenure_backup": 1, "schema": "0002", "made_at_s": …, "tenure": "0.1.0", "rows": {"events": 3, …}}
     {"table": "events", "columns": ["seq", "at_s", …]}

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
 
 from tenure import wire
 from tenure.errors import NotFound
 from tenure.events import Event
 from tenure.leases import Lease, LeaseState
+from tenure.ledger import dialect
 from tenure.ledger import schema as t
 from tenure.nodes import Node
 from tenure.protocols import Exit
@@ -24,6 +26,7 @@ from tenure.trials import Recommendation, Trial
 from tenure.usage import Usage
 
 T = TypeVar("T")
+Insert = dialect.Insert
 
 
 def _text(noun: Any) -> str:
@@ -39,13 +42,25 @@ def _nouns(rows: Any, kind: type[T]) -> tuple[T, ...]:
     return tuple(wire.from_json(row[0], kind) for row in rows)
 
 
-def _put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    where = and_(*(table.c[name] == value for name, value in key.items()))
-    if connection.execute(update(table).where(where).values(**values)).rowcount == 0:
-        connection.execute(insert(table).values(**key, **values))
+def _put(
+    connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any], *, only_new: Mapping[str, Any] = {}
+) -> None:
+    """Write a row, over the one with the same key if there is one; `only_new` is left as it is then."""
+    statement = _upsert(connection.dialect.name, table, tuple(key), tuple(values))
+    connection.execute(statement, {**key, **values, **only_new})
+
+
+@cache
+def _upsert(dialect_name: str, table: Table, key: tuple[str, ...], values: tuple[str, ...]) -> Insert:
+    # Made once: building a statement costs more than running it.
+    statement = dialect.insert_into(dialect_name, table)
+    return statement.on_conflict_do_update(index_elements=key, set_={name: statement.excluded[name] for name in values})
 
 
 # --- events and fences ------------------------------------------------------------------------------------------------
+
+
+_INSERT_EVENT, _INSERT_EXIT = insert(t.events), insert(t.exits)
 
 
 def insert_event(connection: Connection, event: Event) -> Event:
@@ -54,7 +69,7 @@ def insert_event(connection: Connection, event: Event) -> Event:
         "at_s": event.at_s, "kind": event.kind, "who": event.who, "why": _plain(event.why), "run_id": event.run_id,
         "stage": event.stage, "lease_id": event.lease_id, "node": event.node, "data": _text(event.data),
     }  # fmt: skip
-    key = connection.execute(insert(t.events).values(**values)).inserted_primary_key
+    key = connection.execute(_INSERT_EVENT, values).inserted_primary_key
     return replace(event, seq=int(key[0]) if key else 0)
 
 
@@ -95,6 +110,18 @@ def raise_events_floor(connection: Connection, seq: int) -> None:
 
 def _number(connection: Connection, key: str) -> int:
     return int(connection.execute(select(t.meta.c.value).where(t.meta.c.key == key)).scalar() or 0)
+
+
+def utc_offset(connection: Connection, boot_id: str) -> float | None:
+    """Return UTC minus CLOCK_BOOTTIME as the brokers of this boot have counted it, None in the first of them."""
+    found = str(connection.execute(select(t.meta.c.value).where(t.meta.c.key == "utc_offset")).scalar() or "")
+    boot, _, offset_s = found.rpartition(" ")
+    return float(offset_s) if boot == boot_id else None
+
+
+def put_utc_offset(connection: Connection, boot_id: str, offset_s: float) -> None:
+    """Keep it."""
+    _put(connection, t.meta, {"key": "utc_offset"}, {"value": f"{boot_id} {offset_s!r}"})
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -162,10 +189,11 @@ def put_lease(connection: Connection, lease: Lease, *, queue_until_s: float = 0.
         "attempt": lease.attempt, "tenant": lease.tenant, "state": str(lease.state), "node": lease.node,
         "fence": lease.fence, "requested_at_s": lease.requested_at_s, "ended_at_s": lease.ended_at_s, "body": _text(lease),
     }  # fmt: skip
-    known = connection.execute(select(t.leases.c.id).where(t.leases.c.id == lease.id)).scalar()
-    if queue_until_s or known is None:
-        values["queue_until_s"] = queue_until_s
-    _put(connection, t.leases, {"id": lease.id}, values)
+    until = {"queue_until_s": queue_until_s}
+    if queue_until_s:
+        _put(connection, t.leases, {"id": lease.id}, values | until)
+    else:
+        _put(connection, t.leases, {"id": lease.id}, values, only_new=until)
 
 
 def get_lease(connection: Connection, lease_id: str) -> Lease:
@@ -216,7 +244,7 @@ def insert_exit(connection: Connection, lease_id: str, attempt: int, end: Exit) 
     if connection.execute(select(c.attempt).where(c.lease_id == lease_id, c.attempt == attempt)).scalar() is not None:
         return False
     values = {"lease_id": lease_id, "attempt": attempt, "kind": str(end.kind), "ended_at_s": end.ended_at_s}
-    connection.execute(insert(t.exits).values(**values, body=_text(end)))
+    connection.execute(_INSERT_EXIT, {**values, "body": _text(end)})
     return True
 
 

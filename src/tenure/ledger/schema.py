@@ -26,7 +26,8 @@ meta = Table(
     Column("key", _text(64), primary_key=True),
     Column("value", Text, nullable=False),
 )
-"""Single values: ``fence``, the highest number ever handed out; ``events_floor``, the `seq` up to which events may go."""
+"""Single values: ``fence``, the highest number ever handed out; ``events_floor``, the `seq` up to which events may go;
+``utc_offset``, boot id and UTC minus CLOCK_BOOTTIME."""
 
 events = Table(
     "events",

@@ -13,7 +13,6 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from tenure import wire
 from tenure.errors import InternalError, Refused, TenureError
 from tenure.events import Event
 from tenure.leases import Lease
@@ -25,7 +24,7 @@ from tenure.runs import Run, RunState, Stage
 
 
 class Transaction:
-    """Changes that become true together. Made by `Ledger.transaction`; `events` holds what will have happened."""
+    """Changes that become true together. Made by `Ledger.transaction`; `events` holds what will have happened, with nouns."""
 
     def __init__(self, connection: Connection, now_s: float) -> None:
         self.connection = connection
@@ -74,7 +73,7 @@ class Transaction:
             stage=lease.stage,
             lease_id=lease.id,
             node=lease.node,
-            data={"lease": wire.to_builtins(lease), **(data or {})},
+            data={"lease": lease, **(data or {})},
         )
 
     def put_exit(self, lease: Lease, attempt: int, end: Exit, *, who: str, why: str = "") -> bool:
@@ -103,7 +102,7 @@ class Transaction:
     def put_node(self, node: Node, *, kind: str, who: str, why: str = "") -> None:
         """Write a node as it now is. kind: ``node.up``, ``node.unreachable`` or ``node.lost``."""
         queries.put_node(self.connection, node)
-        self.append(kind, who=who, why=why, node=node.name, data={"node": wire.to_builtins(node)})
+        self.append(kind, who=who, why=why, node=node.name, data={"node": node})
 
     def next_fence(self) -> int:
         """Return a number above every one returned before, in this life of the broker or an earlier one."""
@@ -114,8 +113,10 @@ class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
     def __init__(self, engine: Engine, address: Address, now_s: Callable[[], float], unlock: Callable[[], None]) -> None:
-        self._engine, self._now_s, self._unlock = engine, now_s, unlock
+        self._engine, self._unlock = engine, unlock
         self.address, self._where = address, str(address)
+        self.now_s = now_s
+        """What stamps events; the broker puts a clock here that does not jump."""
         self._busy = False
         self._driver: Any = None
         self.on_hang_up: Callable[[str], None] = lambda why: None
@@ -187,7 +188,7 @@ class Ledger:
             connection = self._batch()
             savepoint = connection.begin_nested()
             try:
-                yield Transaction(connection, self._now_s())
+                yield Transaction(connection, self.now_s())
                 savepoint.commit()
                 self._parts += 1
             except DBAPIError:

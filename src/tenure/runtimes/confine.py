@@ -364,7 +364,15 @@ def _delegate(own: str, name: str) -> None:
 
 
 def _try(probe: Confinement) -> None:
-    """Make a group with limits and remove it. Raises OSError where we may not."""
+    """Make a group with limits and remove it, and those of processes that died over theirs. Raises OSError where we may not."""
+    for folder in dict.fromkeys(probe.groups.values()):
+        parent, name = os.path.split(folder)
+        stem = name.rpartition(".")[0]
+        for other in os.listdir(parent):
+            left, _, pid = other.rpartition(".")
+            if left == stem and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+                with contextlib.suppress(OSError):
+                    os.rmdir(f"{parent}/{other}")
     try:
         probe.make(Envelope(), 16)
     finally:

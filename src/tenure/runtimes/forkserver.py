@@ -84,8 +84,12 @@ class ForkServer:
         with self._lock:
             waiting, self._waiting = self._waiting, None
         text = self._ask(waiting, order) if waiting is not None else b""
-        # A channel closed in silence was never taken up: that shim or the server was dying.
-        text = text or self._ask(self._channel(), order) or self._ask(self._channel(), order)
+        for _ in range(2):
+            # A channel closed in silence was never taken up: that shim or the server was dying. One that left its note was,
+            # and what it began must not be begun twice.
+            if text or os.path.exists(f"{plan['folder']}/shim.json"):
+                break
+            text = self._ask(self._channel(), order)
         self._have_one_wait()
         try:
             report = json.loads(text)

@@ -96,9 +96,16 @@ class ProcessRuntime:
         if last is None:
             files.root.mkdir(parents=True, exist_ok=True)
             return
+        if spec.attempt <= int(last["attempt"]):
+            raise Conflict(
+                f"lease {spec.lease_id} has had attempt {last['attempt']}; the order for {spec.attempt} came too late"
+            )
         if self._runs(last, read_json(files.shim)):
             raise Conflict(f"lease {spec.lease_id} still runs attempt {last['attempt']}; stop it before starting another")
         self._settle(files, last)
+        if self._runs(last, read_json(files.shim)):
+            raise Conflict(f"lease {spec.lease_id} has just begun attempt {last['attempt']} after all; it is being stopped")
+        files.root.mkdir(parents=True, exist_ok=True)
         files.set_aside(int(last["attempt"]))
 
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
@@ -140,9 +147,7 @@ class ProcessRuntime:
         try:
             return self._fork_server.start(plan)
         except Unavailable:
-            # A shim that comes up after all must not run a command that nobody knows of.
-            control = read_json(files.control) or {}
-            write_json(files.control, dict(control, stop={"kind": "stopped", "grace_s": 0.0, "why": "its start timed out"}))
+            self._withdraw(files, "its start timed out")
             raise
 
     def _tell_job(self, lease_id: str, kept: Mapping[str, Any], control: Mapping[str, Any]) -> None:
@@ -304,20 +309,36 @@ class ProcessRuntime:
             return ended
 
     def _settle(self, files: LeaseFiles, last: dict[str, Any]) -> None:
-        """When a shim died without a record: kill what is left of its attempt and write one."""
-        if files.exit.exists():
-            return
+        """When a shim died without a record: kill what is left of its attempt and write one.
+
+        An attempt whose shim never came up has run nothing: nothing is kept of it, so that it can be ordered again.
+        """
         confinement = Confinement.from_plan(last["confinement"])
+        if files.exit.exists():
+            confinement.remove()  # its shim may have died right after the record
+            return
+        shim = read_json(files.shim)
+        if shim is None:
+            self._withdraw(files, "its agent died before it was started")
+            if self._runs(last, read_json(files.shim)):
+                return
         left = confinement.kill_members()
         if last["boot_id"] == self._boot_id:
             left += _kill_named(str(last["spec"]["lease_id"]))
         confinement.remove()
-        shim = read_json(files.shim)
+        if shim is None and not left:
+            shutil.rmtree(files.root, ignore_errors=True)
+            return
         sample = read_json(files.usage)
         witness = "shim lost: it died without a record" if shim else "shim lost: it never reported a start"
         if left:
             witness += f"; {left} processes would not die"
         self._record_failure(files, witness, shim, wire.from_builtins(sample, Usage) if sample else None)
+
+    def _withdraw(self, files: LeaseFiles, why: str) -> None:
+        """Have a shim that comes up after all not start anything: nobody knows of it."""
+        control = read_json(files.control) or {}
+        write_json(files.control, dict(control, stop={"kind": "stopped", "grace_s": 0.0, "why": why}))
 
     def _record_failure(self, files: LeaseFiles, witness: str, shim: Mapping[str, Any] | None, usage: Usage | None) -> None:
         now = self._clock.utc_s()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tenure.errors import TenureError
+from tenure.nodes import TERM_GRACE_S
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.become import adopt_orphans, own_memory
@@ -165,10 +166,14 @@ class Shim:
             self._log_start_bytes = os.stat(self._spec["log_path"]).st_blocks * 512
         try:
             self._confinement.make(self._envelope, int(self._spec["pids_max"]))
+            self._identity["started_at_s"] = time.time()
+            # First the note, then the look, then the job: an attempt without a note has run nothing, and stays so.
+            write_json(f"{self._folder}/shim.json", self._identity)
+            control = read_json(self._folder / "control.json")
+            if control is None or control["attempt"] != self._spec["attempt"] or control.get("stop"):
+                return {"error": "it is no longer wanted", "errno": None, "step": "prepare"}
             with os.fdopen(self._waiting.orders, "wb") as orders:
                 orders.write(self._text)
-            self._identity["started_at_s"] = time.time()
-            write_json(f"{self._folder}/shim.json", self._identity)  # while the job gets ready
         except OSError as error:
             return {"error": f"the shim could not prepare it: {error}", "errno": error.errno, "step": "prepare"}
         with os.fdopen(self._waiting.failure, "rb") as stream:
@@ -251,7 +256,7 @@ class Shim:
             order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": "the shim was sent SIGTERM"}
         elif now >= self._term_s:
             why = f"the node's term ended at {self._term_s:.3f} s of CLOCK_BOOTTIME without word from the broker"
-            order = {"kind": "stopped", "grace_s": self._spec["grace_s"], "why": why}
+            order = {"kind": "stopped", "grace_s": min(float(self._spec["grace_s"]), TERM_GRACE_S), "why": why}
         elif now >= self._deadline_s:
             why = f"deadline {self._deadline_s:.3f} s of CLOCK_BOOTTIME reached at {now:.3f} s"
             order = {"kind": "out_of_time", "grace_s": self._spec["grace_s"], "why": why}
