@@ -81,16 +81,21 @@ def events_after(connection: Connection, after_seq: int, *, run_id: str, max_eve
     return tuple(Event(**{**row, "data": json.loads(row["data"])}) for row in connection.execute(query).mappings())
 
 
+def last_fence(connection: Connection) -> int:
+    """Return the highest fence handed out, 0 before the first."""
+    return _number(connection, "fence")
+
+
 def next_fence(connection: Connection) -> int:
     """Return and keep the next fence."""
-    fence = _number(connection, "fence") + 1
+    fence = last_fence(connection) + 1
     _put(connection, t.meta, {"key": "fence"}, {"value": str(fence)})
     return fence
 
 
 def raise_fence(connection: Connection, fence: int) -> None:
     """Have the next fence be above this one; one that is already higher stays."""
-    _put(connection, t.meta, {"key": "fence"}, {"value": str(max(fence, _number(connection, "fence")))})
+    _put(connection, t.meta, {"key": "fence"}, {"value": str(max(fence, last_fence(connection)))})
 
 
 def events_floor(connection: Connection) -> int:
