@@ -139,7 +139,7 @@ def play(seed: int, operations: int, *, summed: bool = False) -> dict[str, Any]:
         asyncio.run(world.play(operations))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    world.counts.update(grants=world.oracle.grants, looks=world.oracle.looks)
+    world.counts.update(grants=world.oracle.grants, looks=world.oracle.looks, nodes_lost=world.oracle.nodes_lost)
     return {
         "seed": seed,
         "counts": dict(world.counts),
@@ -227,7 +227,7 @@ class World:
                 break
         else:
             left = [f"{lease.id} {lease.state}" for lease in self.oracle.live()][:5]
-            self.oracle._say("never_ends", f"released for 400 s and still there: {left}, {self.agents.running}")
+            self.oracle.say("never_ends", f"released for 400 s and still there: {left}, {self.agents.running}")
         await self.compare()
 
     async def ask(self, op: str, **args: Any) -> Any:
@@ -302,7 +302,7 @@ class World:
             self.counts["refusals"] += 1
             return
         if {lease.gang_id for lease in leases} != {asked.gang_id} or len(leases) != len(asked.members):
-            self.oracle._say("not_idempotent", f"gang {asked.gang_id} has {len(leases)} leases, not {len(asked.members)}")
+            self.oracle.say("not_idempotent", f"gang {asked.gang_id} has {len(leases)} leases, not {len(asked.members)}")
 
     async def finish(self) -> None:
         """An attempt ends by itself."""
@@ -375,7 +375,6 @@ class World:
         self.agents.cut(name)
         if self.rng.random() < 0.5:
             await self._after(self.rng.choice((2.0, 30.0, 55.0, 70.0, 90.0)))
-            self.counts["nodes_lost"] += name in self.broker.nodes.why_unreached()
             self.agents.mend(name)
 
     async def mend_node(self) -> None:
