@@ -104,11 +104,16 @@ class Real:
     async def ask(self, op: str, **args: Any) -> Any:
         return await getattr(self.broker.handlers, f"op_{op}")(wire.BROKER_OPS[op].args(**args), None)
 
-    async def job(self, gang: str, *, script: str = BEATS, slot_s: float = 60.0, total_s: float = 120.0) -> Lease:
-        """Return a lease of one job once it runs. Two of them do not fit on one node."""
-        envelope = Envelope(cpus=0.15, memory_bytes=64 * MIB, slot_s=slot_s, total_s=total_s)
+    async def asked(self, gang: str, *, script: str = BEATS, slot_s: float = 60.0, total_s: float = 120.0) -> Lease:
+        """Return a lease of one job, granted or not. Two of them do not fit on one node."""
+        envelope = Envelope(cpus=0.15, memory_bytes=64 * MIB, disk_bytes=MIB, slot_s=slot_s, total_s=total_s)
         member = wire.GangMember(worker=0, envelope=envelope, command=Command(argv=("sh", "-c", script), grace_s=1.0))
         (lease,) = await self.ask("request_gang", gang_id=gang, run_id="r", stage=gang, members=(member,), queue_s=60.0)
+        return lease  # type: ignore[no-any-return]
+
+    async def job(self, gang: str, *, script: str = BEATS, **times: float) -> Lease:
+        """Return the lease once its job runs."""
+        lease = await self.asked(gang, script=script, **times)
         await until(lambda: self.lease(lease.id).state in (LeaseState.ACTIVE, LeaseState.ENDED), f"{gang} runs")
         assert self.lease(lease.id).state is LeaseState.ACTIVE, self.lease(lease.id)
         if script == BEATS:
