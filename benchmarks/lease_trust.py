@@ -83,7 +83,11 @@ def run(options: Options) -> Result:
     begun_s = time.perf_counter()
     # Spawned: a world must not share the parent's state, and the control patches its process for good.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
-        found = list(pool.map(play, seeds, [each] * len(seeds)))
+        found = []
+        for one in pool.map(play, seeds, [each] * len(seeds)):
+            found.append(one)
+            said = one["violations"] or "trusted"
+            print(f"world {one['seed']}: {each} operations in {one['cpu_s']:.0f} s of CPU; {said}", flush=True)
     wall_s = time.perf_counter() - begun_s
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         broken = pool.submit(play, options.seed, CONTROL_OPERATIONS, summed=True).result()
