@@ -83,7 +83,11 @@ def run(options: Options) -> Result:
     begun_s = time.perf_counter()
     # Spawned: a world must not share the parent's state, and the control patches its process for good.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
-        found = list(pool.map(play, seeds, [each] * len(seeds)))
+        found = []
+        for one in pool.map(play, seeds, [each] * len(seeds)):
+            found.append(one)
+            said = one["violations"] or "trusted"
+            print(f"world {one['seed']}: {each} operations in {one['cpu_s']:.0f} s of CPU; {said}", flush=True)
     wall_s = time.perf_counter() - begun_s
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         broken = pool.submit(play, options.seed, CONTROL_OPERATIONS, summed=True).result()
@@ -139,7 +143,7 @@ def play(seed: int, operations: int, *, summed: bool = False) -> dict[str, Any]:
         asyncio.run(world.play(operations))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    world.counts.update(grants=world.oracle.grants, looks=world.oracle.looks)
+    world.counts.update(grants=world.oracle.grants, looks=world.oracle.looks, nodes_lost=world.oracle.nodes_lost)
     return {
         "seed": seed,
         "counts": dict(world.counts),
@@ -227,7 +231,7 @@ class World:
                 break
         else:
             left = [f"{lease.id} {lease.state}" for lease in self.oracle.live()][:5]
-            self.oracle._say("never_ends", f"released for 400 s and still there: {left}, {self.agents.running}")
+            self.oracle.say("never_ends", f"released for 400 s and still there: {left}, {self.agents.running}")
         await self.compare()
 
     async def ask(self, op: str, **args: Any) -> Any:
@@ -302,7 +306,7 @@ class World:
             self.counts["refusals"] += 1
             return
         if {lease.gang_id for lease in leases} != {asked.gang_id} or len(leases) != len(asked.members):
-            self.oracle._say("not_idempotent", f"gang {asked.gang_id} has {len(leases)} leases, not {len(asked.members)}")
+            self.oracle.say("not_idempotent", f"gang {asked.gang_id} has {len(leases)} leases, not {len(asked.members)}")
 
     async def finish(self) -> None:
         """An attempt ends by itself."""
@@ -375,7 +379,6 @@ class World:
         self.agents.cut(name)
         if self.rng.random() < 0.5:
             await self._after(self.rng.choice((2.0, 30.0, 55.0, 70.0, 90.0)))
-            self.counts["nodes_lost"] += name in self.broker.nodes.why_unreached()
             self.agents.mend(name)
 
     async def mend_node(self) -> None:

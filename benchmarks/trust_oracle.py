@@ -51,6 +51,7 @@ class Oracle:
     violations: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     grants: int = 0
+    nodes_lost: int = 0
     looks: int = 0
     shadow: Placement = field(default_factory=Placement)
     _known: dict[str, _Known] = field(default_factory=dict)
@@ -67,7 +68,8 @@ class Oracle:
             self._reader.close()
             self._reader = None
 
-    def _say(self, kind: str, text: str) -> None:
+    def say(self, kind: str, text: str) -> None:
+        """Count a violation."""
         self.violations[kind] += 1
         self.first.setdefault(kind, f"at {self.clock.now_s:.1f} s: {text}")
 
@@ -107,6 +109,7 @@ class Oracle:
         for event, data in self.events(self._seq):
             self._seq = event.seq
             self.shadow.apply(event)
+            self.nodes_lost += event.kind == "node.lost"
             if data.lease is not None:
                 self._take(event.kind, data.lease)
                 gangs.add(data.lease.gang_id)
@@ -121,34 +124,34 @@ class Oracle:
         now_s = self.clock.boot_s()
         if known is None:
             if lease.state is not LeaseState.REQUESTED:
-                self._say("illegal_change", f"{lease.id} begins {lease.state}")
+                self.say("illegal_change", f"{lease.id} begins {lease.state}")
             known = self._known[lease.id] = _Known(lease)
             self._gangs.setdefault(lease.gang_id, set()).add(lease.id)
         before, known.lease = known.lease, lease
         if before.state is not lease.state and lease.state not in LEGAL_CHANGES[before.state]:
-            self._say("illegal_change", f"{lease.id} went from {before.state} to {lease.state}")
+            self.say("illegal_change", f"{lease.id} went from {before.state} to {lease.state}")
         if lease.state is LeaseState.GRANTING and before.state in _WAITING:
             self.grants += 1
             known.granted_boot_s, known.ends_boot_s = now_s, now_s + lease.envelope.slot_s
             if lease.fence <= before.fence or lease.fence < self._fence:
-                self._say("fence", f"{lease.id} was granted with fence {lease.fence}; before: {before.fence}, {self._fence}")
+                self.say("fence", f"{lease.id} was granted with fence {lease.fence}; before: {before.fence}, {self._fence}")
             self._fence = max(self._fence, lease.fence)
         elif lease.fence != before.fence:
-            self._say("fence", f"{lease.id} changed its fence from {before.fence} to {lease.fence} without a grant")
+            self.say("fence", f"{lease.id} changed its fence from {before.fence} to {lease.fence} without a grant")
         if kind == "invoked":
             known.ends_boot_s = min(now_s + lease.envelope.slot_s, known.granted_boot_s + lease.envelope.total_s)
         if lease.state in HOLDING:
             if (before.total_ends_at_s and lease.total_ends_at_s != before.total_ends_at_s) or (
                 lease.ends_at_s > lease.total_ends_at_s + EPSILON
             ):
-                self._say("past_total", f"{lease.id} ends {lease.ends_at_s}, its total {lease.total_ends_at_s}")
+                self.say("past_total", f"{lease.id} ends {lease.ends_at_s}, its total {lease.total_ends_at_s}")
             self._held.setdefault(lease.node, set()).add(lease.id)
         elif lease.state is LeaseState.ENDED:
             self._held.get(lease.node, set()).discard(lease.id)
             del self._known[lease.id]
             for node, running in self.agents.running.items():
                 if lease.id in running:
-                    self._say("runs_past_end", f"{lease.id} ended {lease.end_reason} ({lease.end_detail}) and runs on {node}")
+                    self.say("runs_past_end", f"{lease.id} ended {lease.end_reason} ({lease.end_detail}) and runs on {node}")
 
     def renewed(self, lease_id: str, for_s: float) -> None:
         """Note that a renewal was answered for."""
@@ -163,10 +166,10 @@ class Oracle:
             self._gangs.pop(gang, None)
         states = {lease.state for lease in members}
         if states & _WAITING and states & HOLDING:
-            self._say("gang_torn", f"gang {gang}: {sorted(states)}")
+            self.say("gang_torn", f"gang {gang}: {sorted(states)}")
         fences = {lease.fence for lease in members if lease.state in HOLDING}
         if len(fences) > 1:
-            self._say("gang_torn", f"gang {gang} was granted under fences {sorted(fences)}")
+            self.say("gang_torn", f"gang {gang} was granted under fences {sorted(fences)}")
 
     def _check_deadline(self, op: str, lease_id: str, deadline_s: float) -> None:
         known = self._known.get(lease_id)
@@ -174,9 +177,9 @@ class Oracle:
             return  # it ended meanwhile; what may still run of it is counted elsewhere
         total_s = known.granted_boot_s + known.lease.envelope.total_s
         if deadline_s > total_s + EPSILON:
-            self._say("past_total", f"{op} of {lease_id}: deadline {deadline_s}, its total is over at {total_s}")
+            self.say("past_total", f"{op} of {lease_id}: deadline {deadline_s}, its total is over at {total_s}")
         elif abs(deadline_s - known.ends_boot_s) > 1e-3:
-            self._say("deadline_moved", f"{op} of {lease_id}: deadline {deadline_s}, its slot is over at {known.ends_boot_s}")
+            self.say("deadline_moved", f"{op} of {lease_id}: deadline {deadline_s}, its slot is over at {known.ends_boot_s}")
 
     # --- the nodes ---
 
@@ -186,11 +189,11 @@ class Oracle:
         for lease_id, run in running.items():
             known = self._known.get(lease_id)
             if known is None or known.lease.state not in HOLDING or known.lease.node != name:
-                self._say("runs_without_lease", f"{lease_id} attempt {run.spec.attempt} runs on {name}, which no lease covers")
+                self.say("runs_without_lease", f"{lease_id} attempt {run.spec.attempt} runs on {name}, which no lease covers")
                 parts.append((run.envelope, run.envelope, run.spec.devices))
                 continue
             if any(lease_id in other for node, other in self.agents.running.items() if node != name):
-                self._say("two_attempts", f"{lease_id} runs on {name} and elsewhere")
+                self.say("two_attempts", f"{lease_id} runs on {name} and elsewhere")
             # What is promised and what its agent was told may differ while a resize is under way: both must have room.
             parts.append((run.envelope, known.lease.envelope, run.spec.devices))
         for lease_id in self._held.get(name, ()):
@@ -205,23 +208,23 @@ class Oracle:
         memory = sum(max(a.memory_bytes, b.memory_bytes) for a, b, _ in parts)
         disk = sum(max(a.disk_bytes, b.disk_bytes) for a, b, _ in parts)
         if cpus > capacity.cpus + EPSILON:
-            self._say("over_grant", f"{name}: {cpus} cpus of {capacity.cpus}")
+            self.say("over_grant", f"{name}: {cpus} cpus of {capacity.cpus}")
         if memory > capacity.memory_bytes:
-            self._say("over_grant", f"{name}: {memory} bytes of memory of {capacity.memory_bytes}")
+            self.say("over_grant", f"{name}: {memory} bytes of memory of {capacity.memory_bytes}")
         if capacity.disk_bytes and disk > capacity.disk_bytes:
-            self._say("over_grant", f"{name}: {disk} bytes of disk of {capacity.disk_bytes}")
+            self.say("over_grant", f"{name}: {disk} bytes of disk of {capacity.disk_bytes}")
         for gpu in capacity.gpus:
             shares = [share for *_, devices in parts for share in devices if share.index == gpu.index]
             fraction = sum(share.fraction for share in shares)
             held = sum(share.memory_bytes for share in shares)
             if fraction > 1 + EPSILON or held > gpu.memory_bytes:
-                self._say("over_grant", f"{name} gpu {gpu.index}: {fraction} of it, {held} bytes of {gpu.memory_bytes}")
+                self.say("over_grant", f"{name} gpu {gpu.index}: {fraction} of it, {held} bytes of {gpu.memory_bytes}")
         known = {gpu.index for gpu in capacity.gpus}
         for envelope, _, devices in parts:
             if any(share.index not in known for share in devices) or len({share.index for share in devices}) != len(devices):
-                self._say("over_grant", f"{name}: shares {devices} of devices that it lacks, or twice of one")
+                self.say("over_grant", f"{name}: shares {devices} of devices that it lacks, or twice of one")
             if round(sum(share.fraction for share in devices) - envelope.gpus, 6):
-                self._say("devices_wrong", f"{name}: {envelope.gpus} gpus asked, {devices} given")
+                self.say("devices_wrong", f"{name}: {envelope.gpus} gpus asked, {devices} given")
 
     # --- the fold ---
 
@@ -231,7 +234,7 @@ class Oracle:
         for part in ("waiting", "held"):
             if mine[part] != its[part]:
                 odd = {k for k in mine[part] | its[part] if mine[part].get(k) != its[part].get(k)}
-                self._say("fold_differs", f"{part}: {sorted(odd)[:3]}")
+                self.say("fold_differs", f"{part}: {sorted(odd)[:3]}")
         for node in up:
             if mine["nodes"].get(node) != its["nodes"].get(node):
-                self._say("fold_differs", f"node {node}")
+                self.say("fold_differs", f"node {node}")

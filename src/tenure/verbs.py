@@ -18,9 +18,10 @@ from tenure.resources import format_duration
 from tenure.runs import Run, RunFiles
 from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
-from tenure.wire import CollectGarbage, Freed, Status
+from tenure.wire import Backup, CollectGarbage, Freed, Status
 
 if TYPE_CHECKING:
+    from tenure.broker.ledgers import Restored
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
 
@@ -148,7 +149,7 @@ def up(
     (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
     agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
     else as before. Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
-    another part.
+    another part or the home has another ledger.
     """
     found_home = app.find_home(home)
     check_name("node", node)
@@ -223,6 +224,28 @@ def gc(
     )
     with app.broker(app.find_home(home)) as client:
         return client.collect_garbage(asked)
+
+
+def backup(file: str | Path, *, home: Home = None, force: bool = False) -> Backup:
+    """Write what the home's ledger holds to one checked file, while leases and broker go on; return what was written.
+
+    force: replace the file when it is there. Raises Conflict, NotFound, Refused.
+    """
+    from tenure.broker import ledgers  # SQL comes with it
+
+    return ledgers.backup(app.find_home(home), Path(file).expanduser().absolute(), force=force)
+
+
+def restore(file: str | Path, *, home: Home = None, ledger: str = "", force: bool = False) -> Restored:
+    """Have the home's ledger hold what a backup holds. Only while no broker of the home lives.
+
+    ledger: URL of the PostgreSQL database, or ``ledger.sqlite`` for the home's own file, that is its ledger from now on;
+    default $TENURE_LEDGER, else where it is. force: move a ledger with runs or leases aside. Raises CorruptData, Conflict.
+    """
+    from tenure.broker import ledgers  # SQL comes with it
+
+    to = ledger or os.environ.get("TENURE_LEDGER", "")
+    return ledgers.restore(app.find_home(home), Path(file).expanduser().absolute(), to=to, force=force)
 
 
 def doctor(home: Home = None) -> tuple[Finding, ...]:

@@ -273,6 +273,30 @@ class ListRecommendations:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MakeBackup:
+    """Write what the ledger holds to a file of the broker's machine. Only for the broker's own user. Raises Conflict when the
+    file is there (unless `force`), Refused when it cannot be written."""
+
+    path: str
+    """Absolute."""
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """A backup file and what it holds."""
+
+    path: str
+    schema: str
+    """The ledger's schema when it was made, e.g. ``0002``."""
+    made_at_s: float
+    rows: Mapping[str, int]
+    """Table -> how many rows."""
+    sha256: str
+    """Over all its lines but the last, unpacked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseView:
     """A lease with what is known of its attempts."""
 
@@ -380,6 +404,7 @@ BROKER_OPS: Mapping[str, Op] = {
     "record_recommendation": Op(args=RecordRecommendation, result=Nothing),
     "recommendations": Op(args=ListRecommendations, result=tuple[Recommendation, ...]),
     "collect_garbage": Op(args=CollectGarbage, result=tuple[Freed, ...]),
+    "backup": Op(args=MakeBackup, result=Backup),
     "shutdown": Op(args=Nothing, result=Nothing),
 }
 

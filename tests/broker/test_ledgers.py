@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import signal
+import sqlite3
 import stat
 import time
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.postgres import PASSWORD, Server
+from tests.released import RELEASED, released
 
 from tenure import verbs
 from tenure.broker import ledgers
@@ -19,10 +24,12 @@ from tenure.errors import Conflict, SpecError, Unavailable
 from tenure.leases import EndReason, LeaseState
 from tenure.ledger import address
 from tenure.ledger.store import Ledger
+from tenure.protocols import RuntimeHandle
+from tenure.wire import AttemptView
 
 from .conftest import World, node
 from .test_broker import DONE, said
-from .test_real import launch, request, shut_down, until
+from .test_real import is_alive, launch, request, shut_down, sleeping, until
 
 PART = ("a:0.4:150MiB",)
 
@@ -64,6 +71,74 @@ def test_events_drive_a_gang_in_either_database(play_on_both) -> None:
         assert world.events("invoked") == ["invoked", "invoked"]
 
     play_on_both(scene)
+
+
+# --- a ledger that an earlier Tenure wrote ---
+
+
+@pytest.mark.parametrize("dump", RELEASED, ids=lambda dump: dump.stem)
+def test_a_broker_goes_on_with_the_live_leases_of_a_released_ledger(dump: Path, tmp_path: Path) -> None:
+    """The dump holds a gang of two that runs (l2, l3), a lease that runs an event (l4), and one that waits (l5)."""
+    released(dump, tmp_path / "ledger.sqlite")
+
+    async def scene() -> None:
+        world = World(tmp_path, node("a"), node("b"))
+        for lease in world.broker.book.live.values():
+            if lease.attempt:
+                handle = RuntimeHandle(
+                    lease_id=lease.id, attempt=lease.attempt, fence=lease.fence, pid=1, start_ticks=1, started_at_s=1.0
+                )
+                world.fleet.attempts[lease.node][lease.id] = AttemptView(handle=handle)
+        await world.up()
+        assert {lease.id: str(lease.state) for lease in world.broker.book.live.values()} == {
+            "l2": "active", "l3": "active", "l4": "active", "l5": "queued",
+        }  # fmt: skip
+        assert world.fleet.started == []
+        assert world.broker.fence > max(world.lease(name).fence for name in ("l2", "l3", "l4"))
+        world.fleet.finish("l4", said("done"))
+        for name in ("l2", "l3"):
+            world.fleet.finish(name, DONE)
+        await world.settle()
+        assert {world.lease(name).end_reason for name in ("l2", "l3", "l4")} == {EndReason.COMPLETED}
+        assert [spec.lease_id for spec in world.fleet.started] == ["l5"]
+        await world.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dump", RELEASED, ids=lambda dump: dump.stem)
+def test_a_lease_that_runs_when_tenure_is_replaced_by_a_newer_one_goes_on(dump: Path, home: Path, tmp_path: Path) -> None:
+    """Its rows are put into a file of the released schema, as the older Tenure would have left them."""
+    start_broker(home, nodes=PART)
+    with connect(home) as client:
+        before = sleeping(client, "s")
+        fence, pid = client.status().fence, int((home / "broker.lock").read_text())
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not is_alive(pid))
+    path = home / "ledger.sqlite"
+    path.replace(tmp_path / "new.sqlite")
+    (home / "ledger.sqlite-wal").replace(tmp_path / "new.sqlite-wal")
+    (home / "ledger.sqlite-shm").unlink(missing_ok=True)
+    released(dump, path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TRIGGER events_no_delete")
+        connection.execute("ATTACH ? AS new", (str(tmp_path / "new.sqlite"),))
+        names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for name in set(names) - {"alembic_version", "sqlite_sequence"}:
+            connection.execute(f"DELETE FROM {name}")
+            connection.execute(f"INSERT INTO {name} SELECT * FROM new.{name}")
+        connection.execute(
+            "CREATE TRIGGER events_no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events is append-only'); END"
+        )
+        connection.commit()
+    with connect(home) as client:
+        assert client.status().fence > fence
+        after = client.lease(before.id).lease
+        assert (after.state, after.attempt, after.fence) == (LeaseState.ACTIVE, before.attempt, before.fence)
+        client.release((before.id,))
+        (view,) = client.wait_leases((before.id,))
+        assert view.lease.end_reason is EndReason.RELEASED
 
 
 # --- which ledger a home has ---

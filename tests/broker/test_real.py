@@ -18,7 +18,7 @@ from tenure.broker.client import BrokerClient, connect, start_broker
 from tenure.broker.launch import BrokerLaunch
 from tenure.errors import CorruptData, JobFailed, NoPlacement, Refused, Unavailable
 from tenure.jobs import Command
-from tenure.leases import EndReason, LeaseState
+from tenure.leases import EndReason, Lease, LeaseState
 from tenure.protocols import ExitKind, LaunchRequest
 from tenure.resources import Envelope
 from tenure.wire import GangMember, RequestGang
@@ -82,6 +82,23 @@ def python(code: str) -> tuple[str, ...]:
 
 def launch(client: BrokerClient, stage: str = "s", **fields) -> BrokerLaunch:
     return BrokerLaunch(client, home=client.home, run_id="r1", stage=stage, **fields)
+
+
+def sleeping(client: BrokerClient, stage: str) -> Lease:
+    """Have a lease run that only waits; nobody follows it."""
+    wanted = GangMember(worker=0, envelope=envelope(), command=Command(argv=("sleep", "60")))
+    (lease,) = client.request_gang(RequestGang(gang_id=stage, run_id="r1", stage=stage, members=(wanted,)))
+    (view,) = client.wait_leases((lease.id,), until="active")
+    assert view.lease.state is LeaseState.ACTIVE
+    return view.lease
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; one that was ended and not yet reaped does not."""
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_task_completes_and_leaves_its_log_and_result(client: BrokerClient) -> None:

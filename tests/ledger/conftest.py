@@ -22,14 +22,28 @@ def ledger(ledger_address: Address) -> Iterator[Ledger]:
     made.close()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def new_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Ledger]:
-    """Make as many new ledgers as a test wants; it closes them."""
+BOTH = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
+
+
+def _maker(kind: str, request: pytest.FixtureRequest, folder: Path) -> Callable[[], Ledger]:
+    server = None if kind == "sqlite" else request.getfixturevalue("postgres_server")
     names = itertools.count()
-    server = None if request.param == "sqlite" else request.getfixturevalue("postgres_server")
 
     def make() -> Ledger:
-        address = Address.parse(server.new_schema()) if server else Address(path=tmp_path / f"{next(names)}.sqlite")
+        address = Address.parse(server.new_schema()) if server else Address(path=folder / f"{next(names)}.sqlite")
         return Ledger.open(address, now_s=now)
 
     return make
+
+
+@pytest.fixture(params=BOTH)
+def new_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Ledger]:
+    """Make as many new ledgers as a test wants; it closes them."""
+    return _maker(request.param, request, tmp_path / "new")
+
+
+@pytest.fixture
+def other_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Ledger]:
+    """Make ledgers in the database that `new_ledger` does not make them in."""
+    kind = request.node.callspec.params["new_ledger"]
+    return _maker("sqlite" if kind == "postgresql" else "postgresql", request, tmp_path / "other")

@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.now_s = ledger, 1000.0
-        ledger._now_s = lambda: self.now_s
+        ledger.now_s = lambda: self.now_s
 
 
 @pytest.fixture

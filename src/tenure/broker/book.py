@@ -215,6 +215,7 @@ class Book:
         task = asyncio.ensure_future(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # of one that was cancelled before it began
 
     async def settle(self, timeout_s: float = 10.0) -> None:
         """Wait until everything spawned has finished, and what was written is on disk."""

@@ -27,6 +27,7 @@ from tenure.sockets import LineClient, check_owner, socket_dir
 from tenure.trials import Recommendation, Trial
 
 START_MAX_S = 15.0
+BACKUP_MAX_S = 3600.0
 MAX_IDLE_CONNECTIONS = 8
 EXIT_HELD = 75
 """Exit code of a broker that found its home held by another."""
@@ -47,7 +48,7 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
 
     persistent: it stays when nobody is left. nodes: ``name`` or ``name:cpus:memory`` each; by default those of a broker that
     died here, else ``local`` with the whole machine; none for one that is to stay. Raises Unavailable with the end of
-    ``broker.log``; CorruptData or Conflict when that is what kept it from starting; SpecError when the home is another user's.
+    ``broker.log``, CorruptData or Conflict when that is what kept it from starting, SpecError when the home is another user's.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -316,6 +317,10 @@ class BrokerClient:
     def collect_garbage(self, asked: wire.CollectGarbage) -> tuple[wire.Freed, ...]:
         """Remove what is old, or say what would go; return it by kind. May take minutes, at most an hour."""
         return self._call("collect_garbage", asked, timeout_s=3600.0)  # type: ignore[no-any-return]
+
+    def backup(self, path: str, *, force: bool = False) -> wire.Backup:
+        """Have the broker write what the ledger holds to a file. path: absolute. Raises Conflict, Refused."""
+        return self._call("backup", wire.MakeBackup(path=path, force=force), timeout_s=BACKUP_MAX_S)  # type: ignore[no-any-return]
 
     def shutdown(self) -> None:
         """End every lease, the agents and the broker."""

@@ -92,8 +92,7 @@ class Broker:
         new_lease_id: Callable[[], str] = _new_lease_id,
         remember: Callable[[bool], None] = lambda persistent: None,
     ) -> None:
-        self.persistent = persistent
-        self._remember = remember
+        self.persistent, self._remember = persistent, remember
         self._clock = SteadyClock(clock)
         ledger.now_s = self._clock.utc_s
         self.book = Book(ledger, self._clock)
@@ -132,13 +131,6 @@ class Broker:
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
 
-    async def stay(self) -> None:
-        """Go on when nobody is left, until a shutdown, and have the nodes act for longer without word from here."""
-        if not self.persistent:
-            self.persistent = True
-            self._remember(True)
-            await self.nodes.lengthen(PERSISTENT_TERM_S)
-
     def _keep_time(self, tx: Transaction) -> None:
         """Go on with the UTC that live leases were granted by; without any, with the wall clock's."""
         boot_id = self._clock.boot_id()
@@ -148,6 +140,13 @@ class Broker:
         else:
             self._clock.follow()
             queries.put_utc_offset(tx.connection, boot_id, self._clock.offset_s)
+
+    async def stay(self) -> None:
+        """Go on when nobody is left, until a shutdown, and have the nodes act for longer without word from here."""
+        if not self.persistent:
+            self.persistent = True
+            self._remember(True)
+            await self.nodes.lengthen(PERSISTENT_TERM_S)
 
     def leave(self) -> None:
         """Have the loop end."""

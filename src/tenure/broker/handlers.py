@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 from tenure import wire
 from tenure.broker.attempts import Attempts
@@ -15,11 +17,11 @@ from tenure.broker.outbox import answering
 from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
-from tenure.errors import IllegalChange, Refused, TenureError, Unavailable
+from tenure.errors import Conflict, IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
 from tenure.fleet.contract import Fleet, Part
 from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
-from tenure.ledger import queries
+from tenure.ledger import portable, queries
 from tenure.nodes import Node
 from tenure.resources import Envelope
 from tenure.runs import Run
@@ -58,6 +60,7 @@ class Handlers:
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
+        self._backing_up = False
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
         self._one_change = asyncio.Lock()
@@ -274,6 +277,20 @@ class Handlers:
     async def op_collect_garbage(self, args: wire.CollectGarbage, client: Connection) -> tuple[wire.Freed, ...]:
         """See wire.CollectGarbage."""
         return await self._retention.collect(args)
+
+    async def op_backup(self, args: wire.MakeBackup, client: Connection) -> wire.Backup:
+        """See wire.MakeBackup. It reads beside the broker, which goes on meanwhile; one at a time."""
+        if client.uid not in (os.geteuid(), 0):
+            raise Refused("a backup holds everybody's leases: only the user whose broker this is may have one made")
+        if self._backing_up:
+            raise Conflict("another backup is being made; try again when it is through")
+        self._backing_up = True
+        try:
+            await self._book.durable()
+            at, now_s = self._book.ledger.address, self._book.clock.utc_s()
+            return await asyncio.to_thread(portable.write_backup, at, Path(args.path), now_s=now_s, force=args.force)
+        finally:
+            self._backing_up = False
 
     async def op_shutdown(self, args: wire.Nothing, client: Connection) -> None:
         """End every lease (released), then the agents, then the broker. Answers once all leases have ended, or after 30 s."""

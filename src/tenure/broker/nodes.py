@@ -32,13 +32,13 @@ class _Link:
     boot_id: str = ""
     sent_s: float = float("-inf")
     """Broker's boot clock when the node was last sent a term."""
+    term_s: float = 0.0
+    """How long the last one sent was."""
     term_ends_s: float = 0.0
     """Broker's boot clock by which every term is over that the node may have taken, answered or not."""
     tried_s: float = float("-inf")
     looked_s: float = 0.0
     working: bool = False
-    due: bool = False
-    """Its term is to be renewed now: the terms became longer."""
     leaving: bool = False
     """It is being taken out: nothing new is granted there."""
 
@@ -192,7 +192,6 @@ class Nodes:
         """Renew every node's term at once, and from now on, for so long. One out of reach gets it when it is back."""
         self._term_s = term_s
         for name, link in list(self._links.items()):
-            link.due = True  # of one that is busy just now, with a term of the old length perhaps: the loop does it
             if link.state is NodeState.UP and not link.working:
                 link.working = True
                 await self._renew(name, link)
@@ -216,7 +215,7 @@ class Nodes:
             if link.working:
                 continue
             if link.state is NodeState.UP:
-                if link.due or now_s - link.sent_s >= self._term_s / 3:
+                if now_s - link.sent_s >= min(self._term_s, link.term_s) / 3:
                     link.working = True
                     self._book.spawn(self._renew(name, link))
                 elif now_s - link.looked_s >= LOOK_EVERY_S:
@@ -269,7 +268,7 @@ class Nodes:
         try:
             node, boot = await self._fleet.reach(name, term=lambda: self._order(link))
             self._heard(link, boot)
-            link.node, link.state = replace(node, state=NodeState.UP, term_s=self._term_s), NodeState.UP
+            link.node, link.state = replace(node, state=NodeState.UP, term_s=link.term_s), NodeState.UP
             self._reasons.pop(name, None)
             with self._book.transaction() as tx:
                 tx.put_node(_as_is(link.node, link), kind="node.up", who=f"agent:{name}")
@@ -283,17 +282,17 @@ class Nodes:
 
     def _order(self, link: _Link) -> wire.NodeTerm:
         """Return a term about to be sent. It counts from now on, also should no answer come: the node may have taken it."""
-        link.sent_s, link.due = self._book.clock.boot_s(), False
-        link.term_ends_s = max(link.term_ends_s, link.sent_s + self._term_s)
+        link.sent_s, link.term_s = self._book.clock.boot_s(), self._term_s
+        link.term_ends_s = max(link.term_ends_s, link.sent_s + link.term_s)
         return wire.NodeTerm(
-            term_s=self._term_s,
+            term_s=link.term_s,
             broker_fence=self._fence,
-            ends_boot_s=link.sent_s + link.boot_offset_s + self._term_s,
+            ends_boot_s=link.sent_s + link.boot_offset_s + link.term_s,
             boot_id=link.boot_id or self._book.clock.boot_id(),
         )
 
     def _heard(self, link: _Link, boot: wire.BootTime) -> None:
-        link.boot_id, link.term_ends_s = boot.boot_id, link.sent_s + self._term_s
+        link.boot_id, link.term_ends_s = boot.boot_id, link.sent_s + link.term_s
         same = boot.boot_id == self._book.clock.boot_id()
         link.boot_offset_s = 0.0 if same else boot.boot_s - self._book.clock.boot_s()
 

@@ -43,8 +43,8 @@ LedgerOption = Annotated[
     typer.Option(
         "--ledger",
         metavar="URL",
-        help="Keep the ledger in PostgreSQL: postgresql://USER@HOST/DATABASE [default: $TENURE_LEDGER, else as before; "
-        "a file of the home at first].",
+        help="Keep the ledger in PostgreSQL, postgresql://USER@HOST/DATABASE [default: $TENURE_LEDGER, else where it is; "
+        "at first ledger.sqlite in the home].",
     ),
 ]
 
@@ -336,3 +336,30 @@ def logs(
 
     text = verbs.logs(lease, home=home)
     _print(output.as_json({"lease": lease, "log": text}) if json else text.rstrip("\n"))
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it, e.g. ledger.backup.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file when it is there.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Write the ledger to one checked file, whatever database it lies in; leases and broker go on meanwhile."""
+    from tenure import verbs
+
+    _show(verbs.backup(file, home=home, force=force), output.backup_text, json)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `tenure backup` wrote.")],
+    ledger: LedgerOption = "",
+    force: Annotated[bool, typer.Option("--force", help="Move a ledger that holds runs or leases aside.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Have the ledger hold what a backup holds; with --ledger, in another place. Only after `tenure down`."""
+    from tenure import verbs
+
+    _show(verbs.restore(file, home=home, ledger=_url(ledger), force=force), output.restored_text, json)

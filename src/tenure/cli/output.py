@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
+    from tenure.broker.ledgers import Restored
     from tenure.events import Event
     from tenure.experiments.flow import Outcome
     from tenure.leases import Lease
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
     from tenure.nodes import Node
     from tenure.runs import Run
     from tenure.trials import Candidate, Recommendation, Trial
-    from tenure.wire import Freed
+    from tenure.wire import Backup, Freed
 
 MAX_CELL = 60
 """Longest text of a table cell; --json has all of it."""
@@ -217,3 +218,16 @@ def _recommendation(item: Recommendation) -> str:
 def _candidate(candidate: Candidate) -> str:
     envelope = f", {candidate.leases} x [{candidate.envelope.describe()}]" if candidate.envelope else ""
     return f"{configuration_text(candidate.configuration)}{envelope}"
+
+
+def backup_text(made: Backup) -> str:
+    """Return what a backup holds."""
+    counts = ", ".join(f"{count} {clean(name)}" for name, count in made.rows.items() if count)
+    return f"backup   {clean(made.path)}\nholds    {counts or 'nothing yet'} (schema {clean(made.schema)})"
+
+
+def restored_text(made: Restored) -> str:
+    """Return what was restored, where to, and where what was there before is now."""
+    lines = [backup_text(made.backup), f"ledger   {clean(made.ledger)}"]
+    lines += [f"before   {clean(made.aside)}"] if made.aside else []
+    return "\n".join(lines)

@@ -15,10 +15,10 @@ from tenure.fleet.contract import OnAttempt, OnCut, Part
 from tenure.nodes import Node
 from tenure.sockets import AsyncLineClient, socket_dir
 
-LEAVE_MAX_S = 20.0
-"""How long an agent may take to leave: it stops what still runs first."""
 FIRST_TERM_S = 60.0
 """Of an agent that was just started, until it is given a term."""
+LEAVE_MAX_S = 20.0
+"""How long an agent may take to leave: it stops what still runs first."""
 
 
 class LocalFleet:

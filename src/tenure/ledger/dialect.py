@@ -3,7 +3,7 @@
 SQLite is embedded and durable here (WAL, synchronous=FULL); PostgreSQL takes the same tables and queries. Either way a ledger
 is open in one process at a time, over one connection. What keeps others out is a locked file beside the SQLite file, an
 advisory lock of the connection's own session in PostgreSQL. That lock lives and dies with the connection, so a lost one is
-never made anew: who had it must end, and whoever comes next takes the lock (docs/decisions/0007-one-connection-one-lock.md).
+never made anew: who had it must end, and whoever comes next takes the lock (docs/decisions/0008-one-connection-one-lock.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import select
 import socket
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,17 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool, StaticPool
 
-from tenure.errors import Conflict, CorruptData, InternalError, MissingExtra, Refused, SpecError, TenureError, Unavailable
+from tenure.errors import (
+    Conflict,
+    CorruptData,
+    InternalError,
+    MissingExtra,
+    NotFound,
+    Refused,
+    SpecError,
+    TenureError,
+    Unavailable,
+)
 from tenure.ledger.address import Address
 
 LOG = logging.getLogger("tenure.ledger")
@@ -92,6 +102,8 @@ def reading_engine(address: Address) -> Engine:
     if address.path is None:
         connect = _postgresql_connect(address, "backup")
         return create_engine("postgresql+psycopg://", poolclass=NullPool, creator=connect, isolation_level="REPEATABLE READ")
+    if not address.path.exists():
+        raise NotFound(f"there is no ledger {address} yet")
     engine = create_engine(_sqlite_url(address.path), poolclass=NullPool, connect_args=_SQLITE_ARGUMENTS)
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     return engine
@@ -151,6 +163,9 @@ def _open_postgresql(address: Address, who: str) -> Engine:
 
 def _take_advisory_lock(connection: Any, address: Address) -> None:
     """Lock the schema for this session. The server needs a moment to notice that a holder was killed; it is given."""
+    if connection.execute("SELECT current_schema()").fetchone()[0] is None:
+        connection.close()
+        raise Unavailable(f"the ledger {address}: its search_path names no schema that exists. Make it, or name another.")
     end_s = time.monotonic() + BUSY_TIMEOUT_S
     lock = f"{_LOCK_CLASS}, hashtext(current_schema())"
     while not connection.execute(f"SELECT pg_try_advisory_lock({lock})").fetchone()[0]:
@@ -294,6 +309,38 @@ def allow_deletes_up_to(connection: Connection, table: str, column: str, key: st
     connection.exec_driver_sql(
         f"CREATE TRIGGER {table}_no_delete BEFORE DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {table}_refuse_above_floor()"
     )
+
+
+def go_on_numbering(connection: Connection, table: str, column: str) -> None:
+    """Have the next row of a table that numbers its rows come after those that were inserted with their numbers."""
+    highest = f"(SELECT coalesce(max({column}), 0) FROM {table})"
+    if table == "events":
+        highest = _above_floor(connection, highest)
+    if connection.dialect.name != "sqlite":
+        sequence = f"pg_get_serial_sequence('{table}', '{column}')"
+        connection.exec_driver_sql(f"SELECT setval({sequence}, {highest} + 1, false)")
+    elif table == "events":  # the only one whose numbers are never given twice; the others go on by themselves
+        connection.exec_driver_sql("DELETE FROM sqlite_sequence WHERE name = 'events'")
+        connection.exec_driver_sql(f"INSERT INTO sqlite_sequence (name, seq) VALUES ('events', {highest})")
+
+
+def _above_floor(connection: Connection, highest: str) -> str:
+    """Return the larger of a number and the floor of events: what was deleted below it does not come again."""
+    larger = "max" if connection.dialect.name == "sqlite" else "greatest"
+    return f"{larger}({highest}, coalesce((SELECT CAST(value AS BIGINT) FROM meta WHERE key = 'events_floor'), 0))"
+
+
+def set_aside(connection: Connection, tables: Collection[str], name: str) -> None:
+    """Move tables, and what belongs to them, out of the way into a PostgreSQL schema of that name, made now."""
+    connection.exec_driver_sql(f'CREATE SCHEMA "{name}"')
+    for table in tables:
+        connection.exec_driver_sql(f'ALTER TABLE "{table}" SET SCHEMA "{name}"')
+    found = connection.exec_driver_sql(
+        "SELECT p.oid::regprocedure FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace "
+        "WHERE n.nspname = current_schema() AND p.proname IN ('events_refuse', 'events_refuse_above_floor')"
+    )
+    for (function,) in found.all():
+        connection.exec_driver_sql(f'ALTER FUNCTION {function} SET SCHEMA "{name}"')
 
 
 # --- complaints -------------------------------------------------------------------------------------------------------

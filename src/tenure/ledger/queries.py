@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Table, bindparam, func, insert, select
 
 from tenure import wire
 from tenure.errors import NotFound
@@ -81,16 +81,21 @@ def events_after(connection: Connection, after_seq: int, *, run_id: str, max_eve
     return tuple(Event(**{**row, "data": json.loads(row["data"])}) for row in connection.execute(query).mappings())
 
 
+def last_fence(connection: Connection) -> int:
+    """Return the highest fence handed out, 0 before the first."""
+    return _number(connection, "fence")
+
+
 def next_fence(connection: Connection) -> int:
     """Return and keep the next fence."""
-    fence = _number(connection, "fence") + 1
+    fence = last_fence(connection) + 1
     _put(connection, t.meta, {"key": "fence"}, {"value": str(fence)})
     return fence
 
 
 def raise_fence(connection: Connection, fence: int) -> None:
     """Have the next fence be above this one; one that is already higher stays."""
-    _put(connection, t.meta, {"key": "fence"}, {"value": str(max(fence, _number(connection, "fence")))})
+    _put(connection, t.meta, {"key": "fence"}, {"value": str(max(fence, last_fence(connection)))})
 
 
 def events_floor(connection: Connection) -> int:
@@ -176,6 +181,13 @@ def get_run(connection: Connection, run_id: str) -> Run:
 
 # --- leases -----------------------------------------------------------------------------------------------------------
 
+# Those asked for with every grant are built once: building takes longer than the answer.
+_GANG = select(t.leases.c.body).where(t.leases.c.gang_id == bindparam("gang_id")).order_by(t.leases.c.worker, t.leases.c.id)
+_LAST_ATTEMPT = select(func.max(t.leases.c.attempt)).where(
+    *(t.leases.c[name] == bindparam(name) for name in ("run_id", "stage", "worker"))
+)
+_EXIT = select(t.exits.c.attempt).where(*(t.exits.c[name] == bindparam(name) for name in ("lease_id", "attempt")))
+
 
 def put_lease(connection: Connection, lease: Lease, *, queue_until_s: float = 0.0) -> None:
     """Write a lease. queue_until_s: until when it may queue; kept as it was when 0."""
@@ -201,8 +213,7 @@ def get_lease(connection: Connection, lease_id: str) -> Lease:
 
 def gang_leases(connection: Connection, gang_id: str) -> tuple[Lease, ...]:
     """Return a gang's leases by worker number; none when nobody asked for it."""
-    query = select(t.leases.c.body).where(t.leases.c.gang_id == gang_id).order_by(t.leases.c.worker, t.leases.c.id)
-    return _nouns(connection.execute(query), Lease)
+    return _nouns(connection.execute(_GANG, {"gang_id": gang_id}), Lease)
 
 
 def live_leases(connection: Connection) -> tuple[tuple[Lease, float], ...]:
@@ -228,15 +239,13 @@ def select_leases(connection: Connection, query: wire.ListLeases) -> tuple[Lease
 
 def last_attempt(connection: Connection, run_id: str, stage: str, worker: int) -> int:
     """Return the highest attempt that any lease of this worker ever made, 0 for none."""
-    c = t.leases.c
-    query = select(func.max(c.attempt)).where(c.run_id == run_id, c.stage == stage, c.worker == worker)
-    return int(connection.execute(query).scalar() or 0)
+    asked = {"run_id": run_id, "stage": stage, "worker": worker}
+    return int(connection.execute(_LAST_ATTEMPT, asked).scalar() or 0)
 
 
 def insert_exit(connection: Connection, lease_id: str, attempt: int, end: Exit) -> bool:
     """Write an attempt's exit unless it is known; return whether it was new."""
-    c = t.exits.c
-    if connection.execute(select(c.attempt).where(c.lease_id == lease_id, c.attempt == attempt)).scalar() is not None:
+    if connection.execute(_EXIT, {"lease_id": lease_id, "attempt": attempt}).scalar() is not None:
         return False
     values = {"lease_id": lease_id, "attempt": attempt, "kind": str(end.kind), "ended_at_s": end.ended_at_s}
     connection.execute(_INSERT_EXIT, {**values, "body": _text(end)})

@@ -13,16 +13,14 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from tenure.errors import Conflict, CorruptData, InternalError, Refused, TenureError
+from tenure.errors import InternalError, Refused, TenureError
 from tenure.events import Event
 from tenure.leases import Lease
-from tenure.ledger import dialect, queries
+from tenure.ledger import dialect, migrate, queries
 from tenure.ledger.address import Address
 from tenure.nodes import Node
 from tenure.protocols import Exit
 from tenure.runs import Run, RunState, Stage
-
-MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Transaction:
@@ -114,8 +112,9 @@ class Transaction:
 class Ledger:
     """An open ledger. Raises TenureError of the kind that says what to do when the database complains."""
 
-    def __init__(self, engine: Engine, where: str, now_s: Callable[[], float], unlock: Callable[[], None]) -> None:
-        self._engine, self._where, self._unlock = engine, where, unlock
+    def __init__(self, engine: Engine, address: Address, now_s: Callable[[], float], unlock: Callable[[], None]) -> None:
+        self._engine, self._unlock = engine, unlock
+        self.address, self._where = address, str(address)
         self.now_s = now_s
         """What stamps events; the broker puts a clock here that does not jump."""
         self._busy = False
@@ -131,7 +130,7 @@ class Ledger:
         self.refusals, self.refusal = 0, ""
         """How many transactions were refused for want of room or rights, and why the latest was."""
         dialect.listen_for_hang_up(
-            engine, lambda cause: self.on_hang_up(f"the connection to the ledger {where} was lost: {cause}")
+            engine, lambda cause: self.on_hang_up(f"the connection to the ledger {address} was lost: {cause}")
         )
 
     @classmethod
@@ -147,7 +146,7 @@ class Ledger:
             address.path.parent.mkdir(parents=True, exist_ok=True)
         unlock = dialect.hold(address, who=who)
         try:
-            ledger = cls(dialect.open_engine(address, who=who), str(address), now_s, unlock)
+            ledger = cls(dialect.open_engine(address, who=who), address, now_s, unlock)
         except BaseException:
             unlock()
             raise
@@ -262,32 +261,9 @@ class Ledger:
                 self.on_lost(lost)
 
     def _migrate(self) -> None:
-        from alembic import command
-        from alembic.config import Config
-        from alembic.runtime.migration import MigrationContext
-        from alembic.script import ScriptDirectory
-        from alembic.util import CommandError
-
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        config.set_main_option("path_separator", "os")
-        script = ScriptDirectory.from_config(config)
         with self._explained():
             connection = self._batch()
-            present = MigrationContext.configure(connection).get_current_revision()
-            if present == script.get_current_head():
-                self._let_go()
-                return
-            if present is not None and present not in {step.revision for step in script.walk_revisions()}:
-                raise Conflict(
-                    f"the ledger {self._where} has schema {present}, which this Tenure does not know (it knows up to "
-                    f"{script.get_current_head()}): a newer version wrote it. Use that version, or restore a backup."
-                )
-            config.attributes["connection"] = connection
-            try:
-                command.upgrade(config, "head")
-            except CommandError as error:
-                raise CorruptData(f"the ledger {self._where} could not be brought up to date: {error}") from error
+            migrate.bring_forward(connection, f"the ledger {self._where}")
             connection.commit()
             self._let_go()
 
