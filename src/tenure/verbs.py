@@ -15,10 +15,11 @@ from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node
 from tenure.protocols import SystemClock
 from tenure.resources import format_duration
+from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunFiles
 from tenure.tenants import check_name
 from tenure.trials import Recommendation, Trial
-from tenure.wire import Backup, CollectGarbage, Freed, Status
+from tenure.wire import Backup, Status
 
 if TYPE_CHECKING:
     from tenure.broker.ledgers import Restored

@@ -17,6 +17,7 @@ from tenure.leases import LeaseState
 from tenure.ledger import queries
 from tenure.protocols import Exit, ExitKind
 from tenure.resources import parse_duration
+from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunState, Stage
 from tenure.tenants import check_name
 
@@ -55,7 +56,7 @@ KEPT = {"s/artefacts/model", "report/report.html"}
 ALL = KEPT | {"s/store/a", "s/workers/0/1/a", "s/logs/0.1.log"}
 
 
-async def collect(world: World, **asked) -> dict[str, wire.Freed]:
+async def collect(world: World, **asked) -> dict[str, Freed]:
     return {part.kind: part for part in await world.ask("collect_garbage", **{"keep_runs": 0} | asked)}
 
 
@@ -195,7 +196,7 @@ def test_a_kill_after_any_step_leaves_a_run_or_nothing_listed_and_the_next_pass_
             patch.setattr(retention.os, "rename", stepped(os.rename))
             patch.setattr(retention, "delete_tree", stepped(retention.delete_tree))
             patch.setattr(world.ledger, "commit", stepped(world.ledger.commit))
-            task = asyncio.ensure_future(world.broker.retention.collect(wire.CollectGarbage(keep_runs=0)))
+            task = asyncio.ensure_future(world.broker.retention.collect(CollectGarbage(keep_runs=0)))
             while not task.done() and steps < step:
                 await asyncio.sleep(0.002)
             task.cancel()
@@ -240,7 +241,7 @@ def test_a_removal_that_the_disk_refused_is_finished_by_the_next_pass(play) -> N
         world.clock.now_s += 100 * DAY_S
         commit, world.ledger.commit = world.ledger.commit, lambda: refuse(world.ledger)
         with pytest.raises(Refused):
-            await world.broker.retention.collect(wire.CollectGarbage(keep_runs=0))
+            await world.broker.retention.collect(CollectGarbage(keep_runs=0))
         world.ledger.commit = commit
         assert not folder.exists()
         await collect(world)
@@ -329,7 +330,7 @@ def test_the_commands_defaults_are_what_happens_by_itself() -> None:
     from tenure.cli.commands import gc
 
     defaults = {name: parameter.default for name, parameter in inspect.signature(gc).parameters.items()}
-    asked = wire.CollectGarbage()
+    asked = CollectGarbage()
     assert parse_duration(defaults["older_than"]) == asked.older_than_s
     assert parse_duration(defaults["forget_after"]) == asked.forget_after_s
     assert parse_duration(defaults["events_older_than"]) == asked.events_older_than_s

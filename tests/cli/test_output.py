@@ -9,10 +9,10 @@ from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, LeaseState
 from tenure.nodes import Machine, Node
 from tenure.resources import Capacity, Envelope
+from tenure.retention import Freed
 from tenure.runs import Run, Stage
 from tenure.trials import Broken, Candidate, Prediction, Recommendation, Trial
 from tenure.usage import summarize
-from tenure.wire import Freed
 
 MACHINE = Machine(cpu_model="Fast 3000", cores=2)
 LEASE = Lease(

@@ -13,6 +13,7 @@ NOUNS = frozenset(
     {
         "errors",
         "resources",
+        "retention",
         "jobs",
         "runs",
         "leases",

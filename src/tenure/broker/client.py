@@ -22,6 +22,7 @@ from tenure.events import Event
 from tenure.leases import EndReason, Lease
 from tenure.nodes import Node
 from tenure.resources import Envelope
+from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunState, Stage
 from tenure.sockets import LineClient, check_owner, socket_dir
 from tenure.trials import Recommendation, Trial
@@ -314,7 +315,7 @@ class BrokerClient:
         """Return recommendations, oldest first."""
         return self._call("recommendations", wire.ListRecommendations(run_id=run_id))  # type: ignore[no-any-return]
 
-    def collect_garbage(self, asked: wire.CollectGarbage) -> tuple[wire.Freed, ...]:
+    def collect_garbage(self, asked: CollectGarbage) -> tuple[Freed, ...]:
         """Remove what is old, or say what would go; return it by kind. May take minutes, at most an hour."""
         return self._call("collect_garbage", asked, timeout_s=3600.0)  # type: ignore[no-any-return]
 

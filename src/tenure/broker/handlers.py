@@ -24,6 +24,7 @@ from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
 from tenure.ledger import portable, queries
 from tenure.nodes import Node
 from tenure.resources import Envelope
+from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run
 from tenure.sockets import Connection, Handler
 from tenure.trials import Recommendation, Trial
@@ -274,8 +275,8 @@ class Handlers:
         with self._book.ledger.reading() as connection:
             return queries.list_recommendations(connection, args.run_id)
 
-    async def op_collect_garbage(self, args: wire.CollectGarbage, client: Connection) -> tuple[wire.Freed, ...]:
-        """See wire.CollectGarbage."""
+    async def op_collect_garbage(self, args: CollectGarbage, client: Connection) -> tuple[Freed, ...]:
+        """See CollectGarbage."""
         return await self._retention.collect(args)
 
     async def op_backup(self, args: wire.MakeBackup, client: Connection) -> wire.Backup:

@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
 from tenure.agent.start import is_agent_alive
 from tenure.broker.book import LOG, Book
 from tenure.errors import TenureError
@@ -31,6 +30,7 @@ from tenure.fleet.contract import Fleet
 from tenure.ledger import retention as rows
 from tenure.ledger.retention import KnownRun, Rows
 from tenure.ledger.store import Transaction
+from tenure.retention import CollectGarbage, Freed
 from tenure.runtimes import procfs
 
 FIRST_S = 10.0
@@ -85,12 +85,12 @@ class Retention:
             self._book.spawn(self._by_itself())
 
     async def _by_itself(self) -> None:
-        freed = await self.collect(wire.CollectGarbage(), max_runs=MAX_RUNS)
+        freed = await self.collect(CollectGarbage(), max_runs=MAX_RUNS)
         for part in freed:
             if part.count:
                 LOG.info("retention: %s: %d, %d bytes", part.kind, part.count, part.size_bytes)
 
-    async def collect(self, asked: wire.CollectGarbage, *, max_runs: int | None = None) -> tuple[wire.Freed, ...]:
+    async def collect(self, asked: CollectGarbage, *, max_runs: int | None = None) -> tuple[Freed, ...]:
         """Remove what is older than asked, or with `dry_run` only say what would go. One at a time."""
         async with self._one:
             if not asked.dry_run and (begun := self._unlist(self._book.transaction)):
@@ -118,8 +118,8 @@ class Retention:
 
     # --- files ---
 
-    async def _whole_runs(self, runs: list[KnownRun], dry_run: bool) -> wire.Freed:
-        freed = wire.Freed(kind="whole runs")
+    async def _whole_runs(self, runs: list[KnownRun], dry_run: bool) -> Freed:
+        freed = Freed(kind="whole runs")
         for run in runs:
             folder = self._home / "runs" / run.id
             size = await asyncio.to_thread(_size, folder)
@@ -151,8 +151,8 @@ class Retention:
                 os.rename(target, folder)
             raise
 
-    async def _bulk(self, runs: list[KnownRun], dry_run: bool, max_runs: int | None) -> wire.Freed:
-        freed = wire.Freed(kind="stores, worker folders and logs of runs")
+    async def _bulk(self, runs: list[KnownRun], dry_run: bool, max_runs: int | None) -> Freed:
+        freed = Freed(kind="stores, worker folders and logs of runs")
         for run in runs:
             if max_runs is not None and freed.count >= max_runs:
                 break
@@ -171,9 +171,9 @@ class Retention:
         stages = [root / name for name in _names(root) if not (root / name).is_symlink()]
         return [stage / name for stage in stages for name in BULK if os.path.lexists(stage / name)]
 
-    async def _nodes(self, before_s: float, dry_run: bool) -> wire.Freed:
+    async def _nodes(self, before_s: float, dry_run: bool) -> Freed:
         """Remove the folders of nodes that are of this home no more, once nothing has been written there for long."""
-        freed = wire.Freed(kind="folders of nodes that are gone")
+        freed = Freed(kind="folders of nodes that are gone")
         known = {*self._fleet.names(), *(lease.node for lease in self._book.live.values())}
         for name in await asyncio.to_thread(_names, self._home / "nodes"):
             folder = self._home / "nodes" / name
@@ -206,7 +206,7 @@ class Retention:
 
     # --- rows ---
 
-    async def _rows(self, asked: wire.CollectGarbage, now_s: float, going_on: list[str]) -> list[wire.Freed]:
+    async def _rows(self, asked: CollectGarbage, now_s: float, going_on: list[str]) -> list[Freed]:
         events = {"before_s": now_s - asked.events_older_than_s, "keep_runs": going_on}
         usage = {"before_s": now_s - asked.events_older_than_s}
         parts: list[tuple[str, Callable[..., Rows], Callable[..., Rows], dict[str, Any]]] = [
@@ -223,7 +223,7 @@ class Retention:
                     gone = look(connection, **which)
             else:
                 gone = await self._delete(remove, which)
-            freed.append(wire.Freed(kind=kind, count=gone.count, size_bytes=gone.size_bytes))
+            freed.append(Freed(kind=kind, count=gone.count, size_bytes=gone.size_bytes))
         return freed
 
     async def _delete(self, remove: Callable[..., Rows], which: dict[str, Any]) -> Rows:
@@ -242,7 +242,7 @@ def _forget(tx: Transaction, run_id: str, why: str) -> None:
     tx.append("run.removed", who="broker", why=why, run_id=run_id)
 
 
-def _more(freed: wire.Freed, size_bytes: int, name: str) -> wire.Freed:
+def _more(freed: Freed, size_bytes: int, name: str) -> Freed:
     return replace(freed, count=freed.count + 1, size_bytes=freed.size_bytes + size_bytes, names=(*freed.names, name))
 
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
     from tenure.leases import Lease
     from tenure.meter.doctor import Finding
     from tenure.nodes import Node
+    from tenure.retention import Freed
     from tenure.runs import Run
     from tenure.trials import Candidate, Recommendation, Trial
-    from tenure.wire import Backup, Freed
+    from tenure.wire import Backup
 
 MAX_CELL = 60
 """Longest text of a table cell; --json has all of it."""
