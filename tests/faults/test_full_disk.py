@@ -13,8 +13,6 @@ import sqlalchemy as sa
 from tenure.errors import Refused
 from tenure.leases import EndReason, LeaseState
 from tenure.ledger import queries
-from tenure.ledger.store import Ledger
-from tenure.protocols import SystemClock
 from tenure.runs import Run
 
 from .conftest import Real, until
@@ -68,7 +66,7 @@ def test_a_full_disk_loses_nothing_tears_nothing_and_all_goes_on_once_there_is_r
         assert (ended.end_reason, "code 3" in ended.end_detail) == (EndReason.FAILED, True)
         after = await real.job("after")
         await until(lambda: len(real.beats(after.id)) > 1, "new work runs")
-        with Ledger.open(real.home / "ledger.sqlite", now_s=SystemClock().utc_s).reading() as connection:
+        with real.ledger.reading() as connection:
             assert connection.execute(sa.text("PRAGMA integrity_check")).scalar() == "ok"
             kinds = [event.kind for event in queries.events_after(connection, 0, run_id="r", max_events=1000)]
         assert kinds.count("lease.exited") == 1
