@@ -18,11 +18,11 @@ from tests.postgres import PASSWORD, Server
 from tests.released import RELEASED, released
 
 from tenure import verbs
-from tenure.broker import ledgers
+from tenure.broker import fences, ledgers
 from tenure.broker.client import connect, start_broker
-from tenure.errors import Conflict, SpecError, Unavailable
+from tenure.errors import Conflict, CorruptData, SpecError, Unavailable
 from tenure.leases import EndReason, LeaseState
-from tenure.ledger import address
+from tenure.ledger import address, queries
 from tenure.ledger.store import Ledger
 from tenure.protocols import RuntimeHandle
 from tenure.wire import AttemptView
@@ -144,13 +144,15 @@ def test_a_lease_that_runs_when_tenure_is_replaced_by_a_newer_one_goes_on(dump: 
 # --- which ledger a home has ---
 
 
-def test_a_homes_ledger_is_remembered_for_its_owner_only(tmp_path: Path) -> None:
-    url = f"postgresql://u:{PASSWORD.replace('/', '%2F')}@h/db"
+@pytest.mark.postgres
+def test_a_homes_ledger_is_remembered_for_its_owner_only(tmp_path: Path, postgres_server: Server) -> None:
+    name = address.Address.parse(postgres_server.new_database()).url.partition("@/")[2].partition("?")[0]
+    url = postgres_server.tcp_url(name, password=PASSWORD)
     ledgers.choose(tmp_path, url)
     note = tmp_path / "ledger-url"
     assert stat.S_IMODE(note.stat().st_mode) == 0o600
     assert address.of_home(tmp_path) == address.Address.parse(url)
-    assert str(address.of_home(tmp_path)) == "postgresql://u:***@h/db"
+    assert str(address.of_home(tmp_path)) == f"postgresql://postgres:***@127.0.0.1:{postgres_server.port}/{name}"
     assert PASSWORD not in repr(address.of_home(tmp_path))
     ledgers.choose(tmp_path, url)
 
@@ -172,10 +174,56 @@ def test_a_home_with_runs_or_leases_keeps_its_ledger(play, tmp_path: Path) -> No
     assert not (tmp_path / "ledger-url").exists()
 
 
-def test_a_home_whose_ledger_was_never_used_may_have_another(tmp_path: Path) -> None:
+@pytest.mark.postgres
+def test_a_home_whose_ledger_was_never_used_may_have_another_that_knows_its_agents_fence(
+    tmp_path: Path, postgres_server: Server
+) -> None:
     Ledger.open(tmp_path / "ledger.sqlite", now_s=time.time).close()
-    ledgers.choose(tmp_path, "postgresql://u@h/db")
-    assert address.of_home(tmp_path).url == "postgresql://u@h/db"
+    (tmp_path / "nodes" / "a").mkdir(parents=True)
+    (tmp_path / "nodes" / "a" / "broker.json").write_text('{"fence": 41}')
+    url = postgres_server.new_schema()
+    ledgers.choose(tmp_path, url)
+    assert address.of_home(tmp_path).url == url
+    ledger = Ledger.open(address.of_home(tmp_path), now_s=time.time)
+    fences.check_not_older(ledger, tmp_path)
+    with ledger.transaction() as tx:
+        assert tx.next_fence() == 42
+    ledger.close()
+
+
+@pytest.mark.postgres
+def test_a_database_that_cannot_be_opened_is_not_taken(tmp_path: Path, postgres_server: Server) -> None:
+    for url, reason in (
+        (postgres_server.tcp_url(password="wrong"), "lets nobody in.*pgpass"),
+        (postgres_server.url("nowhere"), "createdb"),
+        (postgres_server.url() + "&options=-csearch_path%3Dnowhere", "no schema that exists"),
+    ):
+        with pytest.raises(Unavailable, match=reason) as caught:
+            ledgers.choose(tmp_path, url)
+        assert "wrong" not in str(caught.value)
+        assert not (tmp_path / "ledger-url").exists()
+
+
+@pytest.mark.parametrize("left", [b"", None, "an older copy"])
+def test_a_ledger_that_knows_less_than_the_agents_is_refused(tmp_path: Path, left: bytes | str | None) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger.open(path, now_s=time.time)
+    with ledger.transaction() as tx:
+        tx.next_fence()
+    ledger.close()
+    (tmp_path / "nodes" / "a").mkdir(parents=True)
+    (tmp_path / "nodes" / "a" / "broker.json").write_text('{"fence": 7}')
+    if left is None:
+        path.unlink()
+    elif isinstance(left, bytes):
+        path.write_bytes(left)
+    ledger = Ledger.open(path, now_s=time.time)
+    with pytest.raises(CorruptData, match=r"fence 7: it is empty, an older copy.*tenure restore"):
+        fences.check_not_older(ledger, tmp_path)
+    with ledger.transaction() as tx:
+        queries.raise_fence(tx.connection, 7)
+    fences.check_not_older(ledger, tmp_path)
+    ledger.close()
 
 
 # --- real processes, a real server ---
@@ -204,7 +252,8 @@ def test_a_broker_that_loses_its_ledger_ends_and_the_next_one_finds_the_lease_ru
         with pytest.raises(Conflict, match="End it with"):
             ledgers.choose(home, "postgresql://u@h/db")
         other = tmp_path / "other"
-        ledgers.choose(other, url)
+        other.mkdir()
+        address.remember(other, address.Address.parse(url))
         with pytest.raises(Conflict, match=rf"held by another process \(tenure pid {pid} on .*one broker per ledger"):
             start_broker(other, nodes=("b:0.1:70MiB",))
 
@@ -236,12 +285,12 @@ def test_a_call_under_way_when_the_ledger_is_lost_is_made_again_on_the_next_brok
 @pytest.mark.real
 @pytest.mark.postgres
 def test_a_server_that_refuses_is_told_with_what_to_do_and_without_the_password(home: Path, postgres_server: Server) -> None:
+    home.mkdir()
     for url, reason in (
         (postgres_server.tcp_url(password="wrong"), "lets nobody in.*pgpass"),
         (postgres_server.url("nowhere"), "createdb"),
     ):
-        (home / "ledger-url").unlink(missing_ok=True)
-        ledgers.choose(home, url)
+        address.remember(home, address.Address.parse(url))  # it was right once
         with pytest.raises(Unavailable, match=reason) as caught:
             connect(home)
         assert "wrong" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure import wire
-from tenure.errors import Conflict, CorruptData, InternalError, NotFound, Refused, Unavailable
+from tenure.errors import Conflict, CorruptData, InternalError, MissingExtra, NotFound, Refused, Unavailable
 from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
 from tenure.ledger import dialect, queries, schema
@@ -132,6 +133,12 @@ def test_a_file_reached_by_another_link_is_the_same_ledger(tmp_path: Path) -> No
     (tmp_path / "again.sqlite").hardlink_to(tmp_path / "l.sqlite")
     with pytest.raises(Conflict, match="more than one name"):
         Ledger.open(tmp_path / "again.sqlite", now_s=now)
+
+
+def test_a_database_without_its_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(MissingExtra, match=r'pip install "tenure\[postgres\]"'):
+        opened(Address.parse("postgresql://u@h/db"))
 
 
 def test_fences_grow_across_openings(ledger_address: Address) -> None:

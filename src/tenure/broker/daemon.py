@@ -15,6 +15,7 @@ from typing import ParamSpec
 from tenure import wire
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import LOG, USAGE_EVERY_S, Book
+from tenure.broker.fences import check_not_older
 from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
@@ -221,16 +222,10 @@ async def serve(
     clock = clock or SystemClock()
     ledger = Ledger.open(address.of_home(home), now_s=clock.utc_s, who=f"for {home}")
     ledger.on_hang_up = _die
-    broker = Broker(
-        ledger,
-        fleet,
-        home=home,
-        clock=clock,
-        persistent=persistent,
-        term_s=PERSISTENT_TERM_S if persistent else TERM_S,
-        remember=remember,
-    )
     try:
+        check_not_older(ledger, home)
+        term_s = PERSISTENT_TERM_S if persistent else TERM_S
+        broker = Broker(ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=term_s, remember=remember)
         return await answer(broker, home)
     finally:
         ledger.close()

@@ -6,7 +6,6 @@ Not here: the format of a backup (`ledger.portable`), how a database is opened (
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tenure.broker.client import connect
 from tenure.broker.daemon import HomeHeld, home_lock
+from tenure.broker.fences import highest_seen
 from tenure.errors import Conflict, TenureError, Unavailable
 from tenure.events import Event
 from tenure.ledger import address, dialect, migrate, portable, queries, schema
@@ -36,8 +36,8 @@ newer ones. More grants than this between two backups would take years; the numb
 def choose(home: Path, url: str) -> None:
     """Have the home's ledger lie in a PostgreSQL database from now on; nothing happens when it does already.
 
-    Raises SpecError for another kind of URL, Conflict when a broker lives or the present ledger holds anything, and what
-    opening the present ledger raises.
+    It is opened first, and knows then what fences the home's agents have seen. Raises SpecError for another kind of URL,
+    Conflict when a broker lives or the present ledger holds anything, and what opening either raises: nothing has changed then.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,12 @@ def choose(home: Path, url: str) -> None:
                     f"the ledger {present} of home {home} already holds runs or leases; it was not changed for {wanted}. "
                     f'To move it: "tenure backup FILE", then "tenure restore FILE --ledger URL".'
                 )
+            made = Ledger.open(wanted, now_s=SystemClock().utc_s, who=f"for {home}")
+            try:
+                with made.transaction() as tx:
+                    queries.raise_fence(tx.connection, highest_seen(home))
+            finally:
+                made.close()
             address.remember(home, wanted)
     except HomeHeld as error:
         raise Conflict(
@@ -106,7 +112,7 @@ def restore(home: Path, file: Path, *, to: str = "", force: bool = False) -> Res
     held = portable.verify(file)
     at = _address(home, to)
     with _alone(home, at):
-        fence = max(fences_seen(home), default=0) + FENCE_JUMP
+        fence = highest_seen(home) + FENCE_JUMP
         if at.path is not None:
             aside, fence = _restore_file(at.path, file, held, fence, force=force)
         else:
@@ -131,14 +137,6 @@ def _alone(home: Path, at: Address) -> Iterator[None]:
             yield
     except HomeHeld as error:
         raise Conflict(f'{error}. It does not answer, or must not live meanwhile: end it with "tenure down".') from error
-
-
-def fences_seen(home: Path) -> Iterator[int]:
-    """Give every fence that agents, shims and workers of the home have on file. What cannot be read is passed over."""
-    for pattern in ("nodes/*/broker.json", "nodes/*/leases/*/control.json", "runs/*/*/workers/*/*/lease.json"):
-        for path in home.glob(pattern):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                yield int(json.loads(path.read_bytes())["fence"])
 
 
 def holds_anything(at: Address, home: Path) -> bool:

@@ -3,7 +3,7 @@
 SQLite is embedded and durable here (WAL, synchronous=FULL); PostgreSQL takes the same tables and queries. Either way a ledger
 is open in one process at a time, over one connection. What keeps others out is a locked file beside the SQLite file, an
 advisory lock of the connection's own session in PostgreSQL. That lock lives and dies with the connection, so a lost one is
-never made anew: who had it must end, and whoever comes next takes the lock (docs/decisions/0008-one-connection-one-lock.md).
+never made anew: who had it must end, and whoever comes next takes the lock (docs/decisions/0010-one-connection-one-lock.md).
 """
 
 from __future__ import annotations
