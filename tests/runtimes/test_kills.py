@@ -112,3 +112,9 @@ def test_an_attempt_that_began_after_all_is_no_room_for_another(runtime, tmp_pat
     os.kill(handle.pid, signal.SIGKILL)
     until(lambda: not runtime.list(), "the shim is gone")
     assert bench.end(bench.start("true", attempt=2)).kind is ExitKind.COMPLETED
+
+
+def test_a_lease_that_was_half_forgotten_is_forgotten_by_the_next_runtime(runtime, noted, tmp_path):
+    noted.spec.unlink()
+    ProcessRuntime(tmp_path / "state").close()
+    assert not noted.root.exists()

@@ -38,6 +38,8 @@ TERM_S = 60.0
 PERSISTENT_TERM_S = 600.0
 EXIT_LEDGER_LOST = 76
 """Exit code of a broker that lost its ledger's connection."""
+AGENT_UP_MAX_S = 15.0
+"""How long a broker that leaves waits for agents which it is starting."""
 
 
 class HomeHeld(Conflict):
@@ -149,6 +151,10 @@ class Broker:
             self._remember(True)
             await self.nodes.lengthen(PERSISTENT_TERM_S)
 
+    def begin(self) -> None:
+        """Count from now how long nobody has been here: nobody could come while the nodes were being reached."""
+        self._busy_s = self.book.clock.boot_s()
+
     def leave(self) -> None:
         """Have the loop end."""
         self.leaving = True
@@ -185,6 +191,7 @@ class Broker:
 
     async def stop_agents(self) -> None:
         """Tell each agent without leases to leave; one that holds some stays until its term is over."""
+        await self.nodes.settled(AGENT_UP_MAX_S)  # one that is just being started would hear of it from nobody
         held = {lease.node for lease in self.book.live.values() if lease.holds}
         for name in self.fleet.names():
             if name not in held and self.nodes.is_up(name):
@@ -242,6 +249,7 @@ async def answer(broker: Broker, home: Path) -> int:
     server = LineServer(path, wire.BROKER_OPS, broker.handlers.table(), who="broker", fence=lambda: broker.fence)
     broker.clients = lambda: len(server.connections)
     await server.start()
+    broker.begin()
     try:
         while not broker.leaving:
             broker.book.ledger.watch()

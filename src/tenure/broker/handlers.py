@@ -182,12 +182,14 @@ class Handlers:
     async def op_resize(self, args: wire.Resize, client: Connection) -> Lease:
         """See wire.Resize. Raises Refused when the node lacks room or the runtime refuses; the lease is then as before.
 
-        Raises Unavailable when the node did not answer: it then holds the larger of both until the node is heard of again.
+        Raises Unavailable when the node did not answer: it then holds the larger of both until the node is heard of again, or
+        until it is resized once more.
         """
         lease = self._book.lease(args.lease_id)
         old = lease.envelope
         new = replace(args.envelope, slot_s=old.slot_s, total_s=old.total_s)
-        if lease.state is not LeaseState.ACTIVE:
+        half_done = lease.state is LeaseState.RESIZING and lease.id not in self._attempts.resizing
+        if lease.state is not LeaseState.ACTIVE and not half_done:
             raise IllegalChange(f"lease {lease.id} is {lease.state}; only an active lease can be resized")
         short = self._book.placement.resize_shortage(lease.id, new)
         if short:
@@ -201,7 +203,8 @@ class Handlers:
         )
         who = f"tenant:{lease.tenant}"
         with self._book.transaction() as tx:
-            tx.put_lease(changed(lease, LeaseState.RESIZING, envelope=held), who=who, why=new.describe())
+            begun = replace(lease, envelope=held) if half_done else changed(lease, LeaseState.RESIZING, envelope=held)
+            tx.put_lease(begun, who=who, why=new.describe())
         self._attempts.resizing.add(lease.id)
         try:
             if lease.id in self._book.busy:

@@ -5,6 +5,7 @@ A node not heard of for term + margin is lost: by then its agent has stopped wha
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ class _Link:
     working: bool = False
     leaving: bool = False
     """It is being taken out: nothing new is granted there."""
+    seen: bool = False
+    """Whether this broker has ever reached it."""
 
 
 class Nodes:
@@ -89,6 +92,10 @@ class Nodes:
     def why_unreached(self) -> dict[str, str]:
         """Return the last error of each node that can't be reached."""
         return {name: self._reasons.get(name, "") for name, link in self._links.items() if link.state is not NodeState.UP}
+
+    def unseen(self) -> tuple[str, ...]:
+        """Return the nodes that this broker has not reached yet: what they offer, nobody knows."""
+        return tuple(name for name in self._fleet.names() if name not in self._links or not self._links[name].seen)
 
     def is_up(self, name: str) -> bool:
         """Return whether the node answers."""
@@ -204,6 +211,14 @@ class Nodes:
             except TenureError as error:
                 LOG.error("node %s: %s", name, error)
 
+    async def settled(self, timeout_s: float) -> None:
+        """Return once no node is being reached any more, or after the time: its agent may just be coming up."""
+        end_s = self._book.clock.boot_s() + timeout_s
+        while any(link.working and link.state is not NodeState.UP for link in self._links.values()):
+            if self._book.clock.boot_s() > end_s:
+                return
+            await asyncio.sleep(0.02)
+
     def tick(self) -> None:
         """Renew what is due, reach what is away, give up what is lost. Returns at once; the work is done beside."""
         now_s = self._book.clock.boot_s()
@@ -268,7 +283,7 @@ class Nodes:
         try:
             node, boot = await self._fleet.reach(name, term=lambda: self._order(link))
             self._heard(link, boot)
-            link.node, link.state = replace(node, state=NodeState.UP, term_s=link.term_s), NodeState.UP
+            link.node, link.state, link.seen = replace(node, state=NodeState.UP, term_s=link.term_s), NodeState.UP, True
             self._reasons.pop(name, None)
             with self._book.transaction() as tx:
                 tx.put_node(_as_is(link.node, link), kind="node.up", who=f"agent:{name}")

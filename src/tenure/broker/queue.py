@@ -32,8 +32,9 @@ class Queue:
 
         Requests that come together are planned together and go to disk together.
 
-        Raises NoPlacement (reason per node) when the nodes could not hold it even if idle, Refused past MAX_LIVE_LEASES,
-        Conflict when the gang id was used for something else, SpecError for a request that makes no sense.
+        Raises NoPlacement (reason per node) when the nodes could not hold it even if idle (while one of them has never been
+        reached it queues instead), Refused past MAX_LIVE_LEASES, Conflict when the gang id was used for something else,
+        SpecError for a request that makes no sense.
         """
         known = self._known(asked)
         if known:
@@ -44,7 +45,7 @@ class Queue:
                 f"gang {asked.gang_id} refused: {len(self._book.live)} leases are live, the limit is {MAX_LIVE_LEASES}. "
                 "Wait until some have ended, or release some."
             )
-        if self._book.placement.nodes():
+        if self._book.placement.nodes() and not self._attempts.nodes.unseen():
             reasons = self._book.placement.what_if([member.envelope for member in asked.members], idle=True)
             if reasons:
                 raise NoPlacement(_cannot_hold(asked), reasons)
@@ -94,14 +95,18 @@ class Queue:
         plan = self._book.placement.plan(now_s)
         late = [lease for lease in waiting if now_s >= self._book.queue_until_s.get(lease.id, 0.0)]
         going = {grant.lease_id for grant in plan.grants}
+        never = {
+            lack.lease_id: "; ".join(f"node {node}: {why}" for node, why in sorted(lack.reasons.items()))
+            for lack in plan.impossible
+        }
         for lease in late:
             if lease.id not in going:
-                why = plan.waiting.get(lease.id, "no room")
+                why = plan.waiting.get(lease.id) or never.get(lease.id, "no room")
                 self._attempts.end(lease, EndReason.CANCELLED, f"queued for {now_s - lease.requested_at_s:g} s: {why}")
-        for never in plan.impossible:
-            if never.lease_id in self._book.live:
-                reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(never.reasons.items()))
-                self._attempts.end(self._book.live[never.lease_id], EndReason.CANCELLED, f"no node can hold it: {reasons}")
+        if not self._attempts.nodes.unseen():
+            for lease_id, why in never.items():
+                if lease_id in self._book.live:
+                    self._attempts.end(self._book.live[lease_id], EndReason.CANCELLED, f"no node can hold it: {why}")
         gangs: dict[str, list[Grant]] = {}
         for grant in plan.grants:
             gangs.setdefault(self._book.live[grant.lease_id].gang_id or grant.lease_id, []).append(grant)

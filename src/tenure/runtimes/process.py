@@ -45,6 +45,9 @@ class ProcessRuntime:
         """state_dir: absolute or relative; made when missing."""
         self._state_dir = Path(state_dir).absolute()
         (self._state_dir / "leases").mkdir(parents=True, exist_ok=True)
+        for lease_id in self.known():
+            if not LeaseFiles(self._state_dir, lease_id).spec.exists():  # its agent died while it made or removed the folder
+                shutil.rmtree(self._state_dir / "leases" / lease_id, ignore_errors=True)
         self._confiner = find_confiner(confine)
         self._clock = clock or SystemClock()
         self._boot_id = self._clock.boot_id()
