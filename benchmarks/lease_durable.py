@@ -25,10 +25,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy as sa
+from tests import postgres
 
 from benchmarks.harness import Control, Options, Result, interleaved, judge, median, spread
 from tenure import wire
@@ -62,15 +65,15 @@ def run(options: Options) -> Result:
     for name, place in ledgers():
         with place as (durable, unsafe):
             contenders = {
-                "one": lambda url=durable: measure(url, clients=1, grants=grants * 2),
-                "many": lambda url=durable: measure(url, clients=CLIENTS, grants=grants),
-                "no fsync": lambda url=unsafe: measure(url, clients=CLIENTS, grants=grants, unsafe=True),
+                "one": lambda new=durable: measure(new(), clients=1, grants=grants * 2),
+                "many": lambda new=durable: measure(new(), clients=CLIENTS, grants=grants),
+                "no fsync": lambda new=unsafe: measure(new(), clients=CLIENTS, grants=grants, unsafe=True),
             }
-            if control is None:
-                contenders["control"] = lambda url=durable: measure(url, clients=CLIENTS, grants=grants, alone=True)
+            if name == "sqlite":
+                contenders["control"] = lambda new=durable: measure(new(), clients=CLIENTS, grants=grants, alone=True)
             rounds = interleaved(contenders, repeats, seed=options.seed)
         found[name] = figures(rounds)
-        if control is None:
+        if name == "sqlite":
             value = median([r.commits_per_grant for r in rounds["control"]])
             control = Control(
                 name="one commit per change", value=value, failed=value > MANY_LIMIT, how=f"bar {MANY_LIMIT} commits per grant"
@@ -112,9 +115,21 @@ def meets(figure: dict[str, Any]) -> bool:
     return few and figure["ratio"] >= RATIO_LIMIT
 
 
-def ledgers() -> Iterator[tuple[str, contextlib.AbstractContextManager[tuple[str, str]]]]:
-    """Give (name, how to have it): a context that gives the ledger's place with fsync and the one without."""
-    yield "sqlite", contextlib.nullcontext(("", ""))
+Places = tuple[Callable[[], str], Callable[[], str]]
+"""How to make a new ledger with fsync, and one without: each returns its URL, empty for a file of the home."""
+
+
+def ledgers() -> Iterator[tuple[str, contextlib.AbstractContextManager[Places]]]:
+    """Give each kind of ledger that can be had here."""
+    yield "sqlite", contextlib.nullcontext((str, str))
+    if not postgres.why_absent():
+        yield "postgresql", _two_servers()
+
+
+@contextlib.contextmanager
+def _two_servers() -> Iterator[Places]:
+    with postgres.running() as durable, postgres.running(settings={"fsync": "off"}) as unsafe:
+        yield durable.new_schema, unsafe.new_schema
 
 
 def measure(url: str, *, clients: int, grants: int, unsafe: bool = False, alone: bool = False) -> Round:
@@ -174,9 +189,10 @@ def ask(path: Path, number: int, grants: int, took: list[float], failed: list[Ba
 
 def active_on_disk(home: Path, url: str) -> int:
     """Return how many active leases another program finds."""
-    import sqlalchemy as sa
+    from tenure.ledger.address import Address
+    from tenure.ledger.dialect import reading_engine
 
-    engine = sa.create_engine(url or f"sqlite:///{home / 'ledger.sqlite'}")
+    engine = reading_engine(Address.parse(url) if url else Address(path=home / "ledger.sqlite"))
     with engine.connect() as connection:
         count = connection.execute(sa.text("SELECT count(*) FROM leases WHERE state = 'active'")).scalar_one()
     engine.dispose()
@@ -222,6 +238,7 @@ def main() -> None:
 async def _serve(options: argparse.Namespace) -> None:
     from tenure.broker.daemon import Broker, answer
     from tenure.fleet.fake import FakeFleet
+    from tenure.ledger.address import Address
     from tenure.ledger.store import Ledger
     from tenure.nodes import Machine, Node
     from tenure.protocols import SystemClock
@@ -230,10 +247,10 @@ async def _serve(options: argparse.Namespace) -> None:
     clock = SystemClock()
     capacity = Capacity(cpus=1000.0, memory_bytes=1 << 40)
     nodes = [Node(name=f"n{number}", capacity=capacity, machine=Machine(cpu_model="imagined")) for number in range(NODES)]
-    ledger = Ledger.open(options.home / "ledger.sqlite", now_s=clock.utc_s)
+    address = Address.parse(options.url) if options.url else Address(path=options.home / "ledger.sqlite")
+    ledger = Ledger.open(address, now_s=clock.utc_s)
     if options.unsafe and not options.url:
-        with ledger._engine.connect() as connection:
-            connection.connection.execute("PRAGMA synchronous=OFF")  # of the one connection that the engine has
+        ledger._driver.execute("PRAGMA synchronous=OFF")  # of the one connection that the engine has
     broker = Broker(ledger, FakeFleet(nodes, clock), home=options.home, clock=clock, persistent=True)
     if options.alone:
         gather = broker.book._gather
