@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.postgres import Server
@@ -14,12 +15,13 @@ from tests.postgres import Server
 from tenure.broker import ledgers
 from tenure.broker.client import _lock_held, connect, start_broker
 from tenure.broker.daemon import home_lock
-from tenure.errors import Conflict, CorruptData, NotFound
+from tenure.errors import Conflict, CorruptData, NotFound, Refused
 from tenure.leases import EndReason, LeaseState
 from tenure.ledger import address, portable, queries
 from tenure.ledger.address import Address
 from tenure.ledger.store import Ledger
 from tenure.runs import Run
+from tenure.wire import MakeBackup
 
 from .conftest import World
 from .test_real import is_alive, shut_down, sleeping, until
@@ -170,6 +172,19 @@ def test_while_a_broker_lives_nothing_is_restored(home: Path) -> None:
     ledgers.backup(home, home / "b")
     with home_lock(home), pytest.raises(Conflict, match="tenure down"):
         ledgers.restore(home, home / "b", force=True)
+
+
+def test_only_the_brokers_own_user_may_have_a_backup_made(play, tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        await world.gang()
+        asked = MakeBackup(path=str(tmp_path / "b"))
+        with pytest.raises(Refused, match="only the user whose broker"):
+            await world.broker.handlers.op_backup(asked, SimpleNamespace(uid=os.geteuid() + 1))
+        made = await world.broker.handlers.op_backup(asked, SimpleNamespace(uid=os.geteuid()))
+        assert made == portable.verify(tmp_path / "b")
+        assert made.rows["leases"] == 1
+
+    play(scene)
 
 
 # --- a world that goes on ---
