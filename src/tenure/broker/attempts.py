@@ -5,6 +5,7 @@ Every step is written down before it is ordered; `compare` brings ledger and nod
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import sys
@@ -59,6 +60,7 @@ class Attempts:
         self._stopped_s: dict[str, float] = {}
         self._told_s: dict[str, float] = {}
         """Lease -> the slot end that its node was last told, and confirmed."""
+        self._renewing: dict[str, asyncio.Lock] = {}
         self.resizing: set[str] = set()
         """Leases whose resize is under way in this broker."""
 
@@ -113,11 +115,13 @@ class Attempts:
 
     async def renew(self, lease: Lease) -> None:
         """Have a lease's node hold the slot that is written down. Raises what the node answers; `compare` tells it again."""
-        left_s = lease.ends_at_s - self._book.clock.utc_s()
-        deadline_s, _ = self.nodes.deadline(lease.node, left_s)
-        order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
-        await self._fleet.call(lease.node, "renew", order)
-        self._told_s[lease.id] = lease.ends_at_s
+        # One at a time, each with the slot as it is by then: an order that passes an older one would be undone by it.
+        async with self._renewing.setdefault(lease.id, asyncio.Lock()):
+            lease = self._book.live.get(lease.id, lease)
+            deadline_s, _ = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
+            order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
+            await self._fleet.call(lease.node, "renew", order)
+            self._told_s[lease.id] = lease.ends_at_s
 
     def _tell_slot(self, lease_id: str) -> None:
         """Renew again on the node when the slot has moved and the node has not confirmed it."""
@@ -359,6 +363,7 @@ class Attempts:
     def _forget(self, lease: Lease) -> None:
         self._stopped_s.pop(lease.id, None)
         self._told_s.pop(lease.id, None)
+        self._renewing.pop(lease.id, None)
         if lease.attempt and self.nodes.is_up(lease.node):
             self._book.spawn(self._fleet.call(lease.node, "forget", wire.LeaseRef(lease_id=lease.id)))
 
