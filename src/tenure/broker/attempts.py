@@ -81,6 +81,12 @@ class Attempts:
         if lease is None or lease.attempt != attempt:
             self._starting.discard(lease_id)
             return
+        now_s = self._book.clock.utc_s()
+        if now_s >= lease.ends_at_s:
+            self._starting.discard(lease_id)
+            late = Exit(kind=ExitKind.OUT_OF_TIME, witness="its slot was over before it could be started", ended_at_s=now_s)
+            self.ended(lease_id, attempt, late)
+            return
         try:
             args = wire.AgentStart(spec=self._spec(lease, event_file))
             handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
@@ -133,9 +139,7 @@ class Attempts:
         files = RunFiles(self._home, lease.run_id)
         worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
         files.logs(lease.stage).mkdir(parents=True, exist_ok=True)
-        now_s = self._book.clock.utc_s()
-        left_s = max(0.0, lease.ends_at_s - now_s)
-        deadline_s, boot_id = self.nodes.deadline(lease.node, left_s)
+        deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
         env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
         # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
