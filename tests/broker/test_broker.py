@@ -622,3 +622,31 @@ def test_a_renewal_that_the_node_did_not_hear_is_told_again(play) -> None:
         assert len([op for _, op, _ in world.fleet.calls if op == "renew"]) == 1
 
     play(scene)
+
+
+def test_a_renewal_told_again_by_a_new_broker_does_not_undo_a_later_one(play) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang()
+        await world.restart()  # which tells the node the slot again
+        world.broker.attempts._told_s.clear()
+        world.broker.attempts._tell_slot(lease.id)
+        world.fleet.calls.clear()
+        await world.ask("renew", lease_id=lease.id, for_s=500.0)
+        orders = [args.deadline_boot_s - world.clock.boot_s() for _, op, args in world.fleet.calls if op == "renew"]
+        assert orders == pytest.approx([500.0] * len(orders))
+
+    play(scene)
+
+
+def test_what_could_not_be_started_before_its_slot_was_over_is_not_started(play) -> None:
+    async def scene(world: World) -> None:
+        member = wire.GangMember(worker=0, envelope=Envelope(slot_s=10.0, total_s=10.0), command=Command(argv=("work",)))
+        asked = wire.RequestGang(gang_id="g", run_id="r", stage="s", members=(member,))
+        (lease,) = await world.broker.handlers.op_request_gang(asked, None)
+        world.clock.now_s += 11.0  # before the order went out
+        await world.settle()
+        assert world.fleet.started == []
+        ended = world.lease(lease.id)
+        assert (ended.state, ended.end_reason) == (LeaseState.ENDED, EndReason.OUT_OF_TIME)
+
+    play(scene)

@@ -5,6 +5,7 @@ Every step is written down before it is ordered; `compare` brings ledger and nod
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import sys
@@ -59,6 +60,7 @@ class Attempts:
         self._stopped_s: dict[str, float] = {}
         self._told_s: dict[str, float] = {}
         """Lease -> the slot end that its node was last told, and confirmed."""
+        self._renewing: dict[str, asyncio.Lock] = {}
         self.resizing: set[str] = set()
         """Leases whose resize is under way in this broker."""
 
@@ -78,6 +80,12 @@ class Attempts:
         lease = self._book.live.get(lease_id)
         if lease is None or lease.attempt != attempt:
             self._starting.discard(lease_id)
+            return
+        now_s = self._book.clock.utc_s()
+        if now_s >= lease.ends_at_s:
+            self._starting.discard(lease_id)
+            late = Exit(kind=ExitKind.OUT_OF_TIME, witness="its slot was over before it could be started", ended_at_s=now_s)
+            self.ended(lease_id, attempt, late)
             return
         try:
             args = wire.AgentStart(spec=self._spec(lease, event_file))
@@ -113,11 +121,13 @@ class Attempts:
 
     async def renew(self, lease: Lease) -> None:
         """Have a lease's node hold the slot that is written down. Raises what the node answers; `compare` tells it again."""
-        left_s = lease.ends_at_s - self._book.clock.utc_s()
-        deadline_s, _ = self.nodes.deadline(lease.node, left_s)
-        order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
-        await self._fleet.call(lease.node, "renew", order)
-        self._told_s[lease.id] = lease.ends_at_s
+        # One at a time, each with the slot as it is by then: an order that passes an older one would be undone by it.
+        async with self._renewing.setdefault(lease.id, asyncio.Lock()):
+            lease = self._book.live.get(lease.id, lease)
+            deadline_s, _ = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
+            order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
+            await self._fleet.call(lease.node, "renew", order)
+            self._told_s[lease.id] = lease.ends_at_s
 
     def _tell_slot(self, lease_id: str) -> None:
         """Renew again on the node when the slot has moved and the node has not confirmed it."""
@@ -129,9 +139,7 @@ class Attempts:
         files = RunFiles(self._home, lease.run_id)
         worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
         files.logs(lease.stage).mkdir(parents=True, exist_ok=True)
-        now_s = self._book.clock.utc_s()
-        left_s = max(0.0, lease.ends_at_s - now_s)
-        deadline_s, boot_id = self.nodes.deadline(lease.node, left_s)
+        deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
         env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
         # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
@@ -362,6 +370,7 @@ class Attempts:
     def _forget(self, lease: Lease) -> None:
         self._stopped_s.pop(lease.id, None)
         self._told_s.pop(lease.id, None)
+        self._renewing.pop(lease.id, None)
         if lease.attempt and self.nodes.is_up(lease.node):
             self._book.spawn(self._fleet.call(lease.node, "forget", wire.LeaseRef(lease_id=lease.id)))
 
