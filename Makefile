@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 BENCH ?= --quick
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean setup-demo setup-dev browser postgres
+.PHONY: help demo test check bench docs clean setup-demo setup-dev browser postgres guest
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -27,7 +27,7 @@ $(VENV)/.with-dev: pyproject.toml tools/setup.sh
 demo: setup-demo ## set everything up, run the main job, say where the report is
 	@TENURE_HOME="$(TENURE_HOME)" $(BIN)/tenure run examples/digits.toml
 
-test: setup-dev browser postgres ## set everything up, run all tests
+test: setup-dev browser postgres guest ## set everything up, run all tests
 	@echo "make: running the tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -51,7 +51,10 @@ browser: # the tests that look at the report want a Chromium and iproute2; witho
 postgres: # the tests of a ledger on PostgreSQL want a server's programs; without them they skip and say why
 	@tools/postgres.sh
 
+guest: # the tests on unified control groups want QEMU and a kernel; without them they skip and say why
+	@tools/guest.sh
+
 clean: ## remove what the targets above made (TENURE_HOME set by you stays)
-	@rm -rf $(VENV) .demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .demo .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 	@rm -rf src/tenure.egg-info

@@ -1,9 +1,12 @@
+import os
+
 import pytest
 
-from tenure.errors import Unsupported
+from tenure.errors import Refused, Unsupported
 from tenure.resources import Envelope
 from tenure.runtimes import confine
-from tenure.runtimes.confine import Confinement, find_confiner, own_groups
+from tenure.runtimes.confine import Confinement, find_confiner
+from tenure.runtimes.groups import own_groups
 
 V1_MOUNTS = """\
 31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw
@@ -63,13 +66,52 @@ def test_v2_counters_are_read(tmp_path):
     assert "oom_kill 1; limit 64MiB" in group.oom_witness()
 
 
+def test_a_kill_in_a_group_below_is_not_the_leases_own(tmp_path):
+    group = _group(tmp_path / "lease")
+    (tmp_path / "lease/memory.events").write_text("oom 1\noom_kill 1\n")
+    (tmp_path / "lease/memory.events.local").write_text("oom 0\noom_kill 0\n")
+    assert group.oom_kills() == 0
+    (tmp_path / "lease/memory.events.local").write_text("oom 1\noom_kill 0\n")
+    assert group.oom_kills() == 1
+
+
 def test_a_v2_group_that_lacks_controllers_is_not_used(unified):
     (unified / "cgroup.controllers").write_text("cpu")
     confiner = find_confiner("auto")
     assert confiner.kind == "rlimit"
-    assert "lacks memory, pids" in confiner.describe()
+    assert "lacks memory (it has cpu)" in confiner.describe()
     with pytest.raises(Unsupported, match="lacks"):
         find_confiner("cgroup")
+
+
+def test_a_kernel_that_keeps_no_height_is_taken_at_its_limit_after_a_kill(tmp_path):
+    group = _group(tmp_path / "lease")
+    (tmp_path / "lease/memory.max").write_text("67108864")
+    assert group.highest_charge_bytes() == 0
+    (tmp_path / "lease/memory.events").write_text("oom_kill 1\n")
+    assert group.highest_charge_bytes() == 64 << 20
+    assert "highest charge 64" in group.oom_witness()
+
+
+def test_a_v2_bound_below_what_cannot_be_taken_back_is_refused_and_changes_nothing(tmp_path):
+    group = _group(tmp_path / "lease")
+    for name, text in (("memory.max", "200000000"), ("memory.current", "150000000"), ("memory.high", "max")):
+        (tmp_path / "lease" / name).write_text(text)
+    with pytest.raises(Refused, match="cannot be taken back"):
+        group.resize(Envelope(memory_bytes=100_000_000), os.getpid())
+    assert (tmp_path / "lease/memory.max").read_text() == "200000000"
+    assert (tmp_path / "lease/memory.high").read_text().startswith("max")  # a plain file keeps the rest of a longer text
+
+
+def test_a_user_with_a_manager_of_sessions_is_told_how_to_get_more(monkeypatch):
+    def refused(_):
+        raise PermissionError(13, "Permission denied", "/sys/fs/cgroup/user.slice/x/cgroup.procs")
+
+    monkeypatch.setattr(confine, "_find_v1", refused)
+    monkeypatch.setattr(confine, "_find_v2", refused)
+    there = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path).endswith("systemd/private") or there(path))
+    assert "systemd-run --user --scope -p Delegate=yes tenure up" in find_confiner().describe()
 
 
 def test_a_confinement_survives_being_written_down():

@@ -1,11 +1,14 @@
 import os
 import signal
+import subprocess
 
 import pytest
 from tests.contracts.runtime_contract import Bench, gone, until
 
+from tenure.errors import Unavailable
 from tenure.protocols import ExitKind
 from tenure.runtimes import procfs
+from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.process import ProcessRuntime
 
 pytestmark = pytest.mark.real
@@ -52,3 +55,17 @@ def test_a_start_that_fails_leaves_no_name_of_its_shim(runtime, tmp_path):
     with pytest.raises(Exception, match="/no/such/program"):
         bench.start("/no/such/program")
     assert not list((tmp_path / "state").rglob("shim.json"))
+
+
+def test_a_server_that_does_not_come_up_in_time_is_ended(tmp_path, monkeypatch):
+    started = []
+
+    class Watched(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    with pytest.raises(Unavailable, match="did not come up"):
+        ForkServer(tmp_path / "log", answer_s=1e-6)
+    assert [process.poll() for process in started] == [-signal.SIGKILL]

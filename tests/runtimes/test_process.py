@@ -1,142 +1,15 @@
-import os
-import pwd
-import subprocess
-import tempfile
-
 import pytest
-from tests.contracts.runtime_contract import LONG_S, Bench, RuntimeContract, until
-
-from tenure.errors import SpecError, Unsupported
-from tenure.protocols import ExitKind, SystemClock
-from tenure.runtimes.process import ProcessRuntime
-from tenure.runtimes.state import term_file, write_json
-
-
-def _runtime(state_dir, confine):
-    try:
-        return ProcessRuntime(state_dir, confine=confine)
-    except Unsupported as error:
-        pytest.skip(f"no cgroup here: {error}")
-
-
-@pytest.fixture(scope="class")
-def state_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("runtime") / "state"
-
-
-@pytest.fixture(scope="class")
-def shared(request, state_dir):
-    """One runtime for all tests of a class: its fork server's start would be most of what a test takes."""
-    runtime = _runtime(state_dir, request.cls.confine)
-    yield runtime
-    runtime.close()
-
-
-@pytest.fixture
-def make_runtime(request, shared, state_dir):
-    """Make a further runtime over the same state; afterwards nothing runs and nothing is remembered."""
-    made = []
-
-    def make():
-        made.append(_runtime(state_dir, request.cls.confine))
-        return made[-1]
-
-    yield make
-    for handle in shared.list():
-        shared.stop(handle, grace_s=0, fence=1 << 30)
-        assert shared.wait(handle, LONG_S) is not None
-    for lease_id in shared.known():
-        shared.forget(lease_id)
-    term_file(state_dir).unlink(missing_ok=True)
-    for runtime in made:
-        runtime.close()
-
-
-@pytest.fixture
-def bench(shared, make_runtime, tmp_path):
-    return Bench(shared, tmp_path / "leases")
+from tests.contracts.process_contract import AsRoot, UnderCgroup, UnderRlimits
 
 
 @pytest.mark.cgroup
-class TestProcessUnderCgroup(RuntimeContract):
+class TestProcessUnderCgroup(UnderCgroup):
     confine = "cgroup"
 
-    def test_memory_and_cpus_are_exact(self, bench):
-        assert bench.runtime.bounds()["memory_bytes"] == bench.runtime.bounds()["cpus"] == "exact"
-        assert bench.runtime.confinement().startswith("cgroup v")
 
-    def test_the_cpu_quota_is_held(self, bench):
-        handle = bench.python("import os\nos.fork(); os.fork()\nwhile True: pass", cpus=0.5)
-        before = bench.runtime.usage(handle)
-        assert bench.runtime.wait(handle, 1.5) is None
-        after = bench.runtime.usage(handle)
-        assert (after.cpu_s - before.cpu_s) / (after.at_s - before.at_s) < 0.7
-
-    def test_a_bomb_of_processes_stays_within_its_number_and_dies(self, bench):
-        code = "import os, time\nwhile True:\n    try: os.fork()\n    except OSError: print('full', flush=True); time.sleep(9)"
-        handle = bench.python(code, pids_max=24, memory=512 << 20)
-        bench.said(handle, "full")
-        assert bench.runtime.usage(handle).processes <= 24
-        bench.runtime.stop(handle, grace_s=0, fence=1)
-        assert bench.end(handle).kind is ExitKind.STOPPED
-        assert not bench.runtime.list()
-
-    def test_nothing_is_left_of_the_groups_when_the_lease_has_ended(self, bench, state_dir):
-        handle = bench.start("true", lease="groups-gone")
-        bench.end(handle)
-        found = subprocess.run(
-            ["find", "/sys/fs/cgroup", "-maxdepth", "6", "-name", "tenure.groups-gone*"], capture_output=True, check=False
-        )
-        assert found.stdout == b""
-
-
-class TestProcessUnderRlimits(RuntimeContract):
+class TestProcessUnderRlimits(UnderRlimits):
     confine = "rlimit"
 
-    def test_memory_and_cpus_are_advisory_and_it_is_said(self, bench):
-        assert bench.runtime.bounds()["memory_bytes"] == bench.runtime.bounds()["cpus"] == "advisory"
-        assert "advisory" in bench.runtime.confinement()
 
-
-@pytest.mark.real
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-class TestAsRoot:
+class TestAsRoot(AsRoot):
     confine = "auto"
-
-    @pytest.mark.netns
-    def test_a_job_runs_in_the_network_namespace_it_names(self, bench):
-        name = f"tenure-test-{os.getpid()}"
-        try:
-            subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no network namespace can be made: {error}")
-        try:
-            handle = bench.start("sh", "-c", "readlink /proc/self/ns/net", network=f"netns:{name}")
-            assert bench.end(handle).kind is ExitKind.COMPLETED
-            inside = subprocess.run(
-                ["ip", "netns", "exec", name, "readlink", "/proc/self/ns/net"], check=True, capture_output=True, text=True
-            )
-            assert bench.log(handle) == inside.stdout
-        finally:
-            subprocess.run(["ip", "netns", "del", name], check=True)
-
-    def test_a_network_namespace_that_does_not_exist_is_refused(self, bench):
-        with pytest.raises(SpecError, match="no-such-space"):
-            bench.start("true", network="netns:no-such-space")
-
-    def test_a_job_of_a_user_runs_with_that_users_rights_only(self, make_runtime):
-        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-            os.chmod(folder, 0o755)
-            bench = Bench(make_runtime(), folder)
-            handle = bench.start("sh", "-c", "id -un; touch mine && ls -n mine | cut -d' ' -f3", user="nobody")
-            assert bench.end(handle).kind is ExitKind.COMPLETED
-            assert bench.log(handle).split() == ["nobody", str(pwd.getpwnam("nobody").pw_uid)]
-
-    def test_the_nodes_term_ends_a_lease_although_nobody_watches(self, bench, state_dir):
-        clock = SystemClock()
-        write_json(term_file(state_dir), {"ends_boot_s": clock.boot_s() + 0.5, "boot_id": clock.boot_id()})
-        handle = bench.start("sleep", "60")
-        ended = bench.end(handle)
-        assert ended.kind is ExitKind.STOPPED
-        assert "term" in ended.witness
-        until(lambda: not bench.runtime.list(), "nothing is left")

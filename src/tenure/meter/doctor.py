@@ -24,6 +24,8 @@ from tenure.resources import show_bytes
 PROBE_S = 5.0
 """How long a probe in a child process may take."""
 LEAST_FREE_BYTES = 1 << 30
+SCOPE = "systemd-run --user --scope -p Delegate=yes tenure up"
+"""How a user gets a group with the controllers that systemd delegates to users; a session's own group has none."""
 EXTRAS = {
     "scikit-learn": "tenure[demo]",
     "onnx": "tenure[demo]",
@@ -134,7 +136,7 @@ def _cgroups() -> list[Finding]:
         if version == 1:
             writable = [name for name in names if _may_make_group(paths.get(name))]
         else:
-            writable = names if _may_delegate(paths.get("unified")) else []
+            writable = _delegable(paths.get("unified"))
         held = [name for name in ("cpu", "memory", "pids") if name in writable]
         findings.append(
             Finding(
@@ -143,10 +145,10 @@ def _cgroups() -> list[Finding]:
                 found=f"controllers {', '.join(names) or 'none'}; we may make groups for {', '.join(writable) or 'none'}",
                 means="cpu, memory, pids can be held exactly"
                 if len(held) == 3
+                else "memory is held exactly; what is not delegated is not: cpus go by affinity, advisory"
+                if version == 2 and "memory" in held
                 else "jobs run; memory is held by rlimits and polling, cpus by affinity: both advisory, overrun for a moment",
-                remedy=""
-                if len(held) == 3
-                else "run the agent as root, or have a group delegated to your user (systemd: Delegate=cpu memory pids)",
+                remedy="" if len(held) == 3 else f"run the agent as root, or start it in a group that is yours: {SCOPE}",
             )
         )
     return findings
@@ -168,9 +170,13 @@ def _may_make_group(directory: Path | None) -> bool:
     return True
 
 
-def _may_delegate(directory: Path | None) -> bool:
-    """In v2 a group made by us has a controller only if we may also switch it on for the groups below ours."""
-    return directory is not None and _may_make_group(directory) and os.access(directory / "cgroup.subtree_control", os.W_OK)
+def _delegable(directory: Path | None) -> list[str]:
+    """Return the v2 controllers that we may have for groups of ours: of the nearest group, from ours up, that we may divide."""
+    while directory is not None and (directory / "cgroup.procs").exists():
+        if os.access(directory / "cgroup.subtree_control", os.W_OK) and _may_make_group(directory):
+            return sorted(set((directory / "cgroup.controllers").read_text().split()) & set(_USED))
+        directory = directory.parent
+    return []
 
 
 def _namespaces() -> list[Finding]:

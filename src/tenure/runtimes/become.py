@@ -52,8 +52,9 @@ def enter_network(path: str) -> None:
 def limit_self(confinement: Confinement, envelope: Envelope) -> None:
     """Set the calling process's own limits: no core files, and memory and CPUs where no cgroup holds them. Raises OSError."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    if not confinement.enforced:
+    if not confinement.holds_cpus:
         os.sched_setaffinity(0, cpu_mask(envelope.cpus))
+    if not confinement.enforced:
         limit_memory(envelope)
 
 

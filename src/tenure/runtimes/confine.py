@@ -5,42 +5,43 @@ them. A `Confinement` is plain data (`to_plan` / `from_plan`), so that a shim ca
 Not for: starting or ending processes (`shim`).
 
 v1 groups lie below this process's own group of each controller; one process joins through `tasks`, because a thread
-moving itself needs no grace period of the kernel (0.6 ms instead of 12 ms through `cgroup.procs`). v2 groups lie in our
-delegated subtree; its rule that inner groups hold no processes is met by moving ourselves into a leaf, and only when the
-group holds nobody else. Swap is off for the lease where the kernel can account for it, so that the bound is one of memory.
+moving itself needs no grace period of the kernel (0.6 ms instead of 12 ms through `cgroup.procs`). v2 groups lie in a home
+that `groups` finds; where it has memory but no cpu controller, affinity holds the CPUs. Swap is off for the lease where the
+kernel can account for it, so that the bound is one of memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from tenure.errors import Refused, Unavailable, Unsupported
 from tenure.resources import Bound, Envelope, format_bytes, show_bytes
 from tenure.runtimes import procfs
+from tenure.runtimes.groups import leaf_of, own_groups, pids_in, subtree, unified_home, write
 
 Confine = Literal["auto", "cgroup", "rlimit"]
 _V1 = ("memory", "cpu", "cpuacct", "pids")
-_V2 = ("memory", "cpu", "pids")
+NAME = "tenure"
+"""First part of the names of all groups made here."""
+REMOVE_MAX_S = 2.0
+"""Bound of waiting for the kernel to let go of a group whose processes are gone: a few ms, while it frees their memory."""
 CPU_PERIOD_US = 100_000
 """Period of the CPU quota; the kernel's own default."""
 _MIN_QUOTA_US = 1000
+SCOPE = "systemd-run --user --scope -p Delegate=yes tenure up"
+"""How a user whose session is not delegated gets a group that is."""
 UNTOUCHED_BYTES = 256 << 20
 UNTOUCHED_PER_CPU_BYTES = 64 << 20
 """What libraries may reserve beyond the bound without touching it, a process and a cpu of its share (threads follow it).
 Seen with NumPy, scikit-learn and ONNX Runtime together: 100 MiB with one thread each, 180 MiB with two."""
-
-
-def _write(path: str, value: int | str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, str(value).encode())
-    finally:
-        os.close(fd)
 
 
 def _keyed(path: str) -> dict[str, int]:
@@ -59,7 +60,10 @@ def _number(path: str) -> int:
 
 
 class Confinement:
-    """The bounds of one attempt. `kind` is ``v1``, ``v2`` or ``rlimit``; `groups` maps controller -> folder."""
+    """The bounds of one attempt. `kind` is ``v1``, ``v2`` or ``rlimit``; `groups` maps controller -> folder.
+
+    A v2 group always has memory; cpu and pids only where they are delegated.
+    """
 
     def __init__(self, kind: str, groups: dict[str, str] | None = None) -> None:
         self.kind = kind
@@ -76,48 +80,67 @@ class Confinement:
 
     @property
     def enforced(self) -> bool:
-        """Whether the kernel holds memory and CPU; otherwise the shim polls."""
+        """Whether the kernel holds memory; otherwise the shim polls."""
         return self.kind != "rlimit"
+
+    @property
+    def holds_cpus(self) -> bool:
+        """Whether the kernel holds the CPU share; otherwise affinity does, as far as it goes."""
+        return "cpu" in self.groups
+
+    def _folders(self) -> list[str]:
+        return list(dict.fromkeys(self.groups.values()))
 
     def make(self, envelope: Envelope, pids_max: int) -> None:
         """Make the groups and write their limits. Raises OSError."""
-        for folder in dict.fromkeys(self.groups.values()):
+        for folder in self._folders():
             with contextlib.suppress(FileExistsError):
                 os.mkdir(folder)
+        if "pids" in self.groups:
+            write(f"{self.groups['pids']}/pids.max", max(1, pids_max))
         if self.enforced:
-            _write(f"{self.groups['pids']}/pids.max", max(1, pids_max))
             self._write_memory(envelope.memory_bytes)
+        if self.holds_cpus:
             self._write_cpu(envelope.cpus)
 
-    def join(self) -> None:
-        """Move the calling single-threaded process into the groups. Raises OSError."""
-        for folder in dict.fromkeys(self.groups.values()):
-            _write(f"{folder}/{'tasks' if self.kind == 'v1' else 'cgroup.procs'}", 0)
+    def join(self, pid: int = 0) -> None:
+        """Move a single-threaded process into the groups, the calling one for 0. Raises OSError."""
+        for folder in self._folders():
+            if self.kind == "v1":
+                write(f"{folder}/tasks", pid)
+                continue
+            try:
+                write(f"{folder}/cgroup.procs", pid)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                write(f"{leaf_of(folder, NAME)}/cgroup.procs", pid)  # Tenure runs again in this lease and has divided its group
 
     def _write_memory(self, size_bytes: int) -> None:
         folder = self.groups["memory"]
         if self.kind == "v2":
-            _write(f"{folder}/memory.max", size_bytes)
-            if os.path.exists(f"{folder}/memory.swap.max"):
-                _write(f"{folder}/memory.swap.max", 0)
+            write(f"{folder}/memory.max", size_bytes)
+            for name, value in (("memory.swap.max", 0), ("memory.oom.group", 1)):  # a lease out of memory ends as a whole
+                if os.path.exists(f"{folder}/{name}"):
+                    write(f"{folder}/{name}", value)
             return
         # The kernel refuses a memory+swap limit below the memory limit: grow it first, shrink it last.
         with_swap = f"{folder}/memory.memsw.limit_in_bytes"
         has_swap = os.path.exists(with_swap)
         if has_swap and _number(with_swap) < size_bytes:
-            _write(with_swap, size_bytes)
-        _write(f"{folder}/memory.limit_in_bytes", size_bytes)
+            write(with_swap, size_bytes)
+        write(f"{folder}/memory.limit_in_bytes", size_bytes)
         if has_swap:
-            _write(with_swap, size_bytes)
+            write(with_swap, size_bytes)
 
     def _write_cpu(self, cpus: float) -> None:
         quota_us = max(_MIN_QUOTA_US, round(cpus * CPU_PERIOD_US))
         folder = self.groups["cpu"]
         if self.kind == "v2":
-            _write(f"{folder}/cpu.max", f"{quota_us} {CPU_PERIOD_US}")
+            write(f"{folder}/cpu.max", f"{quota_us} {CPU_PERIOD_US}")
         else:
-            _write(f"{folder}/cpu.cfs_period_us", CPU_PERIOD_US)
-            _write(f"{folder}/cpu.cfs_quota_us", quota_us)
+            write(f"{folder}/cpu.cfs_period_us", CPU_PERIOD_US)
+            write(f"{folder}/cpu.cfs_quota_us", quota_us)
 
     def resize(self, envelope: Envelope, shim_pid: int) -> None:
         """Change CPU and memory of what runs. Raises Refused when more memory is in use than the new bound."""
@@ -127,49 +150,88 @@ class Confinement:
                 f"resize refused: the lease uses {show_bytes(used)} of memory, above the {show_bytes(envelope.memory_bytes)} "
                 "asked for. Have the job free memory first, or ask for more."
             )
-        if self.enforced:
-            try:
+        try:
+            if self.kind == "v2":
+                self._make_fit(envelope.memory_bytes)
+            if self.enforced:
                 self._write_memory(envelope.memory_bytes)
+            if self.holds_cpus:
                 self._write_cpu(envelope.cpus)
-            except OSError as error:
-                raise Refused(f"resize to {envelope.describe()} refused by the kernel: {error}; ask for more memory") from error
-            return
-        mask = cpu_mask(envelope.cpus)
+        except OSError as error:
+            raise Refused(f"resize to {envelope.describe()} refused by the kernel: {error}; ask for more memory") from error
+        for pid in self._tasks_of(shim_pid):
+            with contextlib.suppress(OSError):
+                if not self.enforced:
+                    limit_memory(envelope, pid)
+                if not self.holds_cpus:
+                    os.sched_setaffinity(pid, cpu_mask(envelope.cpus))
+
+    def _tasks_of(self, shim_pid: int) -> Iterator[int]:
+        """Yield the threads below a shim: affinity is each one's own."""
         for pid in procfs.descendants(shim_pid):
             with contextlib.suppress(OSError):
-                limit_memory(envelope, pid)
-                os.sched_setaffinity(pid, mask)
+                yield from (int(task) for task in os.listdir(f"/proc/{pid}/task"))
+
+    def _make_fit(self, size_bytes: int) -> None:
+        """Have the kernel take back page cache above a coming v2 bound: the bound itself would kill where memory.high waits.
+
+        Raises Refused when what is left is still above it.
+        """
+        folder = self.groups["memory"]
+        if _number(f"{folder}/memory.current") <= size_bytes:
+            return
+        write(f"{folder}/memory.high", size_bytes)
+        try:
+            if (left := _number(f"{folder}/memory.current")) > size_bytes:
+                raise Refused(
+                    f"resize refused: the lease holds {show_bytes(left)} of memory that cannot be taken back, above the "
+                    f"{show_bytes(size_bytes)} asked for. Have the job free memory first, or ask for more."
+                )
+            write(f"{folder}/memory.max", size_bytes)
+        finally:
+            write(f"{folder}/memory.high", "max")
 
     def members(self) -> list[int]:
-        """Return the pids in the groups; none for rlimit."""
+        """Return the pids in the groups and those below them; none for rlimit."""
         found: set[int] = set()
-        for folder in dict.fromkeys(self.groups.values()):
-            with contextlib.suppress(OSError):
-                found.update(int(word) for word in procfs.read_text(f"{folder}/cgroup.procs").split())
+        for folder in self._folders():
+            for group in subtree(folder):
+                with contextlib.suppress(OSError):
+                    found.update(pids_in(group))
         return sorted(found)
 
     def oom_kills(self) -> int:
-        """Return the kernel's own count of processes it killed here for want of memory."""
+        """Return the kernel's own count of processes it killed here because this group's limit was met.
+
+        v2 counts in one number what was killed in groups below for their own limits, and by a machine out of memory: such a
+        kill is not the lease's unless its own limit was met too, which the local counter says (since Linux 5.2).
+        """
         if not self.enforced:
             return 0
-        name = "memory.oom_control" if self.kind == "v1" else "memory.events"
-        return _keyed(f"{self.groups['memory']}/{name}").get("oom_kill", 0)
+        folder = self.groups["memory"]
+        if self.kind == "v1":
+            return _keyed(f"{folder}/memory.oom_control").get("oom_kill", 0)
+        kills = _keyed(f"{folder}/memory.events").get("oom_kill", 0)
+        return kills if kills and _keyed(f"{folder}/memory.events.local").get("oom", 1) else 0
 
     def oom_witness(self) -> str:
         """Return the counter and the limit that stand behind an out-of-memory end, in words."""
-        folder = self.groups["memory"]
-        if self.kind == "v1":
-            limit, peak = _number(f"{folder}/memory.limit_in_bytes"), _number(f"{folder}/memory.max_usage_in_bytes")
-            name = "cgroup v1 memory.oom_control"
-        else:
-            limit, peak = _number(f"{folder}/memory.max"), _number(f"{folder}/memory.peak")
-            name = "cgroup v2 memory.events"
-        return f"{name}: oom_kill {self.oom_kills()}; limit {format_bytes(limit)}, highest charge {show_bytes(peak)}"
+        name = "cgroup v1 memory.oom_control" if self.kind == "v1" else "cgroup v2 memory.events"
+        peak = f"highest charge {show_bytes(self.highest_charge_bytes())}"
+        return f"{name}: oom_kill {self.oom_kills()}; limit {format_bytes(self._limit_bytes())}, {peak}"
+
+    def _limit_bytes(self) -> int:
+        return _number(f"{self.groups['memory']}/{'memory.limit_in_bytes' if self.kind == 'v1' else 'memory.max'}")
 
     def highest_charge_bytes(self) -> int:
-        """Return the kernel's height of all memory charged, page cache included; 0 when it does not say."""
+        """Return the kernel's height of all memory charged, page cache included; 0 when it does not say.
+
+        Linux before 5.19 keeps no height for v2: one that has killed for want of memory had reached the limit.
+        """
+        if not self.enforced:
+            return 0
         name = "memory.max_usage_in_bytes" if self.kind == "v1" else "memory.peak"
-        return _number(f"{self.groups['memory']}/{name}") if self.enforced else 0
+        return _number(f"{self.groups['memory']}/{name}") or (self._limit_bytes() if self.oom_kills() else 0)
 
     def memory_bytes(self, shim_pid: int) -> int:
         """Return anonymous + shared memory now: the cgroup's statistics, else the sum over the tree."""
@@ -185,20 +247,27 @@ class Confinement:
         if self.kind == "v1":
             return _number(f"{self.groups['cpuacct']}/cpuacct.usage") / 1e9
         if self.kind == "v2":
-            return _keyed(f"{self.groups['cpu']}/cpu.stat").get("usage_usec", 0) / 1e6
+            return _keyed(f"{self.groups['memory']}/cpu.stat").get("usage_usec", 0) / 1e6  # there without the controller too
         return procfs.waited_cpu_s(shim_pid) + procfs.tree_use(procfs.descendants(shim_pid)).cpu_s
 
     def stop_forks(self) -> None:
         """Let nothing in the groups start a further process or thread."""
-        if self.enforced:
+        if "pids" in self.groups:
             with contextlib.suppress(OSError):
-                _write(f"{self.groups['pids']}/pids.max", 0)
+                write(f"{self.groups['pids']}/pids.max", 0)
+
+    def kill(self) -> None:
+        """Kill all in the groups at one blow where the kernel can (v2, since 5.14), whatever user it runs as or forks."""
+        if self.kind == "v2":
+            with contextlib.suppress(OSError):
+                write(f"{self.groups['memory']}/cgroup.kill", 1)
 
     def kill_members(self, *, timeout_s: float = 10.0) -> int:
         """Kill what is in the groups and wait until nothing is; return how many are left after `timeout_s`."""
         self.stop_forks()
         deadline = time.monotonic() + timeout_s
         while members := self.members():
+            self.kill()
             for pid in members:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -207,11 +276,19 @@ class Confinement:
             time.sleep(0.002)
         return 0
 
-    def remove(self) -> None:
-        """Remove the groups; one that is still busy stays for a later call."""
-        for folder in dict.fromkeys(self.groups.values()):
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+    def remove(self, *, timeout_s: float = REMOVE_MAX_S) -> None:
+        """Remove the groups and those that the job made below them; one still busy after `timeout_s` stays for a later call."""
+        deadline = time.monotonic() + timeout_s
+        for folder in self._folders():
+            while not _removed(folder) and time.monotonic() < deadline:
+                time.sleep(0.002)
+
+
+def _removed(folder: str) -> bool:
+    for group in subtree(folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(group)
+    return not os.path.exists(folder)
 
 
 def data_limit_bytes(envelope: Envelope) -> int:
@@ -250,10 +327,9 @@ class Confiner:
 
     def bounds(self) -> dict[str, Bound]:
         """Return how each envelope field is held."""
-        held: Bound = "advisory" if self.kind == "rlimit" else "exact"
         return {
-            "cpus": held,
-            "memory_bytes": held,
+            "cpus": "exact" if "cpu" in self._parents else "advisory",
+            "memory_bytes": "exact" if "memory" in self._parents else "advisory",
             "gpus": "advisory",
             "gpu_memory_bytes": "advisory",
             "disk_bytes": "upper",
@@ -266,10 +342,16 @@ class Confiner:
         if self.kind == "rlimit":
             why = f" ({self._why})" if self._why else ""
             return f"rlimits and polling{why}: memory per process and by the tree's sum, cpus by affinity; both advisory"
-        return f"cgroup {self.kind}: memory, cpu, pids; disk by polling"
+        held = ", ".join(controller for controller in ("memory", "cpu", "pids") if controller in self._parents)
+        text = f"cgroup {self.kind}: {held}"
+        if "cpu" not in self._parents:
+            text += "; cpus by affinity, advisory: that controller is not delegated here"
+        if "pids" not in self._parents:
+            text += "; the number of processes is not bounded"
+        return f"{text}; disk by polling"
 
 
-def find_confiner(confine: Confine = "auto", *, name: str = "tenure") -> Confiner:
+def find_confiner(confine: Confine = "auto", *, name: str = NAME) -> Confiner:
     """Return the strongest means that works here; `confine` may demand one.
 
     Raises Unsupported when cgroups are demanded and cannot be had.
@@ -284,7 +366,9 @@ def find_confiner(confine: Confine = "auto", *, name: str = "tenure") -> Confine
             reasons.append(_in_words(error))
     why = "; ".join(reasons)
     if confine == "cgroup":
-        raise Unsupported("confine", f"no cgroup can be made here ({why})", "Run as root or in a delegated scope.")
+        raise Unsupported("confine", f"no cgroup can be made here ({why})", f"Run as root or in a delegated scope: {SCOPE}.")
+    if os.path.exists(f"/run/user/{os.geteuid()}/systemd/private"):
+        why += f'; exact bounds by starting with "{SCOPE}"'
     return Confiner("rlimit", why=why)
 
 
@@ -292,32 +376,6 @@ def _in_words(error: OSError | Unavailable) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{os.path.dirname(str(error.filename))}: {error.strerror}"
     return str(error)
-
-
-def own_groups(mountinfo: str, membership: str) -> dict[str, str]:
-    """Return controller -> our own group's folder, from /proc/self/mountinfo and /proc/self/cgroup (cgroups(7)).
-
-    The unified hierarchy's key is the empty string. Controllers that are not mounted here are left out.
-    """
-    paths: dict[str, str] = {}
-    for line in membership.splitlines():
-        _, controllers, path = line.split(":", 2)
-        paths.update(dict.fromkeys(controllers.split(","), path))
-    found: dict[str, str] = {}
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        if not kind or kind[0] not in ("cgroup", "cgroup2"):
-            continue
-        root, point = fields[3], fields[4]
-        names = [""] if kind[0] == "cgroup2" else [word for word in kind[2].split(",") if word in paths]
-        for controller in names:
-            if controller not in paths:
-                continue
-            path = paths[controller]
-            inner = os.path.relpath(path, root) if path == root or path.startswith(root.rstrip("/") + "/") else "."
-            found.setdefault(controller, os.path.normpath(os.path.join(point, inner)))
-    return found
 
 
 def _own() -> dict[str, str]:
@@ -337,34 +395,14 @@ def _find_v2(name: str) -> Confiner:
     own = _own().get("")
     if own is None:
         raise Unavailable("no cgroup v2 is mounted")
-    if os.path.basename(own).endswith(f"{name}.agent"):
-        own = os.path.dirname(own)  # we are in the leaf that an earlier call made
-    available = procfs.read_text(f"{own}/cgroup.controllers").split()
-    missing = [controller for controller in _V2 if controller not in available]
-    if missing:
-        raise Unavailable(f"cgroup v2 {own} lacks {', '.join(missing)}")
-    _delegate(own, name)
-    _try(Confinement("v2", {controller: f"{own}/{name}.probe.{os.getpid()}" for controller in _V2}))
-    return Confiner("v2", dict.fromkeys(_V2, own))
-
-
-def _delegate(own: str, name: str) -> None:
-    """Switch the controllers on for groups below ours, moving ourselves into a leaf when we are alone in it.
-
-    Raises OSError (busy) where others share our group and it is not the root: start in a scope of its own then.
-    """
-    if set(_V2) <= set(procfs.read_text(f"{own}/cgroup.subtree_control").split()):
-        return
-    others = [int(word) for word in procfs.read_text(f"{own}/cgroup.procs").split() if int(word) != os.getpid()]
-    leaf = f"{own}/{name}.agent"
-    if not others:
-        os.makedirs(leaf, exist_ok=True)
-        _write(f"{leaf}/cgroup.procs", os.getpid())
-    _write(f"{own}/cgroup.subtree_control", " ".join(f"+{controller}" for controller in _V2))
+    home, controllers = unified_home(own, name)
+    _try(Confinement("v2", dict.fromkeys(controllers, f"{home}/{name}.probe.{os.getpid()}")))
+    return Confiner("v2", dict.fromkeys(controllers, home))
 
 
 def _try(probe: Confinement) -> None:
-    """Make a group with limits and remove it, and those of processes that died over theirs. Raises OSError where we may not."""
+    """Make a group with limits, move a child into it, remove it, and those of processes that died over theirs. Raises OSError
+    where we may not."""
     for folder in dict.fromkeys(probe.groups.values()):
         parent, name = os.path.split(folder)
         stem = name.rpartition(".")[0]
@@ -375,5 +413,11 @@ def _try(probe: Confinement) -> None:
                     os.rmdir(f"{parent}/{other}")
     try:
         probe.make(Envelope(), 16)
+        child = subprocess.Popen(["/bin/sh", "-c", "read line"], stdin=subprocess.PIPE, start_new_session=True)
+        try:
+            probe.join(child.pid)
+        finally:
+            child.kill()
+            child.communicate()
     finally:
         probe.remove()

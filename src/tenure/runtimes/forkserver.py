@@ -71,6 +71,7 @@ class ForkServer:
                 raise OSError("it closed its socket")
         except OSError as error:
             ours.close()
+            self._drop()  # one that comes up after all would serve nobody
             raise Unavailable(f"the fork server did not come up within {self._answer_s:g} s: {error}") from error
         self._socket = ours
         return ours

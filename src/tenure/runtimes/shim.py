@@ -307,6 +307,8 @@ class Shim:
             if not self._confinement.enforced and (self._folder / "execs").exists():
                 targets.update(procfs.with_environment("TENURE_LEASE_ID", self._spec["lease_id"]))
             targets.discard(mine)
+            if targets:
+                self._confinement.kill()
             for number in (signal.SIGSTOP, signal.SIGKILL):  # stop first: what is stopped forks no further
                 for pid in targets:
                     with contextlib.suppress(OSError):
