@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tenure.agent import shares
 from tenure.errors import Refused, SpecError, Unavailable
-from tenure.resources import Capacity
+from tenure.resources import Capacity, Gpu
 from tenure.runtimes import procfs
 
 GIB = 1 << 30
@@ -43,6 +44,19 @@ def test_who_comes_second_gets_what_is_left(path, other, monkeypatch):
     _held_by(path, other, monkeypatch, cpus=1, memory_bytes=2 * GIB)
     mine = shares.reserve("/home/b", "second", WHOLE, boot_id="b", path=path)
     assert (mine.cpus, mine.memory_bytes) == (3, 6 * GIB)
+
+
+def test_a_device_is_offered_by_one_agent_only_and_the_disk_by_shares(path, other, monkeypatch):
+    whole = replace(WHOLE, disk_bytes=100 * GIB, gpus=(Gpu(index=0, memory_bytes=GIB), Gpu(index=1, memory_bytes=GIB)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: other.pid)
+        first = shares.reserve("/home/a", "first", whole, boot_id="b", cpus=1, path=path)
+    second = shares.reserve("/home/b", "second", whole, boot_id="b", path=path)
+    assert (first.gpus, second.gpus) == (whole.gpus, ())
+    assert (first.disk_bytes, second.disk_bytes) == (25 * GIB, 75 * GIB)
+    other.kill()
+    other.wait()
+    assert shares.reserve("/home/b", "second", whole, boot_id="b", path=path).gpus == whole.gpus
 
 
 def test_what_is_taken_is_refused_with_who_holds_it(path, other, monkeypatch):
@@ -138,7 +152,7 @@ AS_NOBODY = """
 import os, sys
 from pathlib import Path
 from tenure.agent import shares
-from tenure.resources import Capacity
+from tenure.resources import Capacity, Gpu
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 whole = Capacity(cpus=4, memory_bytes=8 << 30)
 print(shares.reserve("/home/n", "n", whole, boot_id="b", path=Path(sys.argv[1])).cpus)

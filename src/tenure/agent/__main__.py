@@ -13,11 +13,12 @@ from pathlib import Path
 
 from tenure.agent import shares
 from tenure.agent.node import Agent
-from tenure.errors import Refused, TenureError, Unavailable
+from tenure.errors import Refused, SpecError, TenureError, Unavailable
 from tenure.meter.machine import capacity
 from tenure.protocols import SystemClock
 from tenure.resources import parse_bytes, parse_duration
 from tenure.runtimes.process import ProcessRuntime
+from tenure.sockets import check_owner
 
 REFUSED = 3
 """Exit code: the machine's share that was asked for is taken."""
@@ -28,6 +29,11 @@ TAKEN = 4
 def main(argv: list[str] | None = None) -> int:
     """Run the agent; return an exit code: 0, 1 for an error, REFUSED, TAKEN."""
     options = _options(argv)
+    try:
+        check_owner(options.home)
+    except SpecError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
     state_dir = options.home / "nodes" / options.node
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -17,7 +17,7 @@ import pwd
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tenure.runtimes import procfs
 _LEAST_MEMORY_BYTES = 64 << 20
 _MAX_FILE_BYTES = 1 << 20
 _LOCK_MAX_S = 5.0
-_JSON_TYPES = {"str": ("str",), "int": ("int",), "float": ("int", "float")}
+_JSON_TYPES = {"str": ("str",), "int": ("int",), "float": ("int", "float"), "list[int]": ("list",)}
 
 
 def shares_path() -> Path:
@@ -51,6 +51,8 @@ class Share:
     boot_id: str
     cpus: float
     memory_bytes: int
+    gpus: list[int] = field(default_factory=list)
+    """Indices of the devices that it offers."""
 
 
 def reserve(
@@ -66,8 +68,9 @@ def reserve(
     """Reserve a part of the machine for this process until it ends, and return it.
 
     cpus, memory_bytes: what is needed; one alone brings the same share of the other, neither takes what the others have
-    left. Raises Refused, with who holds the rest, when that is less than needed or next to nothing; SpecError when more is
-    asked than the machine has; Unavailable when the file cannot be used.
+    left. Devices that nobody offers come with it, and of the disk the share that it has of the cores. Raises Refused, with
+    who holds the rest, when that is less than needed or next to nothing; SpecError when more is asked than the machine has;
+    Unavailable when the file cannot be used.
     """
     if cpus is not None or memory_bytes is not None:
         wanted = whole.with_part(cpus=cpus, memory_bytes=memory_bytes)
@@ -93,9 +96,14 @@ def reserve(
             boot_id=boot_id,
             cpus=part_cpus,
             memory_bytes=part_bytes,
+            gpus=[gpu.index for gpu in whole.gpus if not any(gpu.index in share.gpus for share in others)],
         )
         _write(fd, [*others, mine])
-    return whole.with_part(cpus=part_cpus, memory_bytes=part_bytes)
+    return replace(
+        whole.with_part(cpus=part_cpus, memory_bytes=part_bytes),
+        disk_bytes=int(whole.disk_bytes * part_cpus / whole.cpus),
+        gpus=tuple(gpu for gpu in whole.gpus if gpu.index in mine.gpus),
+    )
 
 
 def release(path: Path | None = None) -> None:
