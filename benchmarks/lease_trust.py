@@ -35,6 +35,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.broker.conftest import die
+
 from benchmarks.harness import Control, Options, Result, judge
 from benchmarks.trust_agents import Agents, VirtualClock
 from benchmarks.trust_oracle import Oracle
@@ -404,8 +406,7 @@ class World:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         self.agents.broker_died()
-        await self.broker.close()
-        self.ledger.close()
+        await die(self.broker)
         self._open()
         if self.rng.random() < 0.8:
             await self.broker.nodes.reach_all()

@@ -14,7 +14,7 @@ class Event:
     kinds: ``lease.<state>``, ``lease.renewed``, ``lease.started`` (an attempt's process runs), ``lease.exited``;
     ``node.up``, ``node.draining``, ``node.unreachable``, ``node.lost``, ``node.removed``; ``run.<state>``,
     ``stage.<state>``; ``invoked``; ``broker.started``.
-    A ``lease.*`` event carries the whole lease in `data["lease"]`, so that a state can be rebuilt from events alone.
+    ``lease.*`` and ``invoked`` carry the whole lease in `data["lease"]`, so that a state can be rebuilt from events alone.
     """
 
     seq: int

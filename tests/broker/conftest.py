@@ -41,6 +41,14 @@ def node(name: str, *, cpus: float = 4.0, memory_bytes: int = 1024 * MIB) -> Nod
     return Node(name=name, capacity=Capacity(cpus=cpus, memory_bytes=memory_bytes), machine=Machine(cpu_model="fake"))
 
 
+async def die(broker: Broker) -> None:
+    """End a broker as kill -9 would: what has not gone to disk never does."""
+    book = broker.book
+    book._batch, book._points = None, []
+    book.ledger.close()
+    await broker.close()
+
+
 class World:
     """A broker over imagined nodes, driven by hand. `restart` is a kill -9 followed by a new broker."""
 
@@ -66,8 +74,7 @@ class World:
         return self
 
     async def restart(self) -> None:
-        await self.broker.close()
-        self.ledger.close()
+        await die(self.broker)
         self._open()
         await self.up()
 

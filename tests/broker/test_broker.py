@@ -642,8 +642,15 @@ def test_what_could_not_be_started_before_its_slot_was_over_is_not_started(play)
     async def scene(world: World) -> None:
         member = wire.GangMember(worker=0, envelope=Envelope(slot_s=10.0, total_s=10.0), command=Command(argv=("work",)))
         asked = wire.RequestGang(gang_id="g", run_id="r", stage="s", members=(member,))
+        grant = world.broker.book.before_commit
+
+        def grant_on_a_slow_disk() -> None:
+            world.broker.book.before_commit = grant
+            grant()
+            world.clock.now_s += 11.0  # before the order went out
+
+        world.broker.book.before_commit = grant_on_a_slow_disk
         (lease,) = await world.broker.handlers.op_request_gang(asked, None)
-        world.clock.now_s += 11.0  # before the order went out
         await world.settle()
         assert world.fleet.started == []
         ended = world.lease(lease.id)

@@ -266,3 +266,13 @@ def test_a_plan_is_made_once_until_something_changes():
     assert world.fold.plan(2.0) is not plan
     world.ask(replace(a_lease("z"), state=LeaseState.RESERVED, starts_at_s=100.0))
     assert world.fold.plan(99.0) != world.fold.plan(100.0)
+
+
+def test_an_invocation_tells_the_lease_too():
+    world = World()
+    world.up(a_node("a"))
+    world.ask(a_lease("x"))
+    world.grant(world.fold.plan(0.0))
+    lease = replace(world.leases["x"], attempt=1, ends_at_s=99.0)
+    world.hear("", "invoked", {"lease": to_builtins(lease)})
+    assert world.fold.snapshot()["held"]["a"]["x"] == lease

@@ -86,12 +86,12 @@ class Placement:
         }
 
     def apply(self, event: Event) -> None:
-        """Take in one event. Kinds other than ``lease.*`` and ``node.*`` change nothing.
+        """Take in one event. Kinds other than ``lease.*``, ``invoked`` and ``node.*`` change nothing.
 
-        ``lease.*`` carries `data["lease"]`, ``node.up`` carries `data["node"]`, each as the noun or as plain data.
+        The first two carry `data["lease"]`, ``node.up`` carries `data["node"]`, each as the noun or as plain data.
         Raises CorruptData when that does not fit the noun.
         """
-        if event.kind.startswith("lease."):
+        if event.kind.startswith("lease.") or event.kind == "invoked":
             lease = event.data.get("lease")
             if lease is not None:
                 self._put(lease if isinstance(lease, Lease) else from_builtins(lease, Lease))
