@@ -106,7 +106,7 @@ class Real:
 
     async def asked(self, gang: str, *, script: str = BEATS, slot_s: float = 60.0, total_s: float = 120.0) -> Lease:
         """Return a lease of one job, granted or not. Two of them do not fit on one node."""
-        envelope = Envelope(cpus=0.15, memory_bytes=64 * MIB, disk_bytes=MIB, slot_s=slot_s, total_s=total_s)
+        envelope = Envelope(cpus=0.15, memory_bytes=64 * MIB, disk_bytes=128 << 10, slot_s=slot_s, total_s=total_s)
         member = wire.GangMember(worker=0, envelope=envelope, command=Command(argv=("sh", "-c", script), grace_s=1.0))
         (lease,) = await self.ask("request_gang", gang_id=gang, run_id="r", stage=gang, members=(member,), queue_s=60.0)
         return lease  # type: ignore[no-any-return]
