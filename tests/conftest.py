@@ -1,14 +1,19 @@
 """Shared by all tests: sockets go to a folder that is removed afterwards, and no test touches the user's own home."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from tests import postgres
 
-from tenure.ledger.address import Address
+if TYPE_CHECKING:
+    from tests import postgres
+
+    from tenure.ledger.address import Address
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +30,8 @@ def _own_runtime_folder():
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[postgres.Server]:
     """A PostgreSQL server for the whole session; tests that use it carry the mark ``postgres``."""
+    from tests import postgres  # imported late: the guest has this file, but neither that one nor a ledger
+
     if why := postgres.why_absent():
         pytest.skip(why)
     with postgres.running() as server:
@@ -34,6 +41,8 @@ def postgres_server() -> Iterator[postgres.Server]:
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     """Where a new ledger of the test may lie: once a file, once a schema of its own."""
+    from tenure.ledger.address import Address
+
     if request.param == "sqlite":
         return Address(path=tmp_path / "ledger.sqlite")
     return Address.parse(request.getfixturevalue("postgres_server").new_schema())

@@ -27,6 +27,7 @@ CANNOT_RUN = 127
 """Exit code when the command could not be started, as in a shell."""
 MAX_OUTPUT_BYTES = 1 << 20
 _LOOK_EVERY_S = 0.1
+_EXEC_MAX_S = 0.5
 
 
 def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, timeout_s: float) -> tuple[int, bytes]:
@@ -34,7 +35,7 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
 
     Raises Unavailable when it did not end within `timeout_s`, Conflict when the lease ended before it. It is ended then.
     """
-    environment = procfs.environment(job_pid) or dict(os.environ, TENURE_LEASE_ID=handle.lease_id)
+    environment = _environment(job_pid) or dict(os.environ, TENURE_LEASE_ID=handle.lease_id)
     process = subprocess.Popen(
         [sys.executable, "-c", "from tenure.runtimes.execin import main; main()", json.dumps(plan)],
         stdin=subprocess.DEVNULL,
@@ -55,6 +56,14 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
             process.stdout.close()
             process.wait()
     return process.returncode, output
+
+
+def _environment(job_pid: int) -> dict[str, str]:
+    """Return the job's environment; one whose program has just begun shows none for a moment (execve(2) is not through)."""
+    end_s = time.monotonic() + _EXEC_MAX_S
+    while not (found := procfs.environment(job_pid)) and time.monotonic() < end_s and procfs.start_ticks(job_pid):
+        time.sleep(0.005)
+    return found
 
 
 def _collect(process: subprocess.Popen[bytes], fd: int, handle: RuntimeHandle, deadline_s: float) -> bytes | None:
