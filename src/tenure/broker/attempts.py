@@ -138,7 +138,6 @@ class Attempts:
     def _spec(self, lease: Lease, event_file: str) -> StartSpec:
         files = RunFiles(self._home, lease.run_id)
         worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
-        files.logs(lease.stage).mkdir(parents=True, exist_ok=True)
         deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
         env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
         # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.

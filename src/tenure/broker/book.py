@@ -30,7 +30,7 @@ USAGE_PER_STEP = 900
 
 ROOM_AGAIN_S = 2.0
 QUIET_S = 0.001
-MAX_GATHER_S = 0.02
+MAX_GATHER_S = 0.05
 """While several calls are being answered, a batch goes to disk when nothing has joined for QUIET_S, or after MAX_GATHER_S."""
 
 
