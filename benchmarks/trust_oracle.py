@@ -38,6 +38,10 @@ class _Known:
     granted_boot_s: float = 0.0
     ends_boot_s: float = 0.0
     """End of the slot on CLOCK_BOOTTIME as the oracle counts it, from grants, renewals and invocations."""
+    renewed: tuple[float, float] = (0.0, 0.0)
+    """When it was last renewed, and the end before: a start order on its way then says that one, and is put right at once."""
+    asked: list[float] = field(default_factory=list)
+    """Ends that renewals asked for, of which none is on disk yet, in order."""
 
 
 @dataclass(slots=True)
@@ -138,6 +142,13 @@ class Oracle:
             self._fence = max(self._fence, lease.fence)
         elif lease.fence != before.fence:
             self.say("fence", f"{lease.id} changed its fence from {before.fence} to {lease.fence} without a grant")
+        if kind == "lease.renewed":
+            if known.asked:
+                total_s = known.granted_boot_s + lease.envelope.total_s
+                known.renewed = (now_s, known.ends_boot_s)
+                known.ends_boot_s = min(max(known.ends_boot_s, known.asked.pop(0)), total_s)
+            else:
+                self.say("renewed_unasked", f"{lease.id} was renewed although nobody asked")
         if kind == "invoked":
             known.ends_boot_s = min(now_s + lease.envelope.slot_s, known.granted_boot_s + lease.envelope.total_s)
         if lease.state in HOLDING:
@@ -153,12 +164,21 @@ class Oracle:
                 if lease.id in running:
                     self.say("runs_past_end", f"{lease.id} ended {lease.end_reason} ({lease.end_detail}) and runs on {node}")
 
-    def renewed(self, lease_id: str, for_s: float) -> None:
-        """Note that a renewal was answered for."""
-        known = self._known.get(lease_id)
-        if known is not None:
-            total_s = known.granted_boot_s + known.lease.envelope.total_s
-            known.ends_boot_s = min(max(known.ends_boot_s, self.clock.boot_s() + for_s), total_s)
+    def renewal_asked(self, lease_id: str, for_s: float) -> None:
+        """Note that a renewal is asked for; what counts is that it is written down, answered or not."""
+        if (known := self._known.get(lease_id)) is not None:
+            known.asked.append(self.clock.boot_s() + for_s)
+
+    def renewal_refused(self, lease_id: str) -> None:
+        """Note that the last one was refused before anything was written."""
+        if (known := self._known.get(lease_id)) is not None and known.asked:
+            known.asked.pop()
+
+    def broker_died(self) -> None:
+        """Take in what was on disk; what was asked for and is not was never promised."""
+        self.look()
+        for known in self._known.values():
+            known.asked.clear()
 
     def _check_gang(self, gang: str) -> None:
         members = [self._known[name].lease for name in self._gangs.get(gang, ()) if name in self._known]
@@ -178,6 +198,8 @@ class Oracle:
         total_s = known.granted_boot_s + known.lease.envelope.total_s
         if deadline_s > total_s + EPSILON:
             self.say("past_total", f"{op} of {lease_id}: deadline {deadline_s}, its total is over at {total_s}")
+        elif op == "start" and known.renewed[0] == self.clock.boot_s() and abs(deadline_s - known.renewed[1]) <= 1e-3:
+            return
         elif abs(deadline_s - known.ends_boot_s) > 1e-3:
             self.say("deadline_moved", f"{op} of {lease_id}: deadline {deadline_s}, its slot is over at {known.ends_boot_s}")
 
