@@ -61,7 +61,7 @@ LEGAL_CHANGES: Mapping[LeaseState, frozenset[LeaseState]] = {
     _S.DRAINING: frozenset({_S.ENDED}),
     _S.ENDED: frozenset(),
 }
-"""Which state may follow which. A renewal changes times only and keeps the state `active`."""
+"""Which state may follow which. A renewal changes times only and keeps the state."""
 
 HOLDING = frozenset({_S.GRANTING, _S.ACTIVE, _S.RESIZING, _S.DRAINING})
 """States in which the lease's envelope is taken from its node."""
@@ -143,7 +143,7 @@ def renewed(lease: Lease, *, for_s: float, now_s: float) -> Lease:
 
     Raises IllegalChange when the lease is not active or its total is spent.
     """
-    if lease.state not in (LeaseState.GRANTING, LeaseState.ACTIVE):
+    if lease.state not in (LeaseState.GRANTING, LeaseState.ACTIVE, LeaseState.RESIZING):
         raise IllegalChange(f"lease {lease.id} is {lease.state}; only an active lease can be renewed")
     if now_s >= lease.total_ends_at_s:
         raise IllegalChange(f"lease {lease.id} has spent its total time; request a new one")

@@ -128,3 +128,28 @@ def test_a_broker_whose_nodes_came_up_slowly_still_waits_for_its_first_client(pl
         assert world.broker.leaving
 
     play(scene)
+
+
+def test_a_lease_whose_resize_a_client_left_half_done_can_be_renewed_at_once(play) -> None:
+    async def scene(world: World) -> None:
+        (lease,) = await world.gang(slot_s=100.0, total_s=1000.0)
+        answers = asyncio.Event()
+
+        async def slow(*_args: object, **_more: object) -> wire.Nothing:
+            await answers.wait()
+            return wire.Nothing()
+
+        call = world.fleet.call
+        world.fleet.call = lambda name, op, args, **more: slow() if op == "resize" else call(name, op, args, **more)
+        asked = asyncio.ensure_future(world.ask("resize", lease_id=lease.id, envelope=LARGER))
+        await asyncio.sleep(0.01)
+        asked.cancel()  # the client was killed
+        await asyncio.gather(asked, return_exceptions=True)
+        assert world.lease(lease.id).state is LeaseState.RESIZING
+        await world.ask("renew", lease_id=lease.id, for_s=500.0)
+        world.fleet.call = call
+        await world.after(10.0)
+        after = world.lease(lease.id)
+        assert (after.state, after.ends_at_s) == (LeaseState.ACTIVE, lease.starts_at_s + 500.0)
+
+    play(scene)
