@@ -267,7 +267,8 @@ class RuntimeContract:
 
     def test_a_command_runs_inside_the_lease(self, bench):
         handle = bench.start("sleep", "60", env={"WORD": "inner"})
-        assert bench.runtime.exec(handle, ["sh", "-c", "echo $WORD; exit 4"], timeout_s=LONG_S) == (4, b"inner\n")
+        found = bench.runtime.exec(handle, ["sh", "-c", "echo $WORD; exit 4"], timeout_s=LONG_S)
+        assert found == (4, b"inner\n"), found
         bench.runtime.stop(handle, grace_s=0, fence=1)
         bench.end(handle)
         with pytest.raises(Conflict):

@@ -118,3 +118,18 @@ def test_a_lease_that_was_half_forgotten_is_forgotten_by_the_next_runtime(runtim
     noted.spec.unlink()
     ProcessRuntime(tmp_path / "state").close()
     assert not noted.root.exists()
+
+
+def test_a_lease_of_another_home_with_the_same_id_is_left_alone(tmp_path):
+    homes = [ProcessRuntime(tmp_path / name / "state", confine="rlimit") for name in ("mine", "yours")]
+    try:
+        mine, yours = (Bench(home, tmp_path / name) for home, name in zip(homes, ("mine", "yours"), strict=True))
+        killed, other = mine.start("sleep", "60"), yours.start("sleep", "60")
+        os.kill(killed.pid, signal.SIGKILL)
+        assert "shim lost" in mine.end(killed).witness
+        assert yours.runtime.wait(other, 0.2) is None
+        yours.runtime.stop(other, grace_s=0, fence=1)
+        assert yours.end(other).kind is ExitKind.STOPPED
+    finally:
+        for home in homes:
+            home.close()

@@ -35,7 +35,8 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
 
     Raises Unavailable when it did not end within `timeout_s`, Conflict when the lease ended before it. It is ended then.
     """
-    environment = _environment(job_pid) or dict(os.environ, TENURE_LEASE_ID=handle.lease_id)
+    names = {"TENURE_LEASE_ID": handle.lease_id, "TENURE_WORKER_DIR": plan["worker_dir"]}  # by these its processes are found
+    environment = _environment(job_pid) or os.environ | names
     process = subprocess.Popen(
         [sys.executable, "-c", "from tenure.runtimes.execin import main; main()", json.dumps(plan)],
         stdin=subprocess.DEVNULL,

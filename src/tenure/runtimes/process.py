@@ -272,6 +272,7 @@ class ProcessRuntime:
             "argv": list(argv),
             "envelope": control["envelope"],
             "user": last["spec"]["user"],
+            "worker_dir": last["spec"]["worker_dir"],
             "workdir": last["spec"]["workdir"],
         }
         return run_inside(plan, handle, job_pid=int(shim.get("job_pid", 0)), timeout_s=timeout_s)
@@ -327,7 +328,7 @@ class ProcessRuntime:
                 return
         left = confinement.kill_members()
         if last["boot_id"] == self._boot_id:
-            left += _kill_named(str(last["spec"]["lease_id"]))
+            left += _kill_named(str(last["spec"]["worker_dir"]))
         confinement.remove()
         if shim is None and not left:
             shutil.rmtree(files.root, ignore_errors=True)
@@ -405,11 +406,14 @@ def _start_error(spec: StartSpec, report: Mapping[str, Any]) -> TenureError:
     return Unavailable(f"{found} (while it was to {report.get('step')})")
 
 
-def _kill_named(lease_id: str, *, rounds: int = 100) -> int:
-    """Kill all processes whose environment names the lease; return how many are left after `rounds` looks 5 ms apart."""
+def _kill_named(worker_dir: str, *, rounds: int = 100) -> int:
+    """Kill all processes whose environment names the attempt's folder; return how many are left after `rounds` looks.
+
+    Not by the lease's id: another home of this machine may have one of the same name.
+    """
     pids: list[int] = []
     for _ in range(rounds):
-        pids = [pid for pid in procfs.with_environment("TENURE_LEASE_ID", lease_id) if procfs.start_ticks(pid)]
+        pids = [pid for pid in procfs.with_environment("TENURE_WORKER_DIR", worker_dir) if procfs.start_ticks(pid)]
         if not pids:
             return 0
         for number in (signal.SIGSTOP, signal.SIGKILL):

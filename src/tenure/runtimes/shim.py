@@ -305,7 +305,7 @@ class Shim:
         while True:
             targets = set(procfs.descendants(mine)) | set(self._confinement.members())
             if not self._confinement.enforced and (self._folder / "execs").exists():
-                targets.update(procfs.with_environment("TENURE_LEASE_ID", self._spec["lease_id"]))
+                targets.update(procfs.with_environment("TENURE_WORKER_DIR", self._spec["worker_dir"]))
             targets.discard(mine)
             if targets:
                 self._confinement.kill()
