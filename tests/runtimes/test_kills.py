@@ -7,7 +7,7 @@ import signal
 import pytest
 from tests.contracts.runtime_contract import Bench, until
 
-from tenure.errors import Conflict, NotFound, Unavailable
+from tenure.errors import Conflict, NotFound
 from tenure.protocols import ExitKind
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.forkserver import ForkServer
@@ -61,20 +61,19 @@ def test_a_shim_that_comes_up_after_its_attempt_was_given_up_runs_nothing(runtim
     assert not noted.shim.exists()
 
 
-def test_what_a_dying_shim_had_begun_is_not_begun_twice(tmp_path, monkeypatch):
+def test_what_a_shim_had_begun_whose_report_got_lost_is_known_by_its_note_and_not_begun_twice(tmp_path, monkeypatch):
     asked = []
 
     def die_after_the_note(_server, channel, _order):
         channel.close()
         asked.append(1)
-        (tmp_path / "shim.json").write_text("{}")
+        (tmp_path / "shim.json").write_text('{"pid": 7}')
         return b""
 
     server = ForkServer()
     try:
         monkeypatch.setattr(ForkServer, "_ask", die_after_the_note)
-        with pytest.raises(Unavailable, match="without a report"):
-            server.start({"folder": str(tmp_path)})
+        assert server.start({"folder": str(tmp_path)}) == {"pid": 7}
     finally:
         server.close()
     assert len(asked) == 1
