@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,16 @@ def run(options: Options) -> Result:
     processes = min(2, os.cpu_count() or 1)
     begun_s = time.perf_counter()
     # Spawned: a world must not share the parent's state, and the control patches its process for good.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
+    # Not concurrent.futures: with a bound on a child's tasks its pool stands still once all children are spent (Python 3.11).
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=8) as pool:
         found = []
-        for one in pool.map(play, seeds, [each] * len(seeds)):
+        for one in pool.imap(partial(play, operations=each), seeds):
             found.append(one)
             said = one["violations"] or "trusted"
             print(f"world {one['seed']}: {each} operations in {one['cpu_s']:.0f} s of CPU; {said}", flush=True)
     wall_s = time.perf_counter() - begun_s
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        broken = pool.submit(play, options.seed, CONTROL_OPERATIONS, summed=True).result()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        broken = pool.apply(play, (options.seed, CONTROL_OPERATIONS), {"summed": True})
     counts: Counter[str] = sum((Counter(one["counts"]) for one in found), Counter())
     violations: Counter[str] = sum((Counter(one["violations"]) for one in found), Counter())
     first = {kind: f"seed {one['seed']} {text}" for one in reversed(found) for kind, text in one["first"].items()}
