@@ -166,9 +166,14 @@ class RuntimeContract:
         assert bench.end(handle).kind is ExitKind.COMPLETED
         assert gone(int(bench.log(handle).split()[1]))
 
+    def test_the_deadline_given_at_the_start_ends_the_job(self, bench):
+        assert bench.end(bench.start("sleep", "60", slot_s=0.7 * SLOWNESS, grace_s=0.1)).kind is ExitKind.OUT_OF_TIME
+
     def test_the_deadline_ends_a_job_that_ignores_sigterm(self, bench):
-        code = "trap '' TERM; while :; do sleep 0.05; done"
-        ended = bench.end(bench.start("sh", "-c", code, slot_s=0.7 * SLOWNESS, grace_s=0.3 * SLOWNESS))
+        handle = bench.start("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done", grace_s=0.3 * SLOWNESS)
+        bench.said(handle, "ready")  # before that it would obey
+        bench.runtime.renew(handle, deadline_boot_s=CLOCK.boot_s(), fence=1)
+        ended = bench.end(handle)
         assert (ended.kind, ended.signal) == (ExitKind.OUT_OF_TIME, signal.SIGKILL)
 
     def test_renewal_moves_the_deadline_and_tells_the_job(self, bench):
