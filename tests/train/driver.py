@@ -81,6 +81,9 @@ class KillingFiles(Files):
     def move(self, source: Path, target: Path) -> bool:
         return bool(self._step("move", source, target))
 
+    def read(self, path: Path, offset: int = 0, size: int = -1) -> bytearray:
+        return bytearray(self._step("read", path, offset, size))
+
     def names(self, folder: Path, *, hidden: bool = False) -> list[str]:
         return list(self._step("names", folder, hidden=hidden))
 

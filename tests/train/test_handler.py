@@ -13,7 +13,7 @@ from tenure.train.handler import Outcome
 from tenure.train.programs import Arrays
 from tenure.train.progress import measure, read_progress
 from tenure.train.spec import TrainSpec
-from tenure.train.store import Store, gradient_name, read_result, weights_name
+from tenure.train.store import Store, node_name, read_result, weights_name
 
 from .driver import SHARDS, Driver, Tiny
 
@@ -59,7 +59,7 @@ def test_a_torn_gradient_is_quarantined_and_computed_again(tmp_path: Path, refer
     driver = Driver(tmp_path)
     driver.invoke({"start": True, "workers": 2, "generation": 0, "worker": 0})
     driver.step()  # worker 0 left its shards of round 0
-    victim = tmp_path / "store" / gradient_name(0, 2)
+    victim = tmp_path / "store" / node_name(0, (0, 2))
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     content[-70] ^= 1
@@ -72,26 +72,27 @@ def test_torn_weights_are_computed_again_from_the_round_before(tmp_path: Path, r
     driver = Driver(tmp_path)
     driver.invoke({"start": True, "workers": 2, "generation": 0, "worker": 0})
     store = Store(tmp_path / "store", worker=9)
-    while store.latest_round() < 3:
+    while store.newest_sum() < 3:
         driver.step()
-    newest = tmp_path / "store" / weights_name(store.latest_round())
+    newest = tmp_path / "store" / weights_name(store.checkpoints()[-1])
     newest.write_bytes(newest.read_bytes()[:-100])
     assert driver.run(2) == reference
 
 
 def test_a_dead_claimer_is_replaced_after_the_claim_period(tmp_path: Path, reference: str) -> None:
-    driver = Driver(tmp_path)
+    driver = Driver(tmp_path, exchange="central")
     dead = Store(tmp_path / "store", worker=5)
-    dead.publish_json("claims/combine-00000000.0000", {"owner": "worker 5, dead"})
-    assert driver.run(1) == reference
+    dead.publish_json("claims/sum-00000000-0001-0000.0000", {"owner": "worker 5, dead"})
+    assert driver.run(2) == reference
     assert driver.now_s >= driver.spec.claim_period_s
 
 
-def test_only_the_last_two_rounds_stay_on_disk(tmp_path: Path) -> None:
+def test_only_two_checkpoints_and_what_came_after_them_stay_on_disk(tmp_path: Path) -> None:
     Driver(tmp_path, max_rounds=9).run(3)
     left = sorted(path.name for path in (tmp_path / "store" / "weights").iterdir())
-    assert left == ["00000008", "00000009"]
-    assert len(list((tmp_path / "store" / "gradients").iterdir())) <= 2
+    assert len(left) == 2
+    assert len(list((tmp_path / "store" / "nodes").iterdir())) <= 2
+    assert min(path.name for path in (tmp_path / "store" / "sums").iterdir()) >= left[0]
 
 
 def test_a_worker_hands_over_before_its_slot_ends_and_the_next_slot_goes_on(tmp_path: Path, reference: str) -> None:
@@ -139,7 +140,7 @@ def test_a_worker_that_never_comes_is_named(tmp_path: Path) -> None:
     driver.queue = type(driver.queue)(event for event in driver.queue if event["worker"] == 0)
     for _ in range(3):
         driver.step()
-    with pytest.raises(JobFailed, match=r"shards \[1, 3, 5\] of workers \[1\]"):
+    with pytest.raises(JobFailed, match=r"shards \[3, 4, 5\] of workers \[1\]"):
         driver.step()
 
 
@@ -185,7 +186,7 @@ def test_every_example_is_used_once_in_a_pass_whatever_the_batch(tmp_path: Path)
     from tenure.train.rounds import Rounds
 
     spec = TrainSpec(program="x.py:X", folder="/", shards=6, batch=18)
-    rounds = Rounds(spec=spec, store=Store(tmp_path / "store"), program=Tiny())
+    rounds = Rounds(spec=spec, program=Tiny())
     seen: list[Any] = [rounds.shard_examples(r, s) for r in range(10) for s in range(6)]
     stream = np.concatenate(seen)
     assert all(sorted(stream[i * 60 : (i + 1) * 60]) == list(range(60)) for i in range(3))

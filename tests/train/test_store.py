@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tenure.errors import CorruptData, StaleFence
-from tenure.train.records import BLOCK_BYTES, pack, read_arrays, read_header
+from tenure.train.records import BLOCK_BYTES, Record, pack, read_arrays
 from tenure.train.store import Claims, Store, read_document
 
 
@@ -61,8 +61,17 @@ def test_only_blocks_that_are_touched_are_read(large: Path) -> None:
     content = bytearray(large.read_bytes())
     content[-5] ^= 1  # the last block belongs to b alone
     large.write_bytes(bytes(content))
-    assert read_arrays(large, ("a",))[1]["a"][399_999] == 399_999
-    assert read_header(large).payload_bytes >= 4_400_000
+    record = Record(large)
+    assert record.array("a")[399_999] == 399_999
+    assert record.array("b", 600_000, 10).tolist() == [1.0] * 10
+    assert record.header.payload_bytes >= 4_400_000
+    with pytest.raises(CorruptData):
+        record.array("b", 699_990, 10)
+
+
+def test_a_part_that_a_record_lacks_is_refused(large: Path) -> None:
+    with pytest.raises(ValueError, match="'a' has 400000 elements; asked for 399999 to 400001"):
+        Record(large).array("a", 399_999, 2)
 
 
 def test_objects_cannot_be_stored() -> None:

@@ -28,6 +28,21 @@ class Files:
         finally:
             self.remove(temp)
 
+    def read(self, path: Path, offset: int = 0, size: int = -1) -> bytearray:
+        """Return bytes of a file: `size` from `offset` on (-1: to its end), fewer when it ends before.
+
+        Raises FileNotFoundError.
+        """
+        with open(path, "rb", buffering=0) as file:
+            if size < 0:
+                size = max(0, os.fstat(file.fileno()).st_size - offset)
+            content, got = bytearray(size), 0
+            with memoryview(content) as view:
+                while got < size and (count := os.preadv(file.fileno(), [view[got:]], offset + got)):
+                    got += count
+        del content[got:]
+        return content
+
     def replace(self, path: Path, content: bytes) -> None:
         """Set the content of `path` at once, whatever was there."""
         temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")

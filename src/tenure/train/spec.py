@@ -19,6 +19,7 @@ from tenure.train.events import Start, TrainEvent, parse
 from tenure.train.files import Files
 
 FILE_NAME = "train.json"
+EXCHANGES = ("sharded", "central")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,9 @@ class TrainSpec:
     evaluate_every: int = 1
     """Rounds between two looks at the held-out examples."""
     same_result: bool = True
-    """One thread per shard, gradients added in shard order: weights do not depend on the number of workers."""
+    """One thread per shard, gradients added along one tree: weights do not depend on the number of workers."""
+    exchange: str = "sharded"
+    """`sharded`: each worker adds its slice of all gradients. `central`: one worker adds everything (study 2)."""
     claim_period_s: float = 5.0
     """A combine claimed for longer without its result may be taken over."""
     wait_s: float = 600.0
@@ -65,6 +68,8 @@ class TrainSpec:
         _check("claim_period_s", self.claim_period_s, 0.01, 3600)
         _check("wait_s", self.wait_s, 0.01, 7 * 86400)
         _check("max_idle_slots", self.max_idle_slots, 1, 1_000_000)
+        if self.exchange not in EXCHANGES:
+            raise SpecError(f"exchange must be one of {', '.join(EXCHANGES)}; found {self.exchange!r}")
         if ":" not in self.program:
             raise SpecError(f'program must read "file.py:Name"; found {self.program!r}')
         if self.batch and self.batch < self.shards:

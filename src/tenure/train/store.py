@@ -1,34 +1,40 @@
 """The training store: one folder that all workers share, and the truth about rounds.
 
     store/
-      events/<key>.json            invocations, one effect per key
-      plans/0000.json              one per generation: workers, shards, seed
-      weights/00000012             weights after 12 rounds        } the last two rounds are kept
-      gradients/00000012/0003      gradient of shard 3, round 12  }
-      rounds/00000012.json         what round 12 was: loss, accuracy, seconds, by whom
-      claims/…                     who combines; fences/… newest grant of each worker
-      starts/…                     start-up seconds of each slot
-      result, failure.json         the end, at most one of each
-      quarantine/…                 files that were not what was written
+      events/<key>.json               invocations, one effect per key
+      plans/0000.json                 one per generation: workers, shards, seed
+      layout.json                     names, dtypes and shapes of the gradient
+      nodes/00000012/0000-0004        gradient of shards 0 to 3, round 12       } the last two rounds are kept
+      sums/00000012/0002-0001         slice 1 of 2 of the sum over all shards   } since the older of the checkpoints
+      weights/00000012                checkpoint: weights after 12 rounds       } the last two are kept
+      rounds/00000012.json            what round 12 was: loss, accuracy, seconds, by whom
+      claims/…                        who does what one suffices for; fences/… newest grant of each worker
+      starts/…                        start-up seconds of each slot
+      result, failure.json            the end, at most one of each
+      quarantine/…                    files that were not what was written
 
 Each file appears whole and once (create-exclusive); two who publish the same name have one effect. A writer whose fence
-is older than one seen for its worker is refused. The weights of a round are published last: they are its commit.
-Gradients and weights are not forced to disk: what a power cut tears is found by its checksum and computed again.
+is older than one seen for its worker is refused. The last slice of a round's sum is the round's commit: from then on the
+next weights are determined. Only what is needed to begin at all, and the end, is forced to disk: what a power cut tears is
+found by its checksum and made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tenure.errors import CorruptData, StaleFence
 from tenure.train.files import Files
-from tenure.train.records import Arrays, Header, pack, read_arrays, read_header
+from tenure.train.records import BLOCK_BYTES, Arrays, Header, Record, pack
 
-KEEP_ROUNDS = 2
+FOLDERS = ("events", "plans", "weights", "nodes", "sums", "rounds", "claims", "fences", "starts", "quarantine")
+_EXPECTED_TWICE = ("claims", "layout.json", "failure.json")
+"""What several publish by design: no lost work."""
 
 
 class Store:
@@ -44,7 +50,7 @@ class Store:
         self.files = files or Files()
         self.double_starts = 0
         """How often this process had done what was published already: work lost, never a second effect."""
-        for name in ("events", "plans", "weights", "gradients", "rounds", "claims", "fences", "starts", "quarantine"):
+        for name in FOLDERS:
             self.files.make_folder(root / name)
         self._check_fence()
         self.files.publish(root / "fences" / f"{worker:04d}-{fence:016d}", [b""], durable=False)
@@ -58,22 +64,41 @@ class Store:
         return self._publish(name, [body.encode()], durable=durable)
 
     def read_json(self, name: str) -> Any:
-        """Return a document's data, or None when there is none. Raises CorruptData."""
-        return read_document(self.root / name)
+        """Return a document's data, or None when there is none. Raises CorruptData; the file is in quarantine then."""
+        with self.quarantining(name):
+            return read_document(self.root / name, self.files)
 
     # --- arrays -------------------------------------------------------------------------------------------------------
 
-    def publish_arrays(self, name: str, arrays: Arrays, meta: Mapping[str, Any], *, durable: bool = False) -> bool:
+    def publish_arrays(
+        self,
+        name: str,
+        arrays: Arrays,
+        meta: Mapping[str, Any],
+        *,
+        durable: bool = False,
+        block_bytes: int = BLOCK_BYTES,
+        align: int = 64,
+    ) -> bool:
         """Publish a record; False when the name is taken."""
-        return self._publish(name, pack(arrays, fence=self.fence, meta=meta), durable=durable)
+        pieces = pack(arrays, fence=self.fence, meta=meta, block_bytes=block_bytes, align=align)
+        return self._publish(name, pieces, durable=durable)
+
+    def record(self, name: str) -> Record:
+        """Return a record to be read in parts. Raises FileNotFoundError, CorruptData."""
+        return Record(self.root / name, self.files)
 
     def read(self, name: str) -> tuple[Header, Arrays]:
-        """Return a verified record. A torn or rotten one is moved to quarantine first, then CorruptData is raised.
+        """Return a whole record, verified. Raises FileNotFoundError, or CorruptData; the file is in quarantine then."""
+        with self.quarantining(name):
+            record = self.record(name)
+            return record.header, record.arrays()
 
-        Raises FileNotFoundError when there is none.
-        """
+    @contextlib.contextmanager
+    def quarantining(self, name: str) -> Iterator[None]:
+        """Move the file out of the way when what is done with it raises CorruptData."""
         try:
-            return read_arrays(self.root / name)
+            yield
         except CorruptData:
             self.quarantine(name)
             raise
@@ -84,38 +109,51 @@ class Store:
         taken = len(self.files.names(self.root / "quarantine"))
         self.files.move(self.root / name, self.root / "quarantine" / f"{flat}.{taken}")
 
-    # --- rounds -------------------------------------------------------------------------------------------------------
+    # --- names --------------------------------------------------------------------------------------------------------
 
-    def latest_round(self) -> int:
-        """Return how many rounds are finished; -1 when the first weights are not there yet."""
-        names = self.files.names(self.root / "weights")
+    def names(self, folder: str) -> list[str]:
+        """Return the finished files of a folder, sorted."""
+        return self.files.names(self.root / folder)
+
+    def pairs(self, folder: str) -> set[tuple[int, int]]:
+        """Return the two numbers of each file of a folder of nodes or sums."""
+        return {(int(first), int(second)) for first, _, second in (name.partition("-") for name in self.names(folder))}
+
+    def exists(self, name: str) -> bool:
+        """Return whether a finished file of this name is there."""
+        return self.files.exists(self.root / name)
+
+    def checkpoints(self) -> list[int]:
+        """Return after how many rounds weights are kept, ascending."""
+        return [int(name) for name in self.names("weights")]
+
+    def newest_sum(self) -> int:
+        """Return the newest round of which a part of the sum was published; -1 before the first."""
+        names = self.names("sums")
         return int(names[-1]) if names else -1
-
-    def shards_there(self, round_: int) -> set[int]:
-        """Return the shards of a round whose gradients are published."""
-        return {int(name) for name in self.files.names(self.root / "gradients" / f"{round_:08d}")}
-
-    def open_round(self, round_: int) -> None:
-        """Make the folder of a round's gradients."""
-        self.files.make_folder(self.root / "gradients" / f"{round_:08d}")
-
-    def forget_before(self, round_: int) -> None:
-        """Remove weights, gradients and combine claims that no step from `round_` on can need."""
-        oldest = round_ - KEEP_ROUNDS + 1
-        for name in self.files.names(self.root / "weights", hidden=True):
-            if int(name.lstrip(".").split(".")[0]) < oldest:  # unfinished ones of killed writers too
-                self.files.remove(self.root / "weights" / name)
-        for name in self.files.names(self.root / "gradients"):
-            if int(name) < oldest:
-                self.files.remove_folder(self.root / "gradients" / name)
-        for name in self.files.names(self.root / "claims"):
-            if name.startswith("combine-") and int(name.split("-")[1].split(".")[0]) < oldest:
-                self.files.remove(self.root / "claims" / name)
 
     def latest_generation(self) -> int:
         """Return the newest start of this stage, -1 before the first."""
-        names = self.files.names(self.root / "plans")
+        names = self.names("plans")
         return int(names[-1].split(".")[0]) if names else -1
+
+    def open_round(self, round_: int) -> None:
+        """Make the folders of a round."""
+        for kind in ("nodes", "sums"):
+            self.files.make_folder(self.root / kind / f"{round_:08d}")
+
+    def forget(self, *, nodes_before: int, sums_before: int, weights_before: int) -> None:
+        """Remove nodes, sums and checkpoints of earlier rounds, and the claims on them."""
+        for kind, oldest in (("nodes", nodes_before), ("sums", sums_before)):
+            for name in self.names(kind):
+                if int(name) < oldest:
+                    self.files.remove_folder(self.root / kind / name)
+        for name in self.files.names(self.root / "weights", hidden=True):
+            if int(name.lstrip(".").split(".")[0]) < weights_before:  # unfinished ones of killed writers too
+                self.files.remove(self.root / "weights" / name)
+        for name in self.names("claims"):
+            if int(name.split("-")[1].split(".")[0]) < nodes_before:
+                self.files.remove(self.root / "claims" / name)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -123,14 +161,13 @@ class Store:
         self._check_fence()
         path = self.root / name
         created = not self.files.exists(path) and self.files.publish(path, pieces, durable=durable)
-        if not created and not name.startswith("claims/"):
+        if not created and name.split("/")[0] not in _EXPECTED_TWICE:
             self.double_starts += 1
         return created
 
     def _check_fence(self) -> None:
         mine = f"{self.worker:04d}-"
-        names = [name for name in self.files.names(self.root / "fences") if name.startswith(mine)]
-        newest = max((int(name.split("-")[1]) for name in names), default=0)
+        newest = max((int(name.split("-")[1]) for name in self.names("fences") if name.startswith(mine)), default=0)
         if newest > self.fence:
             raise StaleFence(
                 f"worker {self.worker}: this lease has fence {self.fence}, a newer grant with fence {newest} writes to "
@@ -171,15 +208,14 @@ class Claims:
         return max(0, self._holder(name))
 
     def _holder(self, name: str) -> int:
-        store = self._store
-        numbers = [int(n.rsplit(".", 1)[1]) for n in store.files.names(store.root / "claims") if n.rsplit(".", 1)[0] == name]
+        numbers = [int(n.rsplit(".", 1)[1]) for n in self._store.names("claims") if n.rsplit(".", 1)[0] == name]
         return max(numbers, default=-1)
 
 
-def read_document(path: Path) -> Any:
+def read_document(path: Path, files: Files | None = None) -> Any:
     """Return the data of a published JSON document, None when there is none. Raises CorruptData."""
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(bytes((files or Files()).read(path)))
         text = json.dumps(body["data"], sort_keys=True)
         sound = zlib.crc32(text.encode()) == body["crc32"]
     except FileNotFoundError:
@@ -191,10 +227,10 @@ def read_document(path: Path) -> Any:
     return body["data"]
 
 
-def read_result(store_dir: Path) -> Header | None:
+def read_result(store_dir: Path, files: Files | None = None) -> Header | None:
     """Return the header of the stage's result, or None before it is reached. Its `meta` says why training ended."""
     try:
-        return read_header(store_dir / "result")
+        return Record(store_dir / "result", files).header
     except FileNotFoundError:
         return None
 
@@ -204,11 +240,16 @@ def weights_name(rounds: int) -> str:
     return f"weights/{rounds:08d}"
 
 
-def gradient_name(round_: int, shard: int) -> str:
-    """Return the name of one shard's gradient."""
-    return f"gradients/{round_:08d}/{shard:04d}"
+def node_name(round_: int, node: tuple[int, int]) -> str:
+    """Return the name of the gradient of shards node[0] to node[1] - 1."""
+    return f"nodes/{round_:08d}/{node[0]:04d}-{node[1]:04d}"
 
 
-def round_name(round_: int) -> str:
-    """Return the name of a round's record."""
-    return f"rounds/{round_:08d}.json"
+def sum_name(round_: int, slices: int, number: int) -> str:
+    """Return the name of a slice of a round's sum."""
+    return f"sums/{round_:08d}/{slices:04d}-{number:04d}"
+
+
+def round_name(rounds: int) -> str:
+    """Return the name of the record of the round that finished as the `rounds`-th."""
+    return f"rounds/{rounds:08d}.json"

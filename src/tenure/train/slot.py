@@ -1,0 +1,433 @@
+"""One slot of one worker: round after round through the store, until the result, the slot's end, or a newer generation.
+
+    load a checkpoint, replay the sums since ──► own shards ──► nodes ──► own slice of the sum ──► all slices ──► update ──► …
+
+A worker computes its own shards only. What one suffices for (a slice, the look at the held-out examples, the result) is done
+at once by the worker whose turn it is, and by another through a claim when it was due for a claim period. Weighed and
+rejected: letting a waiting worker compute a straggler's shards; it would hide a lost worker and blur costs. The one exception
+is a round whose files are gone while the others are ahead: then nobody else will make it again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from tenure.errors import CorruptData, JobFailed, Unavailable
+from tenure.train import tree
+from tenure.train.adder import Adder, Part
+from tenure.train.checkpoints import Checkpoints
+from tenure.train.context import Context, Outcome
+from tenure.train.events import Work
+from tenure.train.exchange import Exchange, Sum
+from tenure.train.records import Arrays
+from tenure.train.rounds import Rounds
+from tenure.train.store import Claims, read_result, round_name
+
+LEAVE_S = 0.25
+"""Kept of a slot for handing over: one small file and the end of the process; and a quarter of what its start took, so
+that a worker on a small CPU share keeps more."""
+MARGIN = 1.5
+"""A step is begun only when the slot has this many times its longest duration so far left."""
+
+
+class _Leave(Exception):
+    """The slot is over, or the process was told to leave."""
+
+
+class _Over(Exception):
+    """The run needs this worker no more."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What a round's record tells of its sum."""
+
+    loss: float
+    n: int
+    shard_s: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class _Figures:
+    """Of the round under way, in seconds."""
+
+    began: float = 0.0
+    wait_s: float = 0.0
+    combine_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Slot:
+    """One slot of one worker."""
+
+    event: Work
+    context: Context
+    rounds: Rounds
+    round: int = -1
+    """Rounds finished; -1 before anything is loaded."""
+    weights: Arrays = field(default_factory=dict)
+    """After these rounds."""
+    longest_s: float = 0.0
+    """Longest shard so far in this slot."""
+    combine_s: float = 0.0
+    """Longest combine so far in this slot."""
+    advanced: bool = False
+    """Whether this worker published anything of a round, or the run finished one, in this slot."""
+    leave_s: float = LEAVE_S
+    claims: Claims = field(init=False)
+    exchange: Exchange = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+    _figures: _Figures = field(default_factory=_Figures)
+    _last: _Finished | None = None
+    """The round that gave `weights`."""
+    _due_since: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        slices = 1 if self._central else self.event.workers
+        self.claims = Claims(self.context.store)
+        self.exchange = Exchange(self.context.store, self.context.spec.shards, slices)
+        self.checkpoints = Checkpoints(self.context.store, timer=self.context.timer)
+
+    # --- roles --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Work round by round."""
+        self._record_start()
+        try:
+            while True:
+                try:
+                    self._look(0.0)
+                    self._load()
+                    self._settle()
+                    self._round()
+                except (CorruptData, FileNotFoundError):
+                    # Torn (now in quarantine) or forgotten because the others are further: look again what there is.
+                    self._look(0.0)
+                    self.context.sleep(self.context.poll_s)
+        except _Over as over:
+            return over.outcome
+        except _Leave:
+            return self._hand_over()
+
+    def begin(self) -> None:
+        """Publish the weights before the first round."""
+        if not self.context.store.checkpoints():
+            self.checkpoints.begin(self.rounds.build())
+
+    def combine(self, round_: int) -> Outcome:
+        """Do what is missing of one round, whoever's it is, and go no further."""
+        self._load()
+        if self.round == round_:
+            self.context.store.open_round(round_)
+            self._contribute(round_, (0, self.context.spec.shards))
+            nodes = tree.cover(self.exchange.nodes_there(round_), self.context.spec.shards)
+            if nodes is not None and not self.exchange.complete(round_):
+                for number in self.exchange.due(round_):
+                    self.exchange.add(round_, number, nodes)
+            self._load()
+            self._settle()
+        return Outcome("continue", self.round, "combined")
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Go on from the newest weights that checkpoint and complete sums give."""
+        kept = self.context.store.checkpoints()
+        if self.round < 0 or (kept and kept[-1] > self.round):
+            self.begin()
+            found = self.checkpoints.newest()
+            if found is None:
+                raise CorruptData("no sound weights in the store")  # all were torn: they are built again
+            rounds, self.weights, meta = found
+            if rounds != self.round:
+                self.round, self._figures = rounds, _Figures()
+                self._last = _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])) if rounds else None
+        while not self._undecided() and (slices := self.exchange.complete(self.round)):
+            self._apply(self.exchange.gather(self.round, slices))
+
+    def _apply(self, total: Sum) -> None:
+        if not total.finite or not total.n:
+            self._fail(total)
+        self.weights = self.rounds.update(self.round, self.weights, total)
+        self.round += 1
+        self._last = _Finished(total.loss, total.n, total.shard_s)
+        self.advanced = self.advanced or self.round > self.event.round
+
+    def _fail(self, total: Sum) -> None:
+        store, spec = self.context.store, self.context.spec
+        loss = total.loss if total.n else "of no example"
+        error = (
+            f"training failed in round {self.round}: the loss is {loss} or a gradient is not finite. "
+            f'The weights of round {self.round} are kept. Lower the learning rate of "{spec.program}", or look for '
+            "NaN and infinity in its inputs."
+        )
+        if self._last is not None:
+            self._checkpoint()
+        store.publish_json("failure.json", {"error": error, "round": self.round}, durable=True)
+        raise JobFailed(error)
+
+    # --- one round ----------------------------------------------------------------------------------------------------
+
+    def _round(self) -> None:
+        context, round_ = self.context, self.round
+        self._figures = figures = _Figures(began=context.timer())
+        context.store.open_round(round_)
+        alone = context.store.newest_sum() > round_
+        self._contribute(round_, (0, context.spec.shards) if alone else self._part())
+        waiting, began = context.timer(), context.timer()
+        slices, added_s = self._await_sum(round_)
+        began = context.timer()
+        self._apply(self.exchange.gather(round_, slices))
+        figures.wait_s = began - waiting - added_s
+        figures.combine_s = added_s + context.timer() - began
+        self.combine_s = max(self.combine_s, figures.combine_s)
+
+    def _contribute(self, round_: int, wanted: tree.Node) -> None:
+        """Publish the nodes of a range of shards that are not there, each as soon as it is whole."""
+        exchange, shards = self.exchange, self.context.spec.shards
+        for run in tree.runs(tree.missing(wanted, exchange.nodes_there(round_))):
+            for node in tree.largest(run, shards):
+                adder = Adder(shards)
+                try:
+                    for shard in range(*node):
+                        self._look(self.longest_s * MARGIN)
+                        arrays, loss, n, shard_s = self.rounds.gradient(round_, shard, self.weights)
+                        layout = exchange.settle_layout(arrays)
+                        adder.push_shard(shard, arrays, layout, loss=loss, n=n, shard_s=shard_s)
+                        self.longest_s = max(self.longest_s, shard_s)
+                except (_Leave, _Over):
+                    for part in adder.parts:
+                        self._publish(round_, part)
+                    raise
+                self._publish(round_, adder.total())
+
+    def _await_sum(self, round_: int) -> tuple[int, float]:
+        """Wait until the round's sum is complete, and add what falls to this worker.
+
+        Returns the number of slices, and the seconds spent on adding.
+        """
+        context, exchange = self.context, self.exchange
+        since, pause_s, added_s = context.monotonic(), 0.001, 0.0
+        while not (slices := exchange.complete(round_)):
+            self._look(self.combine_s * MARGIN)
+            there = exchange.nodes_there(round_)
+            nodes = tree.cover(there, context.spec.shards)
+            began = context.timer()
+            if nodes is not None and self._add(round_, nodes):
+                added_s += context.timer() - began
+                continue
+            if tree.missing(self._part(), there):
+                self._contribute(round_, self._part())  # one of our own was torn and is in quarantine
+            elif nodes is None and math.isinf(context.remaining_s()) and context.monotonic() - since > context.spec.wait_s:
+                raise Unavailable(self._missing(f"{context.spec.wait_s:g} s"))
+            context.sleep(pause_s)
+            pause_s = min(pause_s * 1.3, context.poll_s)
+        return slices, added_s
+
+    def _add(self, round_: int, nodes: list[tree.Node]) -> bool:
+        """Add the slices that are due and fall to this worker; return whether there were any."""
+        did = False
+        for number in self.exchange.due(round_):
+            name = f"sum-{round_:08d}-{self.exchange.slices:04d}-{number:04d}"
+            if self._claim(name) if self._central else self._falls_to_us(name, turn=number == self.event.workerno):
+                self.exchange.add(round_, number, nodes)
+                did = self.advanced = True
+        return did
+
+    # --- after a round ------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Do what a finished round asks for: its record, the look at the held-out examples, a checkpoint, the result."""
+        if self.round == 0:
+            return
+        turn = (self.round - 1) % self.event.workers == self.event.workerno
+        if self._looks_at(self.round):
+            self._evaluate(turn=turn)
+        elif turn and not self.context.store.exists(round_name(self.round)):
+            self._record(self.round, self._last, None)
+        if turn and self.checkpoints.due(self.round, self._round_s()):
+            self._fill_records()
+            self._checkpoint()
+        if turn:
+            self.checkpoints.forget(self.round)
+
+    def _evaluate(self, *, turn: bool) -> None:
+        """Wait until the round is evaluated, by this worker if it falls to it; publish the result if training ends there."""
+        context, name, pause_s = self.context, f"evaluate-{self.round:08d}", 0.001
+        while (record := context.store.read_json(round_name(self.round))) is None or self._why_last(record):
+            self._look(self.combine_s * MARGIN)
+            if self._falls_to_us(name, turn=turn):
+                if record is None:
+                    began = context.timer()
+                    accuracy = self.rounds.evaluate(self.weights)
+                    self._record(self.round, self._last, accuracy, evaluate_s=context.timer() - began)
+                else:
+                    self._finish(record)
+                continue
+            context.sleep(pause_s)
+            pause_s = min(pause_s * 1.3, context.poll_s)
+
+    def _finish(self, record: dict[str, Any]) -> None:
+        self._fill_records()
+        meta = {
+            "rounds": self.round,
+            "accuracy": record["accuracy"],
+            "loss": record["loss"],
+            "why": self._why_last(record),
+            "at_s": record["at_s"],
+        }
+        self.context.store.publish_arrays("result", self.weights, meta, durable=True)
+
+    def _record(self, rounds: int, seen: _Finished | None, accuracy: float | None, *, evaluate_s: float = 0.0) -> None:
+        """Publish a round's record. Its times are 0 when this worker did not take part in it."""
+        assert seen is not None, "only rounds that are finished have a record"
+        figures = self._figures if rounds == self.round else _Figures()
+        record = {
+            "round": rounds,
+            "loss": seen.loss / seen.n,
+            "accuracy": accuracy,
+            "examples": seen.n,
+            "by": self.context.store.worker,
+            "shard_s": seen.shard_s,
+            "wait_s": figures.wait_s,
+            "combine_s": figures.combine_s + evaluate_s,
+            "evaluate_s": evaluate_s,
+            "round_s": self._round_s() if figures.began else 0.0,
+            "at_s": self.context.utc(),
+        }
+        self.context.store.publish_json(round_name(rounds), record)
+
+    def _checkpoint(self) -> None:
+        seen = self._last
+        assert seen is not None
+        self.checkpoints.write(self.round, self.weights, {"loss": seen.loss, "n": seen.n, "shard_s": seen.shard_s})
+
+    def _fill_records(self) -> None:
+        """Publish the records that a worker who died owed, before the sums they are made of are forgotten."""
+        there = {int(name.split(".")[0]) for name in self.context.store.names("rounds")}
+        for name in self.context.store.names("sums"):
+            rounds = int(name) + 1
+            if rounds < self.round and rounds not in there and (meta := self.exchange.describe(rounds - 1)) is not None:
+                self._record(rounds, _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])), None)
+
+    # --- small decisions ----------------------------------------------------------------------------------------------
+
+    @property
+    def _central(self) -> bool:
+        return self.context.spec.exchange == "central"
+
+    def _part(self) -> tree.Node:
+        return tree.part(self.event.workerno, self.event.workers, self.context.spec.shards)
+
+    def _looks_at(self, rounds: int) -> bool:
+        return rounds >= self.context.spec.last_round or rounds % self.context.spec.evaluate_every == 0
+
+    def _undecided(self) -> bool:
+        """Whether training may end with the weights at hand, so that nobody may go on before that is known."""
+        if self.round == 0 or not self._looks_at(self.round):
+            return False
+        record = self.context.store.read_json(round_name(self.round))
+        return record is None or bool(self._why_last(record))
+
+    def _why_last(self, record: dict[str, Any]) -> str:
+        """Return why training ends with this round, or nothing."""
+        spec = self.context.spec
+        if spec.goal_accuracy and record["accuracy"] is not None and record["accuracy"] >= spec.goal_accuracy:
+            return "goal"
+        if record["round"] < spec.last_round:
+            return ""
+        return "stop_at_round" if record["round"] == spec.stop_at_round else "max_rounds"
+
+    def _falls_to_us(self, name: str, *, turn: bool) -> bool:
+        """Return whether to do now what one suffices for: at once in our turn, else when it was due for a claim period."""
+        if turn:
+            return True
+        now_s = self.context.monotonic()
+        if now_s - self._due_since.setdefault(name, now_s) < self.context.spec.claim_period_s:
+            return False
+        return self._claim(name)
+
+    def _claim(self, name: str) -> bool:
+        return self.claims.claim(
+            name,
+            f"worker {self.event.workerno}, generation {self.event.generation}, slot {self.event.slot}",
+            now_s=self.context.monotonic(),
+            period_s=self.context.spec.claim_period_s,
+        )
+
+    def _round_s(self) -> float:
+        return self.context.timer() - self._figures.began
+
+    def _look(self, step_s: float) -> None:
+        """Raise _Over when the run is over for this worker, _Leave when no step of so many seconds fits into the slot."""
+        ended = self._ended()
+        if ended is not None:
+            raise _Over(ended)
+        if self.context.stopping() or self.context.remaining_s() < self.leave_s + step_s:
+            raise _Leave
+
+    def _ended(self) -> Outcome | None:
+        store = self.context.store
+        try:
+            result = read_result(store.root, store.files)
+        except CorruptData:
+            store.quarantine("result")  # whoever has the last round's weights publishes it again
+            result = None
+        if result is not None:
+            return Outcome("done", int(result.meta["rounds"]), str(result.meta["why"]))
+        failure = store.read_json("failure.json")
+        if failure is not None:
+            raise JobFailed(failure["error"])
+        if store.latest_generation() > self.event.generation:
+            return Outcome("continue", self.round, f"superseded by generation {store.latest_generation()}")
+        return None
+
+    # --- leaving ------------------------------------------------------------------------------------------------------
+
+    def _hand_over(self) -> Outcome:
+        event, spec = self.event, self.context.spec
+        idle = 0 if self.advanced else event.idle + 1
+        if idle > spec.max_idle_slots:
+            error = self._missing(f"{idle} slots")
+            if tree.missing(self._part(), self.exchange.nodes_there(max(0, self.round))):
+                error = (
+                    f"in {idle} slots worker {event.workerno} could not finish one of its own shards; "
+                    "its slot is too short: raise it, or the CPU share"
+                )
+            raise JobFailed(f"training stands still in round {max(0, self.round)}: {error}")
+        following = Work(
+            workerno=event.workerno,
+            workers=event.workers,
+            round=max(0, self.round),
+            slot=event.slot + 1,
+            generation=event.generation,
+            idle=idle,
+        )
+        self.context.invoke(following.to_dict())
+        return Outcome("continue", following.round, "told to leave" if self.context.stopping() else "slot nearly over")
+
+    def _missing(self, waited: str) -> str:
+        spec = self.context.spec
+        missing = tree.missing((0, spec.shards), self.exchange.nodes_there(max(0, self.round)))
+        late = sorted({tree.owner(shard, self.event.workers, spec.shards) for shard in missing})
+        return (
+            f"worker {self.event.workerno} waited {waited} in round {self.round} for shards {missing} of workers {late}, or "
+            "for the combine. Look at those workers' logs; they may have ended or be out of memory."
+        )
+
+    def _publish(self, round_: int, part: Part) -> None:
+        self.exchange.publish(round_, part)
+        self.advanced = True
+
+    def _record_start(self) -> None:
+        event, context = self.event, self.context
+        startup_s = context.since_start_s()
+        self.leave_s = LEAVE_S + startup_s / 4
+        name = f"starts/{event.generation:04d}-{event.workerno:04d}-{event.slot:06d}.json"
+        if not context.store.exists(name):
+            context.store.publish_json(name, {"worker": event.workerno, "startup_s": startup_s})
