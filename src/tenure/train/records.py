@@ -31,7 +31,7 @@ BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 64 << 20
 _PREFIX = struct.Struct("<8sII")
 _ALIGN = 64
-_HEAD_BYTES = 8192
+_HEAD_BYTES = 4096
 """Read at once: header, checksums and all of a small record."""
 
 
