@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_parts_are_consecutive_even_and_hold_every_shard_once(shards: int, worke
 @given(SHARDS, st.data())
 def test_the_largest_nodes_of_ranges_that_meet_cover_the_tree(shards: int, data: st.DataObject) -> None:
     cuts = sorted({0, shards, *data.draw(st.lists(st.integers(0, shards), max_size=5))})
-    nodes = [node for lo, hi in zip(cuts, cuts[1:], strict=False) for node in tree.largest((lo, hi), shards)]
+    nodes = [node for lo, hi in itertools.pairwise(cuts) for node in tree.largest((lo, hi), shards)]
     found = tree.cover(nodes, shards)
     assert found == nodes
     assert tree.missing((0, shards), nodes) == []
@@ -62,7 +63,6 @@ def added_by(root: Path, workers: int, grads: list[Arrays], *, slices: int = 0) 
     """Have each worker publish its nodes and add its slice; return the sum's hash."""
     shards = len(grads)
     exchanges = [Exchange(Store(root, worker=w), shards, slices or workers) for w in range(workers)]
-    exchanges[0].store.open_round(0)
     for worker, exchange in enumerate(exchanges):
         for node in tree.largest(tree.part(worker, workers, shards), shards):
             adder = Adder(shards)
@@ -100,7 +100,6 @@ def test_a_sum_has_the_same_bits_for_any_number_of_workers_and_slices(
 def test_a_torn_node_is_put_into_quarantine_by_who_reads_it(tmp_path: Path) -> None:
     grads = gradients(4)
     exchanges = [Exchange(Store(tmp_path, worker=w), 4, 2) for w in range(2)]
-    exchanges[0].store.open_round(0)
     for worker, exchange in enumerate(exchanges):
         adder = Adder(4)
         for shard in range(2 * worker, 2 * worker + 2):

@@ -91,8 +91,8 @@ def test_only_two_checkpoints_and_what_came_after_them_stay_on_disk(tmp_path: Pa
     Driver(tmp_path, max_rounds=9).run(3)
     left = sorted(path.name for path in (tmp_path / "store" / "weights").iterdir())
     assert len(left) == 2
-    assert len(list((tmp_path / "store" / "nodes").iterdir())) <= 2
-    assert min(path.name for path in (tmp_path / "store" / "sums").iterdir()) >= left[0]
+    assert len({path.name[:8] for path in (tmp_path / "store" / "nodes").iterdir()}) <= 2
+    assert min(path.name[:8] for path in (tmp_path / "store" / "sums").iterdir()) >= left[0]
 
 
 def test_a_worker_hands_over_before_its_slot_ends_and_the_next_slot_goes_on(tmp_path: Path, reference: str) -> None:

@@ -1,7 +1,7 @@
 """How the shards' gradients of a round become one sum that every worker has: through files, each slice added by one worker.
 
-    nodes/<round>/<lo>-<hi>      a worker's shards, added along the fixed tree            (written once, read in slices)
-    sums/<round>/<W>-<j>         slice j of W of the whole sum                            (written once, read whole)
+    nodes/<round>-<lo>-<hi>      a worker's shards, added along the fixed tree            (written once, read in slices)
+    sums/<round>-<W>-<j>         slice j of W of the whole sum                            (written once, read whole)
 
 A worker reads slice j of every node and all slices of the sum: about twice the gradient's bytes, however many workers there
 are, and no step takes longer with more of them. ``central`` has one slice: one worker adds everything, as study 2 did.
@@ -84,13 +84,13 @@ class Exchange:
 
     def nodes_there(self, round_: int) -> set[tree.Node]:
         """Return the nodes of a round that are published."""
-        return self.store.pairs(f"nodes/{round_:08d}")
+        return self.store.pairs("nodes", round_)
 
     # --- sums ---------------------------------------------------------------------------------------------------------
 
     def complete(self, round_: int) -> int:
         """Return a number of slices of which all are there; 0 when the round's sum is not complete."""
-        there = self.store.pairs(f"sums/{round_:08d}")
+        there = self.store.pairs("sums", round_)
         if not there:
             return 0
         for slices in {slices for slices, _ in there}:
@@ -100,7 +100,7 @@ class Exchange:
 
     def due(self, round_: int) -> list[int]:
         """Return the slices that are not there yet. Needs the layout: raises FileNotFoundError before the first gradient."""
-        there = self.store.pairs(f"sums/{round_:08d}")
+        there = self.store.pairs("sums", round_)
         return [number for number in self._wanted(self.slices) if (self.slices, number) not in there]
 
     def add(self, round_: int, number: int, nodes: Sequence[tree.Node]) -> None:

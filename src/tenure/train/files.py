@@ -76,15 +76,6 @@ class Files:
         except FileNotFoundError:
             pass
 
-    def remove_folder(self, path: Path) -> None:
-        """Remove a folder and the files in it; what is gone already, or in use, is left to the next time."""
-        for name in self.names(path, hidden=True):
-            self.remove(path / name)
-        try:
-            os.rmdir(path)
-        except OSError:
-            pass
-
     def names(self, folder: Path, *, hidden: bool = False) -> list[str]:
         """Return the names in a folder, sorted; none when it does not exist. Hidden ones are unfinished files."""
         try:

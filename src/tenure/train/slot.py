@@ -123,7 +123,6 @@ class Slot:
         """Do what is missing of one round, whoever's it is, and go no further."""
         self._load()
         if self.round == round_:
-            self.context.store.open_round(round_)
             self._contribute(round_, (0, self.context.spec.shards))
             nodes = tree.cover(self.exchange.nodes_there(round_), self.context.spec.shards)
             if nodes is not None and not self.exchange.complete(round_):
@@ -176,7 +175,6 @@ class Slot:
     def _round(self) -> None:
         context, round_ = self.context, self.round
         self._figures = figures = _Figures(began=context.timer())
-        context.store.open_round(round_)
         alone = context.store.newest_sum() > round_
         self._contribute(round_, (0, context.spec.shards) if alone else self._part())
         waiting, began = context.timer(), context.timer()
@@ -195,12 +193,12 @@ class Slot:
                 adder = Adder(shards)
                 try:
                     for shard in range(*node):
-                        self._look(self.longest_s * MARGIN)
+                        self._stay(self.longest_s * MARGIN)
                         arrays, loss, n, shard_s = self.rounds.gradient(round_, shard, self.weights)
                         layout = exchange.settle_layout(arrays)
                         adder.push_shard(shard, arrays, layout, loss=loss, n=n, shard_s=shard_s)
                         self.longest_s = max(self.longest_s, shard_s)
-                except (_Leave, _Over):
+                except _Leave:
                     for part in adder.parts:
                         self._publish(round_, part)
                     raise
@@ -310,8 +308,7 @@ class Slot:
     def _fill_records(self) -> None:
         """Publish the records that a worker who died owed, before the sums they are made of are forgotten."""
         there = {int(name.split(".")[0]) for name in self.context.store.names("rounds")}
-        for name in self.context.store.names("sums"):
-            rounds = int(name) + 1
+        for rounds in (round_ + 1 for round_ in self.context.store.summed_rounds()):
             if rounds < self.round and rounds not in there and (meta := self.exchange.describe(rounds - 1)) is not None:
                 self._record(rounds, _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])), None)
 
@@ -368,6 +365,10 @@ class Slot:
         ended = self._ended()
         if ended is not None:
             raise _Over(ended)
+        self._stay(step_s)
+
+    def _stay(self, step_s: float) -> None:
+        """Raise _Leave when no step of so many seconds fits into the slot, or the process was told to leave."""
         if self.context.stopping() or self.context.remaining_s() < self.leave_s + step_s:
             raise _Leave
 

@@ -4,8 +4,8 @@
       events/<key>.json               invocations, one effect per key
       plans/0000.json                 one per generation: workers, shards, seed
       layout.json                     names, dtypes and shapes of the gradient
-      nodes/00000012/0000-0004        gradient of shards 0 to 3, round 12       } the last two rounds are kept
-      sums/00000012/0002-0001         slice 1 of 2 of the sum over all shards   } since the older of the checkpoints
+      nodes/00000012-0000-0004        gradient of shards 0 to 3, round 12       } the last two rounds are kept
+      sums/00000012-0002-0001         slice 1 of 2 of the sum over all shards   } since the older of the checkpoints
       weights/00000012                checkpoint: weights after 12 rounds       } the last two are kept
       rounds/00000012.json            what round 12 was: loss, accuracy, seconds, by whom
       claims/…                        who does what one suffices for; fences/… newest grant of each worker
@@ -115,9 +115,10 @@ class Store:
         """Return the finished files of a folder, sorted."""
         return self.files.names(self.root / folder)
 
-    def pairs(self, folder: str) -> set[tuple[int, int]]:
-        """Return the two numbers of each file of a folder of nodes or sums."""
-        return {(int(first), int(second)) for first, _, second in (name.partition("-") for name in self.names(folder))}
+    def pairs(self, kind: str, round_: int) -> set[tuple[int, int]]:
+        """Return the two numbers in the name of each node (or slice of the sum) of a round. kind: `nodes` or `sums`."""
+        start = f"{round_:08d}-"
+        return {(int(name[9:13]), int(name[14:])) for name in self.names(kind) if name.startswith(start)}
 
     def exists(self, name: str) -> bool:
         """Return whether a finished file of this name is there."""
@@ -130,27 +131,23 @@ class Store:
     def newest_sum(self) -> int:
         """Return the newest round of which a part of the sum was published; -1 before the first."""
         names = self.names("sums")
-        return int(names[-1]) if names else -1
+        return int(names[-1][:8]) if names else -1
+
+    def summed_rounds(self) -> list[int]:
+        """Return the rounds of whose sums anything is there, ascending."""
+        return sorted({int(name[:8]) for name in self.names("sums")})
 
     def latest_generation(self) -> int:
         """Return the newest start of this stage, -1 before the first."""
         names = self.names("plans")
         return int(names[-1].split(".")[0]) if names else -1
 
-    def open_round(self, round_: int) -> None:
-        """Make the folders of a round."""
-        for kind in ("nodes", "sums"):
-            self.files.make_folder(self.root / kind / f"{round_:08d}")
-
     def forget(self, *, nodes_before: int, sums_before: int, weights_before: int) -> None:
-        """Remove nodes, sums and checkpoints of earlier rounds, and the claims on them."""
-        for kind, oldest in (("nodes", nodes_before), ("sums", sums_before)):
-            for name in self.names(kind):
-                if int(name) < oldest:
-                    self.files.remove_folder(self.root / kind / name)
-        for name in self.files.names(self.root / "weights", hidden=True):
-            if int(name.lstrip(".").split(".")[0]) < weights_before:  # unfinished ones of killed writers too
-                self.files.remove(self.root / "weights" / name)
+        """Remove nodes, sums and checkpoints of earlier rounds, the claims on them, and what killed writers left of them."""
+        for folder, oldest in (("nodes", nodes_before), ("sums", sums_before), ("weights", weights_before)):
+            for name in self.files.names(self.root / folder, hidden=True):
+                if int(name.lstrip(".")[:8]) < oldest:
+                    self.files.remove(self.root / folder / name)
         for name in self.names("claims"):
             if int(name.split("-")[1].split(".")[0]) < nodes_before:
                 self.files.remove(self.root / "claims" / name)
@@ -242,12 +239,12 @@ def weights_name(rounds: int) -> str:
 
 def node_name(round_: int, node: tuple[int, int]) -> str:
     """Return the name of the gradient of shards node[0] to node[1] - 1."""
-    return f"nodes/{round_:08d}/{node[0]:04d}-{node[1]:04d}"
+    return f"nodes/{round_:08d}-{node[0]:04d}-{node[1]:04d}"
 
 
 def sum_name(round_: int, slices: int, number: int) -> str:
     """Return the name of a slice of a round's sum."""
-    return f"sums/{round_:08d}/{slices:04d}-{number:04d}"
+    return f"sums/{round_:08d}-{slices:04d}-{number:04d}"
 
 
 def round_name(rounds: int) -> str:
