@@ -177,11 +177,11 @@ class RuntimeContract:
         assert (ended.kind, ended.signal) == (ExitKind.OUT_OF_TIME, signal.SIGKILL)
 
     def test_renewal_moves_the_deadline_and_tells_the_job(self, bench):
-        handle = bench.start("sleep", "60", slot_s=1.0 * SLOWNESS, grace_s=0.1)
+        handle = bench.start("sleep", "60", slot_s=1.5 * SLOWNESS, grace_s=0.1)
         later = CLOCK.boot_s() + 300
         bench.runtime.renew(handle, deadline_boot_s=later, fence=1)
         assert json.loads((bench.folder / "lease-1/1/lease.json").read_text())["deadline_boot_s"] == later
-        assert bench.runtime.wait(handle, 1.2 * SLOWNESS) is None
+        assert bench.runtime.wait(handle, 1.6 * SLOWNESS) is None
         bench.runtime.renew(handle, deadline_boot_s=CLOCK.boot_s(), fence=1)
         assert bench.end(handle).kind is ExitKind.OUT_OF_TIME
 
