@@ -24,7 +24,7 @@ _FEATURES = re.compile(
 
 def machine() -> Machine:
     """Return what a measurement made here runs on."""
-    model, features = _cpu()
+    model, features = cpu()
     gpus = _gpus()
     return Machine(
         cpu_model=model,
@@ -36,6 +36,19 @@ def machine() -> Machine:
         kernel=platform.release(),
         python=platform.python_version(),
     )
+
+
+def cpu() -> tuple[str, tuple[str, ...]]:
+    """Return the CPU's model and its features that matter to results or speed, those that every core has."""
+    model, features = "", None
+    for block in _read("/proc/cpuinfo").split("\n\n"):
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        model = model or fields.get("model name", "") or fields.get("CPU part", "")
+        flags = fields.get("flags") or fields.get("Features")
+        if flags:
+            here = {flag for flag in flags.split() if _FEATURES.fullmatch(flag)}
+            features = here if features is None else features & here
+    return model or platform.processor() or platform.machine(), tuple(sorted(features or ()))
 
 
 def capacity(path: Path | None = None) -> Capacity:
@@ -58,19 +71,6 @@ def versions(*names: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpu() -> tuple[str, tuple[str, ...]]:
-    """Return the model and the relevant features, those that every core has."""
-    model, features = "", None
-    for block in _read("/proc/cpuinfo").split("\n\n"):
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-        model = model or fields.get("model name", "") or fields.get("CPU part", "")
-        flags = fields.get("flags") or fields.get("Features")
-        if flags:
-            here = {flag for flag in flags.split() if _FEATURES.fullmatch(flag)}
-            features = here if features is None else features & here
-    return model or platform.processor() or platform.machine(), tuple(sorted(features or ()))
 
 
 def _cpus() -> float:
