@@ -64,20 +64,29 @@ def new_id(kind: str) -> str:
 
 
 def run_job_file(
-    job_file: Path | None, *, home: Path, display: Display, resume: str = "", only: str = "", until: str = "done"
+    job_file: Path | None,
+    *,
+    home: Path,
+    display: Display,
+    resume: str = "",
+    only: str = "",
+    workers: int = 0,
+    until: str = "done",
 ) -> Outcome:
     """Run a job file, or go on with a run. See `experiments.flow`."""
     # SciPy, ONNX Runtime's client and plots come with these: commands that only look need none of it.
     from tenure.experiments.context import RunContext
-    from tenure.experiments.flow import new_run, resumed_run, run_stages
+    from tenure.experiments.flow import check_workers, new_run, resumed_run, run_stages
 
     clock = SystemClock()
     text, source = _read(job_file)
     if not resume:
         run, jobs = new_run(text, source=source, run_id=new_id("r"), now_s=clock.utc_s(), only=only)
+        check_workers(jobs, workers)
     with broker(home) as client:
         if resume:
-            run, jobs = resumed_run(client.runs(run_id=resume), resume)
+            run, jobs = resumed_run(client.runs(run_id=resume), resume, text=text, source=source)
+            check_workers(jobs, workers)
         node = _node(client)
         run = client.submit_run(run)
         # How bounds are held here changes what the figures mean, so it is said first.
@@ -94,6 +103,7 @@ def run_job_file(
             new_id=new_id,
             versions=versions(*LIBRARIES),
             until=until,
+            workers=workers,
         )
         return run_stages(context, jobs)
 

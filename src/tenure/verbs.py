@@ -53,15 +53,18 @@ def run(
     home: Home = None,
     resume: str = "",
     only: str = "",
+    workers: int = 0,
     display: Display | None = None,
 ) -> Outcome:
     """Run a job file: measure, recommend, lease, enforce, observe, report.
 
-    resume: id of an interrupted run to go on with, instead of a job file. only: restrict to a stage's name or kind.
+    resume: id of an interrupted run to go on with; a job file beside it must be the run's own. only: restrict to a stage's
+    name or kind. workers: size of each training gang, whatever the job file says or is recommended; 0: as it says.
     Returns the outcome, also of a run that failed (`outcome.failed`). Raises SpecError for a wrong job file.
     """
     path = Path(job_file) if job_file is not None else None
-    return app.run_job_file(path, home=app.find_home(home), display=display or SilentDisplay(), resume=resume, only=only)
+    shown = display or SilentDisplay()
+    return app.run_job_file(path, home=app.find_home(home), display=shown, resume=resume, only=only, workers=workers)
 
 
 def recommend(job_file: str | Path, *, home: Home = None, display: Display | None = None) -> tuple[Recommendation, ...]:

@@ -24,11 +24,20 @@ def show_a_run(display):
 
 
 def test_plain_display_prints_one_line_per_step_with_the_time_so_far():
-    times = iter([100.0, 103.25])
+    times = iter([100.0, 101.0, 102.0, 103.0, 103.25])
     out, err = io.StringIO(), io.StringIO()
     show_a_run(PlainDisplay(out, err, monotonic_s=lambda: next(times)))
     assert out.getvalue() == "[   3.2 s] train measure: 4 probes, 93 MiB at most\n"
     assert err.getvalue() == "warning: no cgroups here: memory is advisory\n"
+
+
+def test_plain_display_says_every_half_minute_how_far_a_long_step_is():
+    now_s, out = [0.0], io.StringIO()
+    with PlainDisplay(out, io.StringIO(), monotonic_s=lambda: now_s[0]) as display:
+        display.stage_started("train", "lease + train", "2 leases")
+        for now_s[0] in range(0, 95, 5):
+            display.progress(f"round {now_s[0]}")
+    assert out.getvalue().splitlines() == [f"[  {s}.0 s] train lease + train: round {s}" for s in (30, 60, 90)]
 
 
 def test_silent_display_leaves_stdout_to_the_json_answer():

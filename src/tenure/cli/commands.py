@@ -81,12 +81,24 @@ def _show(value: Any, as_text: Callable[[Any], str], json: bool) -> None:
     _print(output.as_json(value) if json else as_text(value))
 
 
-def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", only: str = "") -> None:
+ResumeOption = Annotated[str, typer.Option("--resume", metavar="RUN", help="Go on with a run that was interrupted or failed.")]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=0,
+        help="Train with so many workers, whatever the job file says or is recommended; at most its shards.",
+    ),
+]
+
+
+def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", only: str = "", workers: int = 0) -> None:
     """Run a job file with a live display, print where the report is, and end with the failure's code when a stage failed."""
     from tenure import verbs
 
     with make_display(sys.stdout, sys.stderr, json=json) as display:
-        outcome = verbs.run(file, home=home, resume=resume, only=only, display=display)
+        outcome = verbs.run(file, home=home, resume=resume, only=only, workers=workers, display=display)
     code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
     if json:
         _print(output.outcome_json(outcome, code))
@@ -104,22 +116,23 @@ def run_command(
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one; none with --resume.")
     ] = None,
-    resume: Annotated[
-        str, typer.Option("--resume", metavar="RUN", help="Go on with a run that was interrupted or failed.")
-    ] = "",
+    resume: ResumeOption = "",
+    workers: WorkersOption = 0,
     home: Home = None,
     json: Json = False,
 ) -> None:
     """Take a job file all the way: measure, recommend, lease, enforce, report."""
     if file is None and not resume:
         raise SpecError("nothing to run: name a job file, or a run to go on with (tenure run --resume RUN)")
-    _run(file, home, json, resume=resume)
+    _run(file, home, json, resume=resume, workers=workers)
 
 
 @app.command()
-def train(file: JobFileArgument, home: Home = None, json: Json = False) -> None:
-    """Run a job file's training stage, and what it needs."""
-    _run(file, home, json, only="train")
+def train(
+    file: JobFileArgument, resume: ResumeOption = "", workers: WorkersOption = 0, home: Home = None, json: Json = False
+) -> None:
+    """Run a job file's training stage, and what it needs; or go on with a run of it, with other workers if asked."""
+    _run(file, home, json, resume=resume, only="train", workers=workers)
 
 
 @app.command()

@@ -16,6 +16,8 @@ from tenure.cli.output import clean, say
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+SAY_EVERY_S = 30.0
+
 
 class SilentDisplay:
     """Shows nothing: the result is printed as JSON at the end. Warnings go to `err`."""
@@ -44,18 +46,31 @@ class SilentDisplay:
 
 
 class PlainDisplay(SilentDisplay):
-    """One line per ended step, with the seconds since the beginning."""
+    """One line per ended step, with the seconds since the beginning; and one now and then while a step takes long."""
 
     def __init__(self, out: TextIO, err: TextIO, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         super().__init__(err)
         self._out = out
         self._monotonic_s = monotonic_s
-        self._began_s = monotonic_s()
+        self._began_s = self._said_s = monotonic_s()
+        self._now = ""
+
+    def stage_started(self, stage: str, step: str, text: str) -> None:
+        """Keep the heading for what is told of the step."""
+        self._now, self._said_s = _heading(stage, step), self._monotonic_s()
+
+    def progress(self, text: str, done: float | None = None) -> None:
+        """Print how far the step is, at most every SAY_EVERY_S: a log shall not grow with every round."""
+        if self._now and self._monotonic_s() - self._said_s >= SAY_EVERY_S:
+            self._say(self._now, text)
 
     def step_done(self, stage: str, step: str, closing_line: str) -> None:
         """Print the step's closing line."""
-        elapsed_s = self._monotonic_s() - self._began_s
-        say(f"[{elapsed_s:6.1f} s] {_heading(stage, step)}: {clean(closing_line)}", self._out)
+        self._say(_heading(stage, step), closing_line)
+
+    def _say(self, heading: str, text: str) -> None:
+        self._said_s = self._monotonic_s()
+        say(f"[{self._said_s - self._began_s:6.1f} s] {heading}: {clean(text)}", self._out)
 
 
 class RichDisplay(SilentDisplay):

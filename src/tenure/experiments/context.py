@@ -59,6 +59,8 @@ class RunContext:
     versions: Mapping[str, str]
     until: str = "done"
     """`recommend`: stop each stage once its recommendations are recorded."""
+    workers: int = 0
+    """Size of each training gang, whatever its job or the recommendation says; 0: as they say."""
     artefacts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Stage -> artefact -> path below the stage's artefacts folder."""
     closing: list[str] = field(default_factory=list)

@@ -87,14 +87,35 @@ def _needs(job: Job) -> set[str]:
     return {reference.partition(":")[0] for reference in (*job.inputs.values(), job.model) if ":" in reference}
 
 
-def resumed_run(runs: tuple[Run, ...], run_id: str) -> tuple[Run, JobFile]:
-    """Return a recorded run and its jobs, to go on with. Raises NotFound, SpecError when it is done already."""
+def check_workers(job_file: JobFile, workers: int) -> None:
+    """Raise SpecError when so many workers were asked for that no training stage, or not every one, can have them. 0: any."""
+    trained = [job for job in job_file.stages if job.kind == "train"]
+    if workers and not trained:
+        raise SpecError(f"--workers {workers}: there is no training stage that could have them")
+    for job in trained:
+        if workers > job.shards:
+            raise SpecError(
+                f"--workers {workers}: stage {job.name} has {job.shards} shards, and a worker needs at least one. Ask for at "
+                f"most {job.shards}; the shards of a run do not change, those of a new run are set in its job file."
+            )
+
+
+def resumed_run(runs: tuple[Run, ...], run_id: str, *, text: str = "", source: Path | None = None) -> tuple[Run, JobFile]:
+    """Return a recorded run and its jobs, to go on with. text, source: of a job file named beside it, which must be the run's.
+
+    Raises NotFound, SpecError when it is done already or the job file is another one.
+    """
     found = [run for run in runs if run.id == run_id]
     if not found:
         raise NotFound(f'no run {run_id!r}; "tenure runs" lists those there are')
     run = found[0]
     if run.state is RunState.DONE:
         raise SpecError(f'run {run_id} is done; there is nothing to resume. See it with "tenure report {run_id}".')
+    if text and text != run.job_file:
+        raise SpecError(
+            f"run {run_id} was begun with another job file than {source}: {run.source}, as it was then. A run keeps its job: "
+            "leave the file away to go on, or begin a new run with it."
+        )
     job_file = parse_job_file(run.job_file, source=run.source)
     names = {stage.name for stage in run.stages}
     return run, replace(job_file, stages=tuple(job for job in job_file.stages if job.name in names))

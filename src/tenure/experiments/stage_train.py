@@ -14,15 +14,17 @@ from typing import Any
 
 from tenure.errors import JobFailed, SpecError
 from tenure.experiments.context import RunContext
+from tenure.experiments.following import Following, told_end
 from tenure.experiments.machine_load import disturbance, load_metrics, watch_machine
 from tenure.jobs import Command, Job
-from tenure.leases import EndReason, Lease
+from tenure.leases import Lease
 from tenure.protocols import LaunchRequest
 from tenure.recommend.observe import compare
 from tenure.recommend.training import TrainTunable, recommend_training
 from tenure.recommend.tune import tune
 from tenure.resources import Envelope, format_duration, show_bytes
 from tenure.train import spec as train
+from tenure.train.files import Files
 from tenure.train.progress import ProgressReader, TrainProgress, measure
 from tenure.trials import Candidate, Configuration, Recommendation, Scalar, Trial
 from tenure.usage import Summary, summarize
@@ -54,6 +56,7 @@ def run_train(context: RunContext, job: Job) -> None:
     chosen = _given(job) if job.envelope is not None else _recommended(context, job, spec, fingerprint)
     if context.until == "recommend":
         return
+    chosen = _asked_for(context, chosen)
     kept = [t for t in context.client.trials(run_id=context.run.id) if t.stage == job.name and t.source == "observed"]
     if not kept:  # else an interrupted run had trained already, and only the export is missing
         observed = _train(context, job, spec, fingerprint, chosen)
@@ -66,6 +69,18 @@ def _given(job: Job) -> Candidate:
     workers = job.workers or 1
     configuration: dict[str, Scalar] = {"workers": workers, "cpus": job.envelope.cpus}
     return Candidate(configuration=configuration, envelope=job.envelope, leases=workers)
+
+
+def _asked_for(context: RunContext, chosen: Candidate) -> Candidate:
+    """Return the candidate with as many workers as the user asked for; what was predicted for another number goes."""
+    if context.workers in (0, chosen.leases):
+        return chosen
+    envelope = chosen.envelope
+    if chosen.predictions and envelope is not None:  # a recommended total is made for the recommended workers
+        envelope = replace(envelope, total_s=envelope.total_s * max(1.0, chosen.leases / context.workers))
+    rounds = {name: value for name, value in chosen.predictions.items() if name == "rounds"}  # the same for any workers
+    configuration = {**chosen.configuration, "workers": context.workers}
+    return replace(chosen, configuration=configuration, envelope=envelope, leases=context.workers, predictions=rounds)
 
 
 # --- measure and recommend --------------------------------------------------------------------------------------------
@@ -144,7 +159,7 @@ def _probe(
         total_s=2 * PROBE_SLOT_S,
     )
     probe_spec = replace(spec, stop_at_round=rounds, goal_accuracy=0.0)
-    progress, views, metrics = _run_gang(context, job, stage, probe_spec, envelope, workers, text)
+    progress, views, metrics = _run_gang(context, job, stage, probe_spec, envelope, workers, before=f"{text}: ")
     yield context.trial(
         stage=job.name,
         fingerprint=fingerprint,
@@ -165,7 +180,10 @@ def _train(context: RunContext, job: Job, spec: train.TrainSpec, fingerprint: st
     workers = chosen.leases
     text = f"{workers} lease{'s' if workers > 1 else ''} of {chosen.envelope.describe()}"
     context.step(job.name, "lease + train", text)
-    progress, _, metrics = _run_gang(context, job, job.name, spec, chosen.envelope, workers, text)
+    expected = chosen.predictions.get("rounds")
+    progress, _, metrics = _run_gang(
+        context, job, job.name, spec, chosen.envelope, workers, expected=round(expected.value) if expected else 0
+    )
     goal = job.train_goal.accuracy if job.train_goal else 0.0
     accuracy = progress.accuracy or 0.0
     if accuracy < goal:
@@ -212,9 +230,20 @@ def _span_s(gang: Sequence[Lease]) -> float:
 
 
 def _run_gang(
-    context: RunContext, job: Job, stage: str, spec: train.TrainSpec, envelope: Envelope, workers: int, text: str
+    context: RunContext,
+    job: Job,
+    stage: str,
+    spec: train.TrainSpec,
+    envelope: Envelope,
+    workers: int,
+    *,
+    expected: int = 0,
+    before: str = "",
 ) -> tuple[TrainProgress, tuple[LeaseView, ...], dict[str, Summary]]:
-    """Train in one gang of leases until all have ended; return what the store and the leases say, and the trial's metrics."""
+    """Train in one gang of leases until all have ended; return what the store and the leases say, and the trial's metrics.
+
+    expected: rounds that the goal is predicted to take, 0 when nobody knows. before: stands before the live figures.
+    """
     folder, store = context.files.stage(stage), context.files.store(stage)
     train.write_spec(folder, spec)
     command: Command = train.command(job.env)
@@ -227,23 +256,18 @@ def _run_gang(
     )
     ids = tuple(lease.id for lease in leases)
     context.client.nudge(context.run.id, stage)
-    reader, shown = ProgressReader(store), -1
+    reader, following = ProgressReader(store), _following(context, spec, envelope, expected)
     with watch_machine(context.node.machine) as watcher:
-        views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
-        while not all(view.lease.ended_at_s for view in views):
-            progress = reader.read()
-            if progress.round != shown:
-                shown = progress.round
-                done = shown / spec.stop_at_round if spec.stop_at_round else None
-                context.display.progress(f"{text}: {_line(progress)}", done)
+        views: tuple[LeaseView, ...] = ()
+        while not views or not all(view.lease.ended_at_s for view in views):
             views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
+            progress, now_s = reader.read(), context.clock.utc_s()
+            for sentence in following.news(progress, views, now_s, torn=Files().names(store / "quarantine")):
+                context.display.warn(f"{stage}: {sentence}")
+            context.display.progress(before + following.line(progress, views, now_s), following.done(progress))
     progress = reader.read()
-    # The first to end is the one that failed: the others of its gang ended because of it.
-    for view in sorted(views, key=lambda view: view.lease.ended_at_s):
-        if view.lease.end_reason is not EndReason.COMPLETED:
-            log = view.exits[-1].log_tail if view.exits else ""
-            who = f"stage {stage}: worker {view.lease.worker} ended {view.lease.end_reason}"
-            raise JobFailed(f"{who}: {view.lease.end_detail}\n{log}".rstrip(), reason=str(view.lease.end_reason))
+    if failed := told_end(stage, views):
+        raise JobFailed(failed[0], reason=failed[1])
     if not progress.round:
         raise JobFailed(f"stage {stage}: the workers ended without finishing a round; see {context.files.logs(stage)}")
     own_cpu_s = sum(ended.usage.cpu_s for view in views for ended in view.exits if ended.usage)
@@ -253,10 +277,11 @@ def _run_gang(
     return progress, tuple(views), {**_metrics(progress, tuple(views)), **load}
 
 
-def _line(progress: TrainProgress) -> str:
-    loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
-    accuracy = "" if progress.accuracy is None else f", accuracy {progress.accuracy:.2%}"
-    return f"round {progress.round}{loss}{accuracy}"
+def _following(context: RunContext, spec: train.TrainSpec, envelope: Envelope, expected: int) -> Following:
+    rounds, are = spec.last_round, "of"
+    if spec.goal_accuracy:
+        rounds, are = (min(expected, rounds), "of about") if expected else (rounds, "of at most")
+    return Following(envelope=envelope, prices=context.prices, rounds=rounds, rounds_are=are)
 
 
 def _curves(progress: TrainProgress) -> dict[str, tuple[float, ...]]:

@@ -148,8 +148,8 @@ class Inputs:
         self._next_s = now_s + (now_s - began_s) / LOOK_SHARE
         if text:
             raise JobFailed(
-                f"the data changed between two rounds: {text}. If that was meant, resume the run, which goes on with the new data "
-                "from the newest round; else put the old data back and begin a new run, for a round may have read of both."
+                f"the data changed between two rounds: {text}. If that was meant, resume the run, which goes on with the new "
+                "data from the newest round; else put the old data back and begin a new run, for a round may have read both."
             )
 
 
