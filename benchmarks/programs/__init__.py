@@ -1,0 +1,1 @@
+"""Training programs that several benchmarks share. Not here: what is measured with them."""
