@@ -1,30 +1,38 @@
 """What a training program is, and how one is loaded from ``file.py:Name``.
 
-NumPy programs implement `Program` themselves; a scikit-learn estimator with `partial_fit` is wrapped by
-`partial_fit.PartialFit`. Randomness comes in as a generator made of (seed, round, shard), so that a gradient is the same
-whoever computes it. Not here: rounds and files (`handler`, `store`).
+NumPy programs implement `Program` themselves; models of other libraries are wrapped by the adapter of their library
+(`partial_fit`, `torch_module`, `keras_model`), which meet here and nowhere else. Randomness comes in as a generator made
+of (seed, round, shard), so that a gradient is the same whoever computes it. Not here: rounds and files (`handler`, `store`).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tenure.errors import SpecError
+from tenure.errors import MissingExtra, SpecError
 from tenure.train.records import Arrays as Arrays  # part of the protocol: programs import it from here
 
+TRAINING_OPTIONS = ("optimizer", "rate", "momentum", "decay", "cut")
+"""Options for the adapters of torch and Keras, unless the model's constructor takes them itself."""
 _METHODS = ("data", "build", "gradient", "update", "evaluate")
+_EXTRAS = {"torch": "torch", "keras": "keras", "sklearn": "demo"}
 
 
 @runtime_checkable
 class Program(Protocol):
-    """A model to train. Weights and gradients are dicts of arrays; optimizer state lives in the weights."""
+    """A model to train. Weights and gradients are dicts of arrays; optimizer state lives in the weights.
+
+    No method changes its arguments, and arrays that were handed over are not changed afterwards by either side.
+    """
 
     def data(self, inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
         """Return training and held-out arrays; in each dict all have the same first dimension. Called before all else."""
@@ -50,25 +58,36 @@ class Program(Protocol):
 def load_program(reference: str, folder: Path, options: Mapping[str, Any]) -> Program:
     """Return the program that ``file.py:Name`` names, built with `options`.
 
-    Raises SpecError: no such file or name, wrong options, or neither the methods of `Program` nor `partial_fit`.
+    The name gives a Program, a torch module, a Keras model or an estimator with `partial_fit`: a class, a function that
+    makes one, or the object itself. Raises SpecError: no such file or name, wrong options, or something else;
+    MissingExtra: its library is not installed.
     """
     file_name, _, name = reference.partition(":")
     path = folder / file_name
     if not path.is_file():
         raise SpecError(f'program "{reference}": there is no file {path}. Paths are relative to the job file.')
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # read by Keras when the program imports it
     module = _import(path, reference)
     if not name or not hasattr(module, name):
         public = [key for key, value in vars(module).items() if not key.startswith("_") and callable(value)]
         raise SpecError(f'program "{reference}": {path} has no {name!r}; it has: {", ".join(public) or "nothing public"}')
-    made: Any = getattr(module, name)
-    if callable(made):
-        try:
-            made = made(**options)
-        except TypeError as error:
-            raise SpecError(f'program "{reference}": its options {dict(options)!r} do not fit: {error}') from error
-    elif options:
-        raise SpecError(f'program "{reference}" is an object, not a class: it takes no options; found {dict(options)!r}')
+    named: Any = getattr(module, name)
+    ready = not callable(named) or _is_model(named)
+    taken, left = ({}, dict(options)) if ready else _divide(named, options)
+
+    def make() -> Any:
+        return getattr(_import(path, reference), name) if ready else named(**taken)
+
+    try:
+        made: Any = named if ready else make()
+    except TypeError as error:
+        raise SpecError(f'program "{reference}": its options {dict(options)!r} do not fit: {error}') from error
     missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
+    if missing and _is_model(made):
+        return _adapt_model(made, make, reference, left)
+    if left:
+        what = "an object, not a class" if ready else f"no model of torch or Keras but {type(made).__name__}"
+        raise SpecError(f'program "{reference}" is {what}: it takes no such options; found {left!r}')
     if not missing:
         program: Program = made
         return program
@@ -78,7 +97,8 @@ def load_program(reference: str, folder: Path, options: Mapping[str, Any]) -> Pr
         return PartialFit(made)
     raise SpecError(
         f'program "{reference}" is no training program: {type(made).__name__} lacks {", ".join(missing)}. '
-        "Give it these methods (tenure.train.programs.Program), or name a scikit-learn estimator with partial_fit."
+        "Give it these methods (tenure.train.programs.Program), or name a torch module, a Keras model or a scikit-learn "
+        "estimator with partial_fit."
     )
 
 
@@ -92,6 +112,46 @@ def load_arrays(inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
         if len(found[x]) != len(found[y]) or not len(found[x]):
             raise SpecError(f"{x}.npy has {len(found[x])} examples and {y}.npy {len(found[y])}; both must have the same, > 0")
     return {"x": found["x_train"], "y": found["y_train"]}, {"x": found["x_test"], "y": found["y_test"]}
+
+
+def as_floats(x: NDArray[Any]) -> NDArray[Any]:
+    """Return x as models take it: uint8 as float32 / 255, float64 as float32, all else as it is."""
+    if x.dtype == np.uint8:
+        return x.astype(np.float32) / np.float32(255)
+    return x.astype(np.float32) if x.dtype == np.float64 else x
+
+
+def share_right(labels: NDArray[Any], y: NDArray[Any]) -> float:
+    """Return the share of labels that equal y: shape (n,), or (n, 1), or (n, classes) of shares, the largest meant."""
+    expected = y.argmax(axis=1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(len(y))
+    return float(np.mean(labels.reshape(len(y)) == expected))
+
+
+def _divide(named: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that the constructor is called with, and the adapter's."""
+    try:
+        parameters = inspect.signature(named).parameters
+    except ValueError:  # built-in
+        return dict(options), {}
+    left = {key: value for key, value in options.items() if key in TRAINING_OPTIONS and key not in parameters}
+    return {key: value for key, value in options.items() if key not in left}, left
+
+
+def _is_model(made: Any) -> bool:
+    """Return whether this is an object of torch or Keras, importing neither."""
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    return (torch is not None and isinstance(made, torch.nn.Module)) or (keras is not None and isinstance(made, keras.Model))
+
+
+def _adapt_model(made: Any, make: Callable[[], Any], reference: str, options: Mapping[str, Any]) -> Program:
+    # Heavy, and only for programs that have loaded their library already. A Keras model on torch is a torch module too.
+    if "keras" in sys.modules and isinstance(made, sys.modules["keras"].Model):
+        from tenure.train.keras_model import KerasModel
+
+        return KerasModel(made, make, reference=reference, **options)
+    from tenure.train.torch_module import TorchModule
+
+    return TorchModule(made, make, reference=reference, **options)
 
 
 def _map(inputs: Mapping[str, str], part: str) -> NDArray[Any]:
@@ -117,6 +177,10 @@ def _import(path: Path, reference: str) -> Any:
     sys.path.insert(0, str(path.parent))  # a program may import its neighbours
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        if error.name in _EXTRAS:
+            raise MissingExtra(error.name, _EXTRAS[error.name], f'The program "{reference}"') from error
+        raise SpecError(f'program "{reference}": importing {path} failed: {error}') from error
     except Exception as error:
         raise SpecError(f'program "{reference}": importing {path} failed: {type(error).__name__}: {error}') from error
     finally:
