@@ -124,6 +124,14 @@ def test_each_torn_file_is_told_once():
     assert sentence.startswith("nodes-3.1")
 
 
+def test_what_is_new_in_a_resumed_run_is_told_once():
+    made = following()
+    assert made.news(TrainProgress(), [view()], 1.0) == []
+    (sentence,) = made.news(TrainProgress(), [view()], 2.0, new="another program (p.py)")
+    assert sentence.startswith("the run goes on with another program (p.py): its weights will not be")
+    assert made.news(TrainProgress(), [view()], 3.0, new="another program (p.py)") == []
+
+
 def test_a_gang_without_room_is_told_once_each_time_it_waits():
     made, queued = following(), view(state=LeaseState.QUEUED, starts_at_s=0.0)
     assert made.news(TrainProgress(), [queued], 1.0) == ["there is no room for the gang yet: it waits in the queue"]

@@ -120,7 +120,7 @@ def test_another_kind_of_machine_is_refused_only_where_the_result_must_be_the_sa
 ) -> None:
     planned = stage()
     features = [feature for feature in planned["machine"]["cpu_features"] if not feature.startswith("avx")]
-    monkeypatch.setattr(c, "cpu", lambda: (planned["machine"]["cpu_model"], tuple(features)))
+    monkeypatch.setattr(c, "_cpu", lambda: (planned["machine"]["cpu_model"], tuple(features)))
     found = stage()
     c.verify(planned, found, same_result=False)
     with pytest.raises(JobFailed, match=r"CPU lacks avx.*same_result = false"):

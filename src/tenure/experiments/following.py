@@ -42,6 +42,7 @@ class Following:
     _exits: dict[str, int] = field(default_factory=dict)
     _torn: set[str] = field(default_factory=set)
     _waits: bool = False
+    _new: str = ""
     _round: int | None = None
     """Newest round seen."""
     _pace: deque[tuple[float, int]] = field(default_factory=deque)
@@ -78,9 +79,17 @@ class Following:
         (from_s, from_round), (to_s, to_round) = self._pace[0], self._pace[-1]
         return (self.rounds - round_) * (to_s - from_s) / (to_round - from_round)
 
-    def news(self, progress: TrainProgress, views: Sequence[LeaseView], now_s: float, *, torn: Sequence[str] = ()) -> list[str]:
-        """Return one sentence for each thing that happened since the last look. torn: names in the store's quarantine."""
+    def news(
+        self, progress: TrainProgress, views: Sequence[LeaseView], now_s: float, *, torn: Sequence[str] = (), new: str = ""
+    ) -> list[str]:
+        """Return one sentence for each thing that happened since the last look.
+
+        torn: names in the store's quarantine. new: what is new in this generation's plan, as far as it is published.
+        """
         told = self._waiting(views)
+        if new and not self._new:
+            told.append(f"the run goes on with {new}: its weights will not be those of a run that had it from the start")
+        self._new = self._new or new
         for view in views:
             told += self._deaths(view)
         for name in sorted(set(torn) - self._torn):

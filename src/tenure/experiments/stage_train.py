@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tenure.errors import JobFailed, SpecError
+from tenure.errors import CorruptData, JobFailed, SpecError
 from tenure.experiments.context import RunContext
 from tenure.experiments.following import Following, told_end
 from tenure.experiments.machine_load import disturbance, load_metrics, watch_machine
@@ -26,6 +26,7 @@ from tenure.resources import Envelope, format_duration, show_bytes
 from tenure.train import spec as train
 from tenure.train.files import Files
 from tenure.train.progress import ProgressReader, TrainProgress, measure
+from tenure.train.store import read_document
 from tenure.trials import Candidate, Configuration, Recommendation, Scalar, Trial
 from tenure.usage import Summary, summarize
 from tenure.wire import GangMember, LeaseView, RequestGang
@@ -262,7 +263,8 @@ def _run_gang(
         while not views or not all(view.lease.ended_at_s for view in views):
             views = context.client.wait_leases(ids, until="ended", timeout_s=POLL_S)
             progress, now_s = reader.read(), context.clock.utc_s()
-            for sentence in following.news(progress, views, now_s, torn=Files().names(store / "quarantine")):
+            torn, new = Files().names(store / "quarantine"), _new_in_plan(store, event["generation"])
+            for sentence in following.news(progress, views, now_s, torn=torn, new=new):
                 context.display.warn(f"{stage}: {sentence}")
             context.display.progress(before + following.line(progress, views, now_s), following.done(progress))
     progress = reader.read()
@@ -282,6 +284,14 @@ def _following(context: RunContext, spec: train.TrainSpec, envelope: Envelope, e
     if spec.goal_accuracy:
         rounds, are = (min(expected, rounds), "of about") if expected else (rounds, "of at most")
     return Following(envelope=envelope, prices=context.prices, rounds=rounds, rounds_are=are)
+
+
+def _new_in_plan(store: Path, generation: int) -> str:
+    """Return what this generation's plan says of another program or other data; nothing before it is there."""
+    try:
+        return str((read_document(store / "plans" / f"{generation:04d}.json") or {}).get("new", ""))
+    except CorruptData:
+        return ""  # its workers find that too, and say so
 
 
 def _curves(progress: TrainProgress) -> dict[str, tuple[float, ...]]:

@@ -9,6 +9,7 @@ a file whole: sizes, times, inodes and a bounded sample. Not for: the fingerprin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -43,7 +44,7 @@ Noted = Mapping[str, Any]
 
 def machine() -> dict[str, Any]:
     """Return what the rounding of results depends on here: CPU model and features, libraries, kernels chosen by environment."""
-    model, features = cpu()
+    model, features = _cpu()
     versions = {name: str(getattr(sys.modules[name], "__version__", "")) for name in LIBRARIES if name in sys.modules}
     return {
         "cpu_model": model,
@@ -55,11 +56,11 @@ def machine() -> dict[str, Any]:
 
 def program_files(folder: Path) -> dict[str, str]:
     """Return file name -> SHA-256 of every module loaded from the folder: the program, and neighbours that it imports."""
-    found = {}
+    found, inside, libraries = {}, f"{folder}{os.sep}", f"{sys.prefix}{os.sep}"
     for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or "/")
-        if path.suffix == ".py" and path.is_relative_to(folder) and not path.is_relative_to(Path(sys.prefix)):
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(inside) and path.endswith(".py") and not path.startswith(libraries):
+            found[path.removeprefix(inside)] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return dict(sorted(found.items()))
 
 
@@ -215,6 +216,12 @@ def _arrays_changed(planned: Mapping[str, Mapping[str, Any]], found: Mapping[str
                 "called: sort file lists, seed what is random"
             )
     return ""
+
+
+@functools.cache
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """Of the machine, which does not change while a process lives."""
+    return cpu()
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ is a round whose files are gone while the others are ahead: then nobody else wil
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,8 @@ class Slot:
     event: Work
     context: Context
     rounds: Rounds
+    check_inputs: Callable[[], None] = lambda: None
+    """Raises JobFailed when the data is no longer what was planned with."""
     round: int = -1
     """Rounds finished; -1 before anything is loaded."""
     weights: Arrays = field(default_factory=dict)
@@ -195,6 +198,7 @@ class Slot:
                     for shard in range(*node):
                         self._stay(self.longest_s * MARGIN)
                         arrays, loss, n, shard_s = self.rounds.gradient(round_, shard, self.weights)
+                        self.check_inputs()  # before anything that was computed from other data is published
                         layout = exchange.settle_layout(arrays)
                         adder.push_shard(shard, arrays, layout, loss=loss, n=n, shard_s=shard_s)
                         self.longest_s = max(self.longest_s, shard_s)

@@ -152,6 +152,23 @@ class Store:
             if int(name.split("-")[1].split(".")[0]) < nodes_before:
                 self.files.remove(self.root / "claims" / name)
 
+    # --- beginning again ----------------------------------------------------------------------------------------------
+
+    def begin_again(self, generation: int, *, changed: bool) -> None:
+        """Let the stage go on after a failure that ended it; drop what the round under way has that no longer fits.
+
+        That is the sum of a failed round with its nodes, and, when program or data `changed`, the nodes of a round without a
+        sum. Only when nobody else works: a generation begins.
+        """
+        failure = self.read_json("failure.json")
+        if failure is not None or changed:
+            first = self.newest_sum() + 1 if failure is None else int(failure["round"])
+            for kind in ("nodes", "sums"):
+                for name in self.names(kind):
+                    if int(name[:8]) >= first:
+                        self.files.remove(self.root / kind / name)
+        self.files.move(self.root / "failure.json", self.root / f"failure-before-{generation:04d}.json")
+
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _publish(self, name: str, pieces: list[Any], *, durable: bool) -> bool:
