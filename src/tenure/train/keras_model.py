@@ -188,7 +188,7 @@ class KerasModel:
         transform = self._method("transform")
         if transform and not self.on_features:
             x = transform(np.array(x), rng)
-        return x if isinstance(x, torch.Tensor) else torch.tensor(as_floats(np.asarray(x)))
+        return x if isinstance(x, torch.Tensor) else torch.tensor(as_floats(np.ascontiguousarray(x)))
 
     def _labels_of(self, weights: Arrays, x: Any, on_features: bool) -> NDArray[Any]:
         live = self._loaded(weights)

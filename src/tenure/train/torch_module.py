@@ -209,7 +209,7 @@ class TorchModule:
 
     def _outputs(self, x: Any, rng: np.random.Generator | None, *, on_features: bool) -> torch.Tensor:
         if on_features:
-            outputs: torch.Tensor = self._live(to_input(np.asarray(x)))
+            outputs: torch.Tensor = self._live(to_input(np.ascontiguousarray(x)))
             return outputs
         given = self._input(x, rng)
         if self._frozen is not None:
@@ -222,7 +222,7 @@ class TorchModule:
         transform = self._method("transform")
         if transform:
             x = transform(np.array(x), rng)
-        return x if isinstance(x, torch.Tensor) else to_input(np.asarray(x))
+        return x if isinstance(x, torch.Tensor) else to_input(np.ascontiguousarray(x))
 
     def _loss(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return the sum of the examples' losses."""
