@@ -3,9 +3,10 @@
 World: the process runtime with its real shims: SIGKILL comes at the slot's end, without grace. The worker is `python -m
 tenure.train.worker` on a stage of its own; a small driver starts the event of its next slot as the broker does, with the same
 slot again. Slots of 2, 5, 10, 30 and 60 s (--quick: 2, 5, 10 and 20), steps of 10, 100 and 700 ms: each pair is a case. A
-step is one shard's gradient: a matrix product, then sleep, so that cases can run beside each other on two cores. Its length
-follows the clock: base x (1.3 + 0.3 sin(2 pi t / 7 s)) x a random 0.9 to 1.1, as on a machine with neighbours. 8 shards a
-round; slots of up to 10 s follow each other for 20 s, longer ones twice each (--quick: once).
+step is one shard's gradient: a matrix product, then sleep, so that the three cases of one slot length can run beside each
+other on two cores. Its length follows the clock: base x (1.3 + 0.3 sin(2 pi t / 7 s)) x a random 0.9 to 1.1, as on a machine
+with neighbours. 8 shards a round; slots of up to 10 s follow each other for 20 s (--quick: 10 s), longer ones twice each
+(--quick: once). A slot too short for its start and one step has no share.
 Measured, by the program itself (CLOCK_BOOTTIME of each step's begin and end, in a file), never by the code under test: start
 = order to first step's begin; used = first step's begin to last step's end; share = used / (slot - start). Publishing and
 combining between two steps count as used; steps whose result never came into the store, or came twice, do not: their time is
@@ -44,7 +45,6 @@ BAR = "slots of 2 to 60 s: none killed by its deadline, 97 % of slot - start in 
 SHARE_LIMIT = 0.97
 SHARDS = 8
 STEPS_S = (0.01, 0.1, 0.7)
-FOLLOW_S = 20.0
 _PROGRAM = """
 import math, os, random, time
 import numpy as np
@@ -53,14 +53,14 @@ def boot_s():
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 rng, square = random.Random(os.getpid()), np.ones((64, 64), np.float32)
-log = open(os.environ["TENURE_WORKER_DIR"] + "/steps", "a", buffering=1)
 
 def step(base_s):
     began_s = boot_s()
     length_s = base_s * (1.3 + 0.3 * math.sin(2 * math.pi * began_s / 7)) * rng.uniform(0.9, 1.1)
     square @ square
     time.sleep(max(0.0, began_s + length_s - boot_s()))
-    log.write(f"{began_s!r} {boot_s()!r}\\n")
+    with open(os.environ["TENURE_WORKER_DIR"] + "/steps", "a") as log:
+        log.write(f"{began_s!r} {boot_s()!r}\\n")
 
 class Steps:
     def __init__(self, step_s):
@@ -133,7 +133,7 @@ class Case:
 
 def run(options: Options) -> Result:
     """Run the cases, short slots first, and the control beside them."""
-    sets = [(2.0, 5.0, 10.0, 20.0)] if options.quick else [(2.0, 5.0, 10.0), (30.0, 60.0)]
+    lengths = (2.0, 5.0, 10.0, 20.0) if options.quick else (2.0, 5.0, 10.0, 30.0, 60.0)
     control_case = Case(slot_s=5.0, step_s=0.1)
     with tempfile.TemporaryDirectory(prefix="slots-") as folder:
         (Path(folder) / "steps.py").write_text(_PROGRAM)
@@ -141,8 +141,8 @@ def run(options: Options) -> Result:
         world = World(runtime, Path(folder))
         cases: list[Case] = []
         try:
-            for lengths in sets:
-                batch = [Case(slot_s=slot_s, step_s=step_s) for slot_s in lengths for step_s in STEPS_S]
+            for slot_s in lengths:
+                batch = [Case(slot_s=slot_s, step_s=step_s) for step_s in STEPS_S]
                 work: list[Callable[[], None]] = [lambda case=case: world.train(case, quick=options.quick) for case in batch]
                 if not cases:
                     work.append(lambda: world.fixed(control_case))
@@ -226,7 +226,8 @@ class World:
     def train(self, case: Case, *, quick: bool) -> None:
         """Run the case's slots. What goes wrong is left in `case.error`: this is a thread."""
         try:
-            self._train(case, slots=math.ceil(FOLLOW_S / case.slot_s) if case.slot_s <= 10 else 1 if quick else 2)
+            follow_s = 10.0 if quick else 20.0
+            self._train(case, slots=math.ceil(follow_s / case.slot_s) if case.slot_s <= 10 else 1 if quick else 2)
         except Exception as error:
             case.error = f"slots of {case.slot_s:g} s, steps of {case.step_s:g} s: {type(error).__name__}: {error}"
 
@@ -297,7 +298,9 @@ class World:
         handle = self._runtime.start(spec)
         end = self._runtime.wait(handle, case.slot_s + 30)
         assert end is not None, "a slot outlived its deadline by 30 s"
-        steps = [tuple(map(float, line.split())) for line in (worker / "steps").read_text().splitlines() if " " in line]
+        log = worker / "steps"
+        lines = log.read_text().splitlines() if log.exists() else []
+        steps = [(float(began), float(ended)) for began, ended in map(str.split, lines)]
         self._runtime.forget(name)
         first, last = (steps[0][0], steps[-1][1]) if steps else (spec.deadline_boot_s, spec.deadline_boot_s)
         slot = Slot(

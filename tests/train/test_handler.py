@@ -145,7 +145,7 @@ def test_a_worker_that_never_comes_is_named(tmp_path: Path) -> None:
 
 
 def test_a_slot_too_short_for_one_shard_is_named(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, slot_s=0.1, max_idle_slots=3)
+    driver = Driver(tmp_path, slot_s=0.0, max_idle_slots=3)
     driver.invoke({"start": True, "workers": 1, "generation": 0, "worker": 0})
     for _ in range(3):
         driver.step()

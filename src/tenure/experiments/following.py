@@ -190,6 +190,11 @@ def _advice(lease: Lease, last: Exit | None) -> str:
             f"Each worker may hold {show_bytes(envelope.memory_bytes)}. Raise the envelope's memory, or have it hold less at "
             "once: more shards, or a smaller batch."
         )
+    if lease.end_reason is EndReason.OUT_OF_TIME and lease.end_detail.startswith("failed"):
+        return (
+            f"Its slot of {show_time(envelope.slot_s)} is over before a step is done. Raise the envelope's slot, or have "
+            "smaller steps: more shards, or a smaller batch."
+        )
     if lease.end_reason is EndReason.OUT_OF_TIME:
         return "Rounds that were finished are kept. Raise the envelope's total, and begin anew, or have fewer rounds."
     if lease.end_reason is EndReason.OUT_OF_DISK:

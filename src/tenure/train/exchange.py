@@ -86,6 +86,15 @@ class Exchange:
         """Return the nodes of a round that are published."""
         return self.store.pairs("nodes", round_)
 
+    def seconds(self, round_: int) -> list[float]:
+        """Return what the shards in the round's nodes took. Raises CorruptData, FileNotFoundError."""
+        found: list[float] = []
+        for node in self.nodes_there(round_):
+            name = node_name(round_, node)
+            with self.store.quarantining(name):
+                found += self.store.record(name).header.meta["shard_s"]
+        return found
+
     # --- sums ---------------------------------------------------------------------------------------------------------
 
     def complete(self, round_: int) -> int:

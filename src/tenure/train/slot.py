@@ -22,15 +22,15 @@ from tenure.train.checkpoints import Checkpoints
 from tenure.train.context import Context, Outcome
 from tenure.train.events import Work
 from tenure.train.exchange import Exchange, Sum
+from tenure.train.pace import Pace
 from tenure.train.records import Arrays
 from tenure.train.rounds import Rounds
 from tenure.train.store import Claims, read_result, round_name
 
-LEAVE_S = 0.25
-"""Kept of a slot for handing over: one small file and the end of the process; and a quarter of what its start took, so
-that a worker on a small CPU share keeps more."""
-MARGIN = 1.5
-"""A step is begun only when the slot has this many times its longest duration so far left."""
+LEAVE_SHARE = 1 / 16
+"""Of what the process took to start, leaving takes no more than this: it adapts to the CPU share and to a busy machine."""
+LEAVE_FILES = 3
+"""Files that leaving may write: sums of shards added so far, the next slot's event, ``result.json``."""
 
 
 class _Leave(Exception):
@@ -75,13 +75,16 @@ class Slot:
     """Rounds finished; -1 before anything is loaded."""
     weights: Arrays = field(default_factory=dict)
     """After these rounds."""
-    longest_s: float = 0.0
-    """Longest shard so far in this slot."""
-    combine_s: float = 0.0
-    """Longest combine so far in this slot."""
+    shards: Pace = field(default_factory=Pace)
+    closings: Pace = field(default_factory=Pace)
+    """What ends a round: adding, reading the sum, updating, records and checkpoints."""
+    looks: Pace = field(default_factory=Pace)
+    """At the held-out examples."""
+    files: Pace = field(default_factory=Pace)
+    """Of a round, published."""
     advanced: bool = False
     """Whether this worker published anything of a round, or the run finished one, in this slot."""
-    leave_s: float = LEAVE_S
+    startup_s: float = 0.0
     claims: Claims = field(init=False)
     exchange: Exchange = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -151,6 +154,7 @@ class Slot:
                 self._last = _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])) if rounds else None
         while not self._undecided() and (slices := self.exchange.complete(self.round)):
             self._apply(self.exchange.gather(self.round, slices))
+        self.shards.begin_with(self._last.shard_s if self._last else ())
 
     def _apply(self, total: Sum) -> None:
         if not total.finite or not total.n:
@@ -186,22 +190,24 @@ class Slot:
         self._apply(self.exchange.gather(round_, slices))
         figures.wait_s = began - waiting - added_s
         figures.combine_s = added_s + context.timer() - began
-        self.combine_s = max(self.combine_s, figures.combine_s)
+        self.closings.note(figures.combine_s)
 
     def _contribute(self, round_: int, wanted: tree.Node) -> None:
         """Publish the nodes of a range of shards that are not there, each as soon as it is whole."""
         exchange, shards = self.exchange, self.context.spec.shards
+        if not self.shards.longest_s:  # a slot that goes on in the middle of the first round
+            self.shards.begin_with(exchange.seconds(round_))
         for run in tree.runs(tree.missing(wanted, exchange.nodes_there(round_))):
             for node in tree.largest(run, shards):
                 adder = Adder(shards)
                 try:
                     for shard in range(*node):
-                        self._stay(self.longest_s * MARGIN)
+                        self._stay(self.shards.next_s)
                         arrays, loss, n, shard_s = self.rounds.gradient(round_, shard, self.weights)
                         self.check_inputs()  # before anything that was computed from other data is published
                         layout = exchange.settle_layout(arrays)
                         adder.push_shard(shard, arrays, layout, loss=loss, n=n, shard_s=shard_s)
-                        self.longest_s = max(self.longest_s, shard_s)
+                        self.shards.note(shard_s)
                 except _Leave:
                     for part in adder.parts:
                         self._publish(round_, part)
@@ -216,7 +222,7 @@ class Slot:
         context, exchange = self.context, self.exchange
         since, pause_s, added_s = context.monotonic(), 0.001, 0.0
         while not (slices := exchange.complete(round_)):
-            self._look(self.combine_s * MARGIN)
+            self._look(self.closings.next_s)
             there = exchange.nodes_there(round_)
             nodes = tree.cover(there, context.spec.shards)
             began = context.timer()
@@ -262,11 +268,12 @@ class Slot:
         """Wait until the round is evaluated, by this worker if it falls to it; publish the result if training ends there."""
         context, name, pause_s = self.context, f"evaluate-{self.round:08d}", 0.001
         while (record := context.store.read_json(round_name(self.round))) is None or self._why_last(record):
-            self._look(self.combine_s * MARGIN)
+            self._look(self.looks.next_s)
             if self._falls_to_us(name, turn=turn):
                 if record is None:
                     began = context.timer()
                     accuracy = self.rounds.evaluate(self.weights)
+                    self.looks.note(context.timer() - began)
                     self._record(self.round, self._last, accuracy, evaluate_s=context.timer() - began)
                 else:
                     self._finish(record)
@@ -373,7 +380,8 @@ class Slot:
 
     def _stay(self, step_s: float) -> None:
         """Raise _Leave when no step of so many seconds fits into the slot, or the process was told to leave."""
-        if self.context.stopping() or self.context.remaining_s() < self.leave_s + step_s:
+        leave_s = LEAVE_SHARE * self.startup_s + LEAVE_FILES * self.files.longest_s
+        if self.context.stopping() or self.context.remaining_s() < leave_s + step_s:
             raise _Leave
 
     def _ended(self) -> Outcome | None:
@@ -426,13 +434,15 @@ class Slot:
         )
 
     def _publish(self, round_: int, part: Part) -> None:
+        began = self.context.timer()
         self.exchange.publish(round_, part)
+        self.files.note(self.context.timer() - began)
         self.advanced = True
 
     def _record_start(self) -> None:
         event, context = self.event, self.context
-        startup_s = context.since_start_s()
-        self.leave_s = LEAVE_S + startup_s / 4
+        self.startup_s, began = context.since_start_s(), context.timer()
         name = f"starts/{event.generation:04d}-{event.workerno:04d}-{event.slot:06d}.json"
         if not context.store.exists(name):
-            context.store.publish_json(name, {"worker": event.workerno, "startup_s": startup_s})
+            context.store.publish_json(name, {"worker": event.workerno, "startup_s": self.startup_s})
+        self.files.note(context.timer() - began)

@@ -125,13 +125,16 @@ def next_start_event(stage_dir: Path, workers: int) -> dict[str, Any]:
 
 
 def publish_event(stage_dir: Path, event: Mapping[str, Any]) -> bool:
-    """Publish an event under its idempotency key in ``store/events``. False when it is there already."""
+    """Publish an event under its idempotency key in ``store/events``. False when it is there already.
+
+    Only a start is forced to disk: when a machine loses power, the others' leases are lost as well.
+    """
     parsed: TrainEvent = parse(event)
     folder = stage_dir / "store" / "events"
     files = Files()
     files.make_folder(folder)
     content = json.dumps({**parsed.to_dict(), "name": parsed.name}).encode()
-    return files.publish(folder / f"{parsed.name}.json", [content], durable=True)
+    return files.publish(folder / f"{parsed.name}.json", [content], durable=isinstance(parsed, Start))
 
 
 def load_event(path: str | os.PathLike[str]) -> TrainEvent:

@@ -7,11 +7,16 @@ step under way is finished, the next slot's event is published, and the process 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fcntl
 import json
 import math
 import os
 import signal
+import stat
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -126,5 +131,28 @@ def _need(env: Mapping[str, str], name: str) -> str:
     return env[name]
 
 
+def _end(code: int) -> None:
+    """End the process at once: taking the interpreter down takes longer than all else at the end of a slot.
+
+    A program that has threads or files of its own, which may not be written yet, ends the usual way.
+    """
+    if threading.active_count() == 1 and not _has_files():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _has_files() -> bool:
+    """Whether a file on disk is open for writing, beside the three of every process."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            writes = fcntl.fcntl(number, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR)
+            if number > 2 and writes and stat.S_ISREG(os.fstat(number).st_mode):
+                return True
+    return False
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())
