@@ -244,8 +244,9 @@ def test_a_program_that_cannot_be_loaded_says_why(tenure):
 @pytest.mark.parametrize(
     ("fault", "reason", "told"),
     [
-        ("raise", "failed", "the seventh image is upside down"),
-        ("leak", "out_of_memory", "192"),
+        ("raise", "failed", "last words: ValueError: the seventh image is upside down"),
+        ("leak", "out_of_memory", "Each worker may hold 192.0 MiB. Raise the envelope's memory"),
+        ("nan", "failed", "training failed in round 3: the loss is nan or a gradient is not finite"),
         ("fork", "failed", "result.json"),
     ],
 )
@@ -255,6 +256,26 @@ def test_a_training_program_that_goes_wrong_ends_the_run_with_its_reason(tenure,
     assert outcome.error.reason == reason
     leases = verbs.leases(home=tenure.home, run=outcome.run.id)
     assert reason in {lease.end_reason for lease in leases}
+
+
+def test_a_step_longer_than_its_slot_is_told_as_that(tenure):
+    outcome = tenure.run(tenure.train(slot="1s", total="20s", fault="hang"))
+    assert "Its slot of 1.0 s is over before a step is done. Raise the envelope's slot" in failed(outcome)
+    assert outcome.error.reason == "out_of_time"
+
+
+def test_more_workers_than_shards_and_another_job_file_beside_a_run_are_refused_before_anything_starts(tenure):
+    job, before = tenure.train(), len(verbs.runs(home=tenure.home))
+    with pytest.raises(errors.SpecError, match=r"--workers 3: stage train has 2 shards.*at most 2"):
+        tenure.run(job, workers=3)
+    with pytest.raises(errors.SpecError, match="no training stage"):
+        tenure.run(tenure.task("pass"), workers=1)
+    assert len(verbs.runs(home=tenure.home)) == before
+    run = tenure.run(tenure.train(fault="raise")).run.id
+    with pytest.raises(errors.SpecError, match="begun with another job file"):
+        tenure.run(tenure.train(rounds=31), resume=run)
+    with pytest.raises(errors.SpecError, match="at most 2"):
+        tenure.run(resume=run, workers=3)
 
 
 def test_a_training_program_that_hangs_is_ended_by_its_slot_and_total(tenure):

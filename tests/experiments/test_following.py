@@ -93,6 +93,8 @@ def test_the_time_left_goes_by_the_last_half_minute():
             ended(ExitKind.FAILED, code=1, result={"state": "failed", "error": "ValueError: upside down"}),
             "worker 0 failed with code 1: ValueError: upside down",
         ),
+        (ended(ExitKind.FAILED, code=73), "worker 0 could write nothing: the disk of the run's folder is full"),
+        (ended(ExitKind.FAILED, witness="node a did not start it"), "worker 0 failed: node a did not start it"),
         (
             ended(ExitKind.FAILED, code=2, log_tail="Traceback\nKeyError: 'x'\n\n"),
             "worker 0 failed with code 2: KeyError: 'x'",

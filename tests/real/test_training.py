@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import time
@@ -64,3 +65,45 @@ def test_all_killed_in_the_middle_and_resumed_with_other_workers_gives_the_same_
     world.train("--resume", world.run_id, "--workers", "2")
     assert world.sha256() == reference
     assert "with 2 leases of 0.3 cpus" in world.said()
+
+
+def test_a_torn_checkpoint_is_told_and_costs_a_resumed_run_nothing_but_time(world: World, reference: str) -> None:
+    with world.start() as process:
+        until(lambda: world.rounds_done() > 6, process, world)
+        process.terminate()
+        assert process.wait(60) == 130, world.said()
+    newest = max(world.home.glob("runs/*/train/store/weights/*"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    world.train("--resume", world.run_id)
+    assert f"weights-{newest.name}.0 in the store was not what was written (torn or rotten)" in world.said()
+    assert world.sha256() == reference
+
+
+def test_a_full_disk_ends_the_run_in_words_and_once_there_is_room_it_goes_on(world: World, reference: str) -> None:
+    runs = world.home / "runs"
+    runs.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(runs)], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        with world.start() as process:
+            until(lambda: world.rounds_done() > 2, process, world)
+            filler = fill(runs)
+            assert process.wait(60) == 1, world.said()
+        assert "could write nothing: the disk of the run's folder is full" in world.said()
+        assert "Free space, then resume the run." in world.said()
+        filler.unlink()
+        world.train("--resume", world.run_id)
+        assert world.sha256() == reference
+    finally:
+        subprocess.run(["umount", "-l", str(runs)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Take all there is, to the last byte, and return the file that has it."""
+    path = folder / "filler"
+    with path.open("ab", buffering=0) as file:
+        for size in (1 << 16, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size) == size:
+                    pass
+    return path

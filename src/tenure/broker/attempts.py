@@ -60,6 +60,8 @@ class Attempts:
         self._stopped_s: dict[str, float] = {}
         self._told_s: dict[str, float] = {}
         """Lease -> the slot end that its node was last told, and confirmed."""
+        self._not_started: dict[str, str] = {}
+        """Lease -> why its node did not start the last attempt."""
         self._renewing: dict[str, asyncio.Lock] = {}
         self.resizing: set[str] = set()
         """Leases whose resize is under way in this broker."""
@@ -93,6 +95,7 @@ class Attempts:
         except TenureError as error:
             if isinstance(error, (Unavailable, Conflict)) and not isinstance(error, StaleFence):
                 LOG.warning("lease %s: not started: %s", lease.id, error)  # `compare` finds out, and starts it again
+                self._not_started[lease.id] = str(error)
                 return
             end = Exit(kind=ExitKind.FAILED, code=127, witness=f"could not be started: {error}")
             self.ended(lease.id, lease.attempt, replace(end, ended_at_s=self._book.clock.utc_s()))
@@ -100,6 +103,7 @@ class Attempts:
         finally:
             self._starting.discard(lease.id)
         self._told_s[lease.id] = lease.ends_at_s
+        self._not_started.pop(lease.id, None)
         self._runs(lease.id, handle.attempt, handle.pid)
         self._tell_slot(lease.id)
 
@@ -261,7 +265,9 @@ class Attempts:
                 tx.put_lease(again, who="broker", why="started again: the node never got the first order")
             self.order(lease.id)
         elif lease.id in self._book.busy:
-            end = Exit(kind=ExitKind.FAILED, witness=f"node {lease.node} no longer knows attempt {lease.attempt}")
+            why = self._not_started.pop(lease.id, "")
+            witness = f"node {lease.node} {'did not start' if why else 'no longer knows'} attempt {lease.attempt}"
+            end = Exit(kind=ExitKind.FAILED, witness=f"{witness}: {why}" if why else witness)
             self.ended(lease.id, lease.attempt, replace(end, ended_at_s=self._book.clock.utc_s()))
 
     # --- ends ---
@@ -369,6 +375,7 @@ class Attempts:
     def _forget(self, lease: Lease) -> None:
         self._stopped_s.pop(lease.id, None)
         self._told_s.pop(lease.id, None)
+        self._not_started.pop(lease.id, None)
         self._renewing.pop(lease.id, None)
         if lease.attempt and self.nodes.is_up(lease.node):
             self._book.spawn(self._fleet.call(lease.node, "forget", wire.LeaseRef(lease_id=lease.id)))

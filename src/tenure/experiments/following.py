@@ -20,6 +20,7 @@ from tenure.prices import PriceVector
 from tenure.protocols import Exit, ExitKind
 from tenure.resources import Envelope, show_bytes
 from tenure.train.progress import TrainProgress
+from tenure.train.spec import EXIT_FULL
 from tenure.wire import LeaseView
 
 WINDOW_S = 30.0
@@ -163,7 +164,9 @@ def told_exit(end: Exit, envelope: Envelope) -> str:
         return f"was stopped ({end.witness})"
     if end.kind is ExitKind.COMPLETED:
         return "ended with exit 0 but without the result.json that it owes"
-    return f"failed with code {end.code}: {last[:500] or end.witness}"
+    if end.code == EXIT_FULL:
+        return "could write nothing: the disk of the run's folder is full"
+    return f"failed with code {end.code}: {last[:500] or end.witness}" if end.code else f"failed: {end.witness}"
 
 
 def told_end(stage: str, views: Sequence[LeaseView]) -> tuple[str, str] | None:
@@ -199,7 +202,8 @@ def _advice(lease: Lease, last: Exit | None) -> str:
         return "Rounds that were finished are kept. Raise the envelope's total, and begin anew, or have fewer rounds."
     if lease.end_reason is EndReason.OUT_OF_DISK:
         return f"Each attempt may write {show_bytes(envelope.disk_bytes)} in its worker folder. Raise the envelope's disk."
-    if "No space left on device" in words or "Disk quota exceeded" in words:
+    full = last is not None and last.code == EXIT_FULL
+    if full or "No space left on device" in words or "Disk quota exceeded" in words:
         return "The disk of the run's folder is full; nothing half-written stays. Free space, then resume the run."
     if last is not None and last.kind is ExitKind.SIGNALLED:
         return (

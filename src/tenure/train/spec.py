@@ -19,6 +19,8 @@ from tenure.train.events import Start, TrainEvent, parse
 from tenure.train.files import Files
 
 FILE_NAME = "train.json"
+EXIT_FULL = 73
+"""Exit status of a worker that could not even write why it failed, the disk being full (sysexits.h, EX_CANTCREAT)."""
 EXCHANGES = ("sharded", "central")
 
 

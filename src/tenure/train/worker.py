@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -25,13 +26,16 @@ from typing import Any
 
 from tenure.errors import SpecError, TenureError
 from tenure.train.files import Files
-from tenure.train.spec import TrainSpec, load_event, publish_event, read_spec
+from tenure.train.spec import EXIT_FULL, TrainSpec, load_event, publish_event, read_spec
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def main(environment: Mapping[str, str] | None = None) -> int:
-    """Handle the event that the environment names. Returns the exit status: 0 for done and continue, 1 for failed."""
+    """Handle the event that the environment names.
+
+    Returns the exit status: 0 for done and continue, 1 for failed, EXIT_FULL when no result could be written.
+    """
     env = os.environ if environment is None else environment
     worker_dir = Path(_need(env, "TENURE_WORKER_DIR"))
     told = _on_sigterm()
@@ -41,13 +45,24 @@ def main(environment: Mapping[str, str] | None = None) -> int:
         result = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
     except MemoryError:
         result = {"state": "failed", "error": "MemoryError: the worker's memory bound is too low for its program"}
-        traceback.print_exc()
+        _say(traceback.format_exc())
     except Exception as error:  # a program's own error: named to the user, with its traceback in the log
         result = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-        traceback.print_exc()
-    Files().replace(worker_dir / "result.json", json.dumps(result).encode())
-    sys.stderr.write(json.dumps(result) + "\n")
+        _say(traceback.format_exc())
+    _say(json.dumps(result) + "\n")
+    try:
+        Files().replace(worker_dir / "result.json", json.dumps(result).encode())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return EXIT_FULL
     return 1 if result["state"] == "failed" else 0
+
+
+def _say(text: str) -> None:
+    """Write to the log, which may lie on a full disk: that must not hide what is to be said in other ways."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
 
 
 def remaining_s(lease_file: Path, boot_s: Callable[[], float]) -> Callable[[], float]:

@@ -29,15 +29,14 @@ class Tiny:
         return {"w": np.zeros((2, 2), np.float32), "round": np.zeros(1, np.float32)}
 
     def gradient(self, weights, batch, rng):
-        if self.fault and weights["round"][0] >= self.fault_round:
-            FAULTS[self.fault]()
+        spoilt = FAULTS[self.fault]() if self.fault and weights["round"][0] >= self.fault_round else 0.0
         time.sleep(self.pause_s)
         x, y = np.asarray(batch["x"]), np.asarray(batch["y"])
         shares = np.exp(x @ weights["w"])
         shares /= shares.sum(axis=1, keepdims=True)
         loss = -np.log(shares[np.arange(len(y)), y]).sum()
         shares[np.arange(len(y)), y] -= 1
-        return {"w": x.T @ shares, "round": np.zeros(1, np.float32)}, float(loss), len(y)
+        return {"w": x.T @ shares, "round": np.zeros(1, np.float32)}, float(loss) + spoilt, len(y)
 
     def update(self, weights, summed, n, round_):
         if self.rounds_log:
@@ -98,4 +97,4 @@ def _fork_and_leave():
     os._exit(0)
 
 
-FAULTS = {"raise": _raise, "hang": _hang, "leak": _leak, "fork": _fork_and_leave}
+FAULTS = {"raise": _raise, "hang": _hang, "leak": _leak, "fork": _fork_and_leave, "nan": lambda: float("nan")}
