@@ -258,12 +258,6 @@ def test_a_training_program_that_goes_wrong_ends_the_run_with_its_reason(tenure,
     assert reason in {lease.end_reason for lease in leases}
 
 
-def test_a_step_longer_than_its_slot_is_told_as_that(tenure):
-    outcome = tenure.run(tenure.train(slot="1s", total="20s", fault="hang"))
-    assert "Its slot of 1.0 s is over before a step is done. Raise the envelope's slot" in failed(outcome)
-    assert outcome.error.reason == "out_of_time"
-
-
 def test_more_workers_than_shards_and_another_job_file_beside_a_run_are_refused_before_anything_starts(tenure):
     job, before = tenure.train(), len(verbs.runs(home=tenure.home))
     with pytest.raises(errors.SpecError, match=r"--workers 3: stage train has 2 shards.*at most 2"):

@@ -176,6 +176,14 @@ def test_a_failed_gang_names_the_first_to_end_why_and_what_to_do(reason, end, ad
     assert told_end("train", [done]) is None
 
 
+def test_a_step_longer_than_its_slot_is_not_told_as_a_total_that_is_spent():
+    over = {"state": LeaseState.ENDED, "ended_at_s": 5.0, "end_reason": EndReason.OUT_OF_TIME}
+    text, _ = told_end("train", [view(0, ended(ExitKind.OUT_OF_TIME), end_detail="failed 3 times on the same event", **over)])
+    assert "Its slot of 15 min 0 s is over before a step is done. Raise the envelope's slot" in text
+    text, _ = told_end("train", [view(0, ended(ExitKind.OUT_OF_TIME), end_detail="its total of 1 s is spent", **over)])
+    assert "Raise the envelope's total" in text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.7, "60 s"), (200.4, "3 min 20 s"), (7500, "2 h 5 min")])
 def test_times_are_rounded_for_people(seconds, text):
     assert show_time(seconds) == text

@@ -29,6 +29,8 @@ from tenure.train.store import Claims, read_result, round_name
 
 LEAVE_SHARE = 1 / 16
 """Of what the process took to start, leaving takes no more than this: it adapts to the CPU share and to a busy machine."""
+SHORT_SLOTS = 3
+"""Slots in a row in which a worker finished none of its own shards, after which one more is its last."""
 LEAVE_FILES = 3
 """Files that leaving may write: sums of shards added so far, the next slot's event, ``result.json``."""
 
@@ -405,9 +407,10 @@ class Slot:
     def _hand_over(self) -> Outcome:
         event, spec = self.event, self.context.spec
         idle = 0 if self.advanced else event.idle + 1
-        if idle > spec.max_idle_slots:
+        short = idle > SHORT_SLOTS and bool(tree.missing(self._part(), self.exchange.nodes_there(max(0, self.round))))
+        if short or idle > spec.max_idle_slots:
             error = self._missing(f"{idle} slots")
-            if tree.missing(self._part(), self.exchange.nodes_there(max(0, self.round))):
+            if short:
                 error = (
                     f"in {idle} slots worker {event.workerno} could not finish one of its own shards; "
                     "its slot is too short: raise it, or the CPU share"
