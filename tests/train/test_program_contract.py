@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -137,7 +138,7 @@ def test_gradients_of_shards_add_up_to_that_of_all_their_examples(load: Any, ref
     weights = trained(program, train, program.build(1), range(1))
     whole, loss, n = program.gradient(weights, part(train, 0, 60), rng())
     edges = (0, 7, 32, 60)
-    shards = [program.gradient(weights, part(train, a, b), rng()) for a, b in zip(edges, edges[1:], strict=False)]
+    shards = [program.gradient(weights, part(train, a, b), rng()) for a, b in itertools.pairwise(edges)]
     assert sum(shard[2] for shard in shards) == n == 60
     assert sum(shard[1] for shard in shards) == pytest.approx(loss, rel=1e-4)
     for name, values in whole.items():
@@ -182,6 +183,7 @@ def elsewhere(images: Path) -> dict[str, list[str]]:
         "from tests.train.test_program_contract import MODELS, PROGRAMS, answers\n"
         "from tenure.train.programs import load_program\n"
         "found = {r: answers(load_program(r, MODELS, o), sys.argv[1]) for r, o in PROGRAMS.items()}\n"
+        "import torch\nfound['threads'] = [torch.get_num_threads(), torch.get_num_interop_threads()]\n"
         "print(json.dumps(found))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -203,6 +205,11 @@ def test_another_process_computes_the_same_bits(load: Any, images: Path, elsewhe
     program, train, _ = load(reference)
     trained(program, train, program.build(5), range(1))
     assert answers(program, str(images)) == elsewhere[reference]
+
+
+@pytest.mark.real
+def test_torch_has_the_threads_that_the_environment_names(elsewhere: Any) -> None:
+    assert elsewhere["threads"] == [1, 1]
 
 
 @pytest.mark.parametrize("reference", ["torch_nets.py:Noisy", "keras_nets.py:noisy"])

@@ -18,7 +18,7 @@ from tenure.train.export import export, export_command
 from tenure.train.progress import read_progress
 from tenure.train.records import read_arrays
 from tenure.train.spec import TrainSpec, command, publish_event, start_event, write_spec
-from tenure.train.worker import remaining_s
+from tenure.train.worker import THREAD_VARIABLES, remaining_s, thread_environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENCE_S = 60.0
@@ -218,3 +218,15 @@ def test_start_up_counts_from_the_order_to_start_not_from_a_process_that_waited_
 
     assert 100 <= _since_start_s({"TENURE_STARTED_BOOT_S": repr(_boot_s() - 100)}) < 160
     assert _since_start_s({}) >= 0
+
+
+def test_same_result_means_one_thread_whatever_the_lease_says() -> None:
+    found = thread_environment(True, {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "ACTIVE"}, 4)
+    assert found == dict.fromkeys(THREAD_VARIABLES, "1")
+
+
+def test_otherwise_threads_follow_the_lease_and_wait_passively_unless_the_job_says_otherwise() -> None:
+    found = thread_environment(False, {"MKL_NUM_THREADS": "3"}, 2)
+    lease = {name: "2" for name in THREAD_VARIABLES if name != "MKL_NUM_THREADS"}
+    assert found == {"OMP_WAIT_POLICY": "PASSIVE", **lease}
+    assert thread_environment(False, {"OMP_WAIT_POLICY": "PASSIVE"}, 0) == {}

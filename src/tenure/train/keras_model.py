@@ -157,7 +157,7 @@ class KerasModel:
         """Return a SHA-256 that changes with the frozen part's weights, its layers, the transform's code and versions."""
         frozen = self._frozen()
         digest = hashlib.sha256(f"{self.reference} {self._cut} {keras.__version__} {torch.__version__}".encode())
-        digest.update("\n".join(f"{type(layer).__name__} {layer.get_config()}" for layer in frozen.layers).encode())
+        digest.update("\n".join(f"{type(layer).__name__} {_nameless(layer.get_config())}" for layer in frozen.layers).encode())
         if transform := self._method("transform"):
             digest.update(inspect.getsource(transform).encode())
         for variable in frozen.weights:
@@ -312,6 +312,13 @@ def _split(model: Any, cut: str, reference: str) -> tuple[Any, Any]:
         ) from error
     frozen.trainable = False
     return frozen, head
+
+
+def _nameless(config: Any) -> Any:
+    """Return a layer's configuration without names, which count the layers of the process."""
+    if isinstance(config, dict):
+        return {key: _nameless(value) for key, value in config.items() if key != "name"}
+    return config
 
 
 def _named(variables: list[Any]) -> dict[str, Any]:

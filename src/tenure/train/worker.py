@@ -26,9 +26,10 @@ from typing import Any
 
 from tenure.errors import SpecError, TenureError
 from tenure.train.files import Files
-from tenure.train.spec import EXIT_FULL, TrainSpec, load_event, publish_event, read_spec
+from tenure.train.spec import EXIT_FULL, load_event, publish_event, read_spec
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+"""What NumPy, scikit-learn and torch read when they are loaded."""
 
 
 def main(environment: Mapping[str, str] | None = None) -> int:
@@ -86,7 +87,7 @@ def _run(env: Mapping[str, str], told: Callable[[], bool]) -> dict[str, Any]:
     stage_dir = Path(_need(env, "TENURE_RUN_DIR"))
     spec = read_spec(stage_dir)
     event = load_event(_need(env, "TENURE_EVENT_FILE"))
-    _set_threads(spec)
+    os.environ.update(thread_environment(spec.same_result, os.environ, _leased_threads(env.get("TENURE_LEASE_FILE", ""))))
     # From here on NumPy is loaded: its thread pools are made at import, so the counts must stand before.
     from tenure.train.handler import Context, handle
     from tenure.train.programs import load_program
@@ -111,11 +112,24 @@ def _run(env: Mapping[str, str], told: Callable[[], bool]) -> dict[str, Any]:
     return {"state": outcome.state, "round": outcome.round, "why": outcome.why, "double_starts": store.double_starts}
 
 
-def _set_threads(spec: TrainSpec) -> None:
-    """Same-result mode: one thread per shard, whatever the lease's share, so that sums are formed in one order."""
-    if spec.same_result and "numpy" not in sys.modules:
-        for name in THREAD_VARIABLES:
-            os.environ[name] = "1"
+def thread_environment(same_result: bool, environ: Mapping[str, str], leased: int) -> dict[str, str]:
+    """Return the variables to set so that libraries make the thread pools they should.
+
+    same_result: one thread per shard, whatever the lease's share, so that sums are formed in one order. Otherwise as many
+    as the lease says (0: it does not), unless the environment has a number already: the lease put its share there, or
+    the job its own. Threads wait without spinning: on a busy core a spinning one takes the time of those it waits for.
+    """
+    found = {} if "OMP_WAIT_POLICY" in environ else {"OMP_WAIT_POLICY": "PASSIVE"}
+    if same_result:
+        return found | dict.fromkeys(THREAD_VARIABLES, "1")
+    return found | {name: str(leased) for name in THREAD_VARIABLES if leased and not environ.get(name)}
+
+
+def _leased_threads(lease_file: str) -> int:
+    try:
+        return int(json.loads(Path(lease_file).read_bytes()).get("threads", 0)) if lease_file else 0
+    except (OSError, ValueError, TypeError):
+        return 0  # being replaced, or of another form: the environment says the same
 
 
 def _on_sigterm() -> Callable[[], bool]:

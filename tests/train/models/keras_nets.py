@@ -32,7 +32,7 @@ def compiled() -> Any:
 class Own(keras.Model):
     def __init__(self) -> None:
         super().__init__()
-        self.flat, self.dense = layers.Flatten(), layers.Dense(3)
+        self.flat, self.dense = layers.Flatten(), layers.Dense(3, name="dense")
 
     def call(self, x: Any) -> Any:
         return self.dense(self.flat(x))
