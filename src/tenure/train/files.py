@@ -21,7 +21,7 @@ class Files:
 
         durable: written through to the disk first. Raises OSError, e.g. for a full disk; no partial file stays.
         """
-        temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        temp = self._temp(path)
         try:
             self._write(temp, pieces, durable)
             return self.link(temp, path)
@@ -45,7 +45,7 @@ class Files:
 
     def replace(self, path: Path, content: bytes) -> None:
         """Set the content of `path` at once, whatever was there."""
-        temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        temp = self._temp(path)
         try:
             self._write(temp, [content], False)
             os.replace(temp, path)
@@ -91,6 +91,9 @@ class Files:
     def make_folder(self, path: Path) -> None:
         """Make a folder and its parents; nothing happens when it is there."""
         os.makedirs(path, exist_ok=True)
+
+    def _temp(self, path: Path) -> Path:
+        return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
 
     def _write(self, temp: Path, pieces: Iterable[bytes | memoryview], durable: bool) -> None:
         with open(temp, "xb") as file:
