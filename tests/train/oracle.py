@@ -91,6 +91,9 @@ class Oracle:
         if run.uncounted:
             wrong.append(f"{run.uncounted} double starts were not counted")
         for name, meanings in effects(run).items():
+            if name in run.rotten and name.startswith("rounds/"):
+                # An accuracy that was on a spoiled file alone can't be told again; the rest can.
+                meanings = [m if m[2] is not None else (m[0], m[1], expected[name][2], m[3]) for m in meanings]
             if len(set(meanings)) > 1:
                 wrong.append(f"double effect: {name} was published with {len(set(meanings))} contents")
             if expected.get(name, meanings[0]) != meanings[0]:

@@ -79,6 +79,16 @@ def test_torn_weights_are_computed_again_from_the_round_before(tmp_path: Path, r
     assert driver.run(2) == reference
 
 
+def test_a_torn_layout_is_made_again_by_a_worker_that_does_not_know_it(tmp_path: Path, reference: str) -> None:
+    driver = Driver(tmp_path)
+    driver.invoke({"start": True, "workers": 2, "generation": 0, "worker": 0})
+    while Store(tmp_path / "store", worker=9).newest_sum() < 1:
+        driver.step()
+    (tmp_path / "store" / "layout.json").write_bytes(b"{")
+    assert driver.run(2) == reference
+    assert read_progress(tmp_path / "store").quarantined == 1
+
+
 def test_a_dead_claimer_is_replaced_after_the_claim_period(tmp_path: Path, reference: str) -> None:
     driver = Driver(tmp_path, exchange="central")
     dead = Store(tmp_path / "store", worker=5)

@@ -63,13 +63,19 @@ class Exchange:
         """Return the layout that all gradients have; the first one's is published. Raises SpecError when this one differs."""
         if self.layout is None:
             mine = Layout.of(arrays)
-            self.store.publish_json("layout.json", mine.to_json())
+            self.store.publish_json("layout.json", mine.to_json(), durable=True)
             self.layout = mine
             published = self.store.read_json("layout.json")
             if published is not None and Layout.of_json(published).entries != mine.entries:
                 self.layout = Layout.of_json(published)
         self.layout.check(arrays)
         return self.layout
+
+    def knows_layout(self) -> bool:
+        """Return whether the layout is known here or can be read. Raises CorruptData; the file is in quarantine then."""
+        if self.layout is None and (data := self.store.read_json("layout.json")) is not None:
+            self.layout = Layout.of_json(data)
+        return self.layout is not None
 
     def publish(self, round_: int, part: Part) -> None:
         """Publish a node. That of the whole tree is the sum already: it is published as its only slice."""
@@ -192,11 +198,9 @@ class Exchange:
         return self._numbers[slices]
 
     def _layout(self) -> Layout:
-        if self.layout is None:
-            data = self.store.read_json("layout.json")
-            if data is None:
-                raise FileNotFoundError(f"{self.store.root / 'layout.json'}: no gradient was published yet")
-            self.layout = Layout.of_json(data)
+        if not self.knows_layout():
+            raise FileNotFoundError(f"{self.store.root / 'layout.json'}: no gradient was published yet")
+        assert self.layout is not None
         return self.layout
 
     def _memory(self, layout: Layout) -> Flats:

@@ -154,9 +154,17 @@ class Slot:
             if rounds != self.round:
                 self.round, self._figures = rounds, _Figures()
                 self._last = _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])) if rounds else None
+        self._mend_layout()
         while not self._undecided() and (slices := self.exchange.complete(self.round)):
             self._apply(self.exchange.gather(self.round, slices))
         self.shards.begin_with(self._last.shard_s if self._last else ())
+
+    def _mend_layout(self) -> None:
+        """Publish the gradients' layout again when there are gradients but it is gone: its file was torn."""
+        store = self.context.store
+        if not self.exchange.knows_layout() and (store.names("nodes") or store.names("sums")):
+            arrays, *_ = self.rounds.gradient(self.round, self._part()[0], self.weights)
+            self.exchange.settle_layout(arrays)
 
     def _apply(self, total: Sum) -> None:
         if not total.finite or not total.n:
@@ -319,7 +327,10 @@ class Slot:
         self.checkpoints.write(self.round, self.weights, {"loss": seen.loss, "n": seen.n, "shard_s": seen.shard_s})
 
     def _fill_records(self) -> None:
-        """Publish the records that a worker who died owed, before the sums they are made of are forgotten."""
+        """Publish the records that a worker who died owed, before the sums they are made of are forgotten.
+
+        A look at the held-out examples that such a record told of is lost when the record was torn.
+        """
         there = {int(name.split(".")[0]) for name in self.context.store.names("rounds")}
         for rounds in (round_ + 1 for round_ in self.context.store.summed_rounds()):
             if rounds < self.round and rounds not in there and (meta := self.exchange.describe(rounds - 1)) is not None:
