@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from .explorer import Run, Schedule
+from .floats import Floats
+from .mutants import MUTANTS
+from .oracle import Oracle
+from .replacement import MAX_PERIODS, idle_periods
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Oracle:
+    return Oracle()
+
+
+def digest(run: Run) -> str:
+    told = repr([(p.name, p.at_s, p.worker, p.fence, p.content) for p in run.publications])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def test_a_schedule_replays_to_the_last_operation() -> None:
+    for seed in range(5):
+        schedule = Schedule.draw(seed)
+        first, second = (Run(schedule, Floats(schedule.nan_round)).go() for _ in range(2))
+        assert (first.steps, digest(first)) == (second.steps, digest(second))
+
+
+@pytest.mark.parametrize("first", range(0, 250, 50))
+def test_no_interleaving_has_a_double_effect_or_a_missing_one(oracle: Oracle, first: int) -> None:
+    for seed in range(first, first + 50):
+        schedule = Schedule.draw(seed)
+        _, wrong = oracle.explore(schedule)
+        assert not wrong, f"{wrong[0]}\nreplay with Oracle().explore({schedule})"
+
+
+def test_interleavings_hold_all_that_may_happen(oracle: Oracle) -> None:
+    """The control of the explorer itself: deaths, zombies, refused grants, double starts, rot and blackouts do occur."""
+    runs = [oracle.explore(Schedule.draw(seed))[0] for seed in range(40)]
+    assert sum(run.deaths for run in runs) > 100
+    assert sum(run.zombies for run in runs) > 10
+    assert sum(run.double_starts for run in runs) > 10
+    assert any("StaleFence" in text for run in runs for text in run.failures)
+    assert any("superseded" in outcome.why for run in runs for outcome in run.outcomes)
+    assert any(run.rotten for run in runs)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_protocol_without_one_of_its_protections_is_noticed(oracle: Oracle, mutant: str) -> None:
+    for seed in range(200):
+        schedule = Schedule.draw(seed)
+        oracle.expected(schedule)
+        with MUTANTS[mutant]():
+            _, wrong = oracle.explore(schedule)
+        if wrong:
+            return
+    raise AssertionError(f"{mutant}: 200 schedules, and nothing was noticed")
+
+
+def test_a_dead_turn_holder_or_claimer_is_replaced_within_a_claim_period() -> None:
+    idle = [idle_periods(seed) for seed in range(15)]
+    found = [periods for periods in idle if periods is not None]
+    assert len(found) > 10
+    assert max(found) <= MAX_PERIODS
