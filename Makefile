@@ -18,10 +18,10 @@ help: ## list the targets
 setup-demo: $(VENV)/.with-demo
 setup-dev: $(VENV)/.with-dev
 
-$(VENV)/.with-demo: pyproject.toml tools/setup.sh
+$(VENV)/.with-demo: pyproject.toml tools/setup.sh tools/constraints.txt
 	@tools/setup.sh $(VENV) demo
 
-$(VENV)/.with-dev: pyproject.toml tools/setup.sh
+$(VENV)/.with-dev: pyproject.toml tools/setup.sh tools/constraints.txt
 	@tools/setup.sh $(VENV) dev
 
 demo: setup-demo ## set everything up, run the main job, say where the report is

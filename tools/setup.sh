@@ -38,7 +38,7 @@ if ! [ -x "$venv/bin/python" ] || ! fits "$venv/bin/python"; then
 fi
 
 echo "make: installing tenure[$extra] and what it needs (a minute or two the first time)"
-if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" >"$venv/install.log" 2>&1; then
+if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e ".[$extra]" >"$venv/install.log" 2>&1; then
   tail -15 "$venv/install.log" >&2
   die "pip could not install tenure[$extra]; the reason stands above, the whole log is $venv/install.log."
 fi
