@@ -174,6 +174,8 @@ def test_a_module_can_be_cut_where_training_and_evaluation_differ(images: Path) 
         ("torch_nets.py:Plain", {"cut": "head"}, "cut = 'head' names no submodule; it has: features"),
         ("torch_nets.py:Skipping", {"cut": "classifier"}, "after 'classifier', step .* uses .* of the part before it"),
         ("torch_nets.py:Looking", {"cut": "classifier"}, "steps can't be recorded"),
+        ("torch_nets.py:Lazy", {}, "classifier.weight gets its shape from the first input only"),
+        ("torch_nets.py:Half", {}, "features.0.weight is torch.bfloat16 on cpu; weights must be"),
         ("keras_nets.py:plain", {"cut": "head"}, "cut = 'head' names no layer; it has: .*classifier"),
         ("keras_nets.py:Own", {"cut": "dense"}, "can't be cut at 'dense'"),
         ("keras_nets.py:compiled", {"rate": 0.1}, "compiled with its optimizer"),

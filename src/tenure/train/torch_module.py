@@ -326,6 +326,10 @@ def _tensors(module: nn.Module, reference: str) -> dict[str, torch.Tensor]:
     kept = module.state_dict()
     named = [*module.named_parameters(), *((name, buffer) for name, buffer in module.named_buffers() if name in kept)]
     for name, tensor in named:
+        if nn.parameter.is_lazy(tensor):
+            raise SpecError(
+                f'program "{reference}": {name} gets its shape from the first input only; give the layer its number of inputs'
+            )
         if tensor.device.type != "cpu" or tensor.dtype in (torch.bfloat16, torch.complex32):
             raise SpecError(
                 f'program "{reference}": {name} is {tensor.dtype} on {tensor.device}; weights must be on the CPU and of a type '

@@ -74,6 +74,18 @@ class Summed(Plain):
         return outputs[:1, 0]
 
 
+class Lazy(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.LazyLinear(3)
+
+
+class Half(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bfloat16()
+
+
 def make(width: int = 6) -> nn.Module:
     return Plain(width)
 
