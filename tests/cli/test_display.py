@@ -79,3 +79,16 @@ def test_progress_without_a_stage_is_ignored():
     with RichDisplay(out, out) as display:
         display.progress("nothing began", 0.5)
     assert "nothing began" not in out.getvalue()
+
+
+def test_a_long_line_of_figures_is_not_cut_off_on_a_terminal_of_eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    out, text = (
+        Terminal(),
+        "round 32 of 60, loss 1.949, 2 of 2 workers, peak 17.3 MiB of 128.0 MiB, 5.0 s, about 3.1 s left, $0.5",
+    )
+    with RichDisplay(out, out) as display:
+        display.stage_started("train", "lease + train", text)  # drawn at once; `progress` is ten times a second
+    assert " ".join(text.split()) in " ".join(out.getvalue().split())
+    assert "…" not in out.getvalue()

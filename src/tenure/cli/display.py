@@ -7,7 +7,7 @@ lines) is stripped of control characters first: a job's name cannot move the cur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -74,19 +74,28 @@ class PlainDisplay(SilentDisplay):
 
 
 class RichDisplay(SilentDisplay):
-    """A spinner and a bar for the present step; each closing line stays above it."""
+    """A spinner and a bar for the present step, and under it what happens now; each closing line stays above it."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
         super().__init__(err)
         # rich is imported here and not above: it would double the time of `tenure --help`
-        from rich.console import Console
+        from rich.console import Console, RenderableType
+        from rich.padding import Padding
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.text import Text
 
-        self._progress: Progress = Progress(
+        class Above(Progress):
+            """The bar, and below it the text: beside it, a terminal of usual width would cut the text off."""
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks:
+                    yield Padding(Text(task.description), (0, 0, 0, 2))
+
+        self._progress: Progress = Above(
             SpinnerColumn(),
             TextColumn("{task.fields[heading]}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=Console(file=out, highlight=False),
             transient=True,
