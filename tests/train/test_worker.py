@@ -230,3 +230,30 @@ def test_otherwise_threads_follow_the_lease_and_wait_passively_unless_the_job_sa
     lease = {name: "2" for name in THREAD_VARIABLES if name != "MKL_NUM_THREADS"}
     assert found == {"OMP_WAIT_POLICY": "PASSIVE", **lease}
     assert thread_environment(False, {"OMP_WAIT_POLICY": "PASSIVE"}, 0) == {}
+
+
+ENDS = """
+import atexit, sys, threading
+from tenure.train import worker
+atexit.register(print, "at exit")
+print("buffered", end=" ")
+{more}
+worker._end(7)
+"""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "held = open(sys.argv[1], 'w'); held.write('kept')",
+        "threading.Timer(0.1, lambda: open(sys.argv[1], 'w').write('kept')).start()",
+    ],
+)
+def test_a_process_that_ends_at_once_loses_nothing_that_was_written(tmp_path: Path, more: str) -> None:
+    path = tmp_path / "file"
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.format(more=more), str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (7, "buffered at exit\n"), done.stderr
+    assert not more or path.read_text() == "kept"

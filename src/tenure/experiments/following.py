@@ -111,7 +111,7 @@ class Following:
         for exit_ in view.exits[self._exits.get(lease.id, 0) :]:
             if not _went_well(exit_) and not lease.ended_at_s and lease.state is not LeaseState.DRAINING:
                 told.append(
-                    f"worker {lease.worker} {told_exit(exit_, self.envelope)}. What it had not published is computed again; "
+                    f"worker {lease.worker} {told_exit(exit_, lease.envelope)}. What it had not published is computed again; "
                     "it is started again."
                 )
         self._exits[lease.id] = len(view.exits)
@@ -199,7 +199,10 @@ def _advice(lease: Lease, last: Exit | None) -> str:
             "smaller steps: more shards, or a smaller batch."
         )
     if lease.end_reason is EndReason.OUT_OF_TIME:
-        return "Rounds that were finished are kept. Raise the envelope's total, and begin anew, or have fewer rounds."
+        return (
+            f"Rounds that were finished are kept: resume the run, and it gets its total of {show_time(envelope.total_s)} once "
+            "more. Raise the envelope's total for the next one."
+        )
     if lease.end_reason is EndReason.OUT_OF_DISK:
         return f"Each attempt may write {show_bytes(envelope.disk_bytes)} in its worker folder. Raise the envelope's disk."
     full = last is not None and last.code == EXIT_FULL
