@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-WINDOW = 32
+WINDOW = 16
 """Steps looked back at: a slow phase that is over shall not shorten every slot to come."""
 UNCERTAIN = 0.5
 """The next step may take the longest of n and UNCERTAIN / n of it more: few steps tell little about the longest to come."""

@@ -27,7 +27,7 @@ from tenure.train.records import Arrays
 from tenure.train.rounds import Rounds
 from tenure.train.store import Claims, read_result, round_name
 
-LEAVE_SHARE = 1 / 16
+LEAVE_SHARE = 1 / 32
 """Of what the process took to start, leaving takes no more than this: it adapts to the CPU share and to a busy machine."""
 SHORT_SLOTS = 3
 """Slots in a row in which a worker finished none of its own shards, after which one more is its last."""
