@@ -58,8 +58,9 @@ def run(
 ) -> Outcome:
     """Run a job file: measure, recommend, lease, enforce, observe, report.
 
-    resume: id of an interrupted run to go on with; a job file beside it must be the run's own. only: restrict to a stage's
-    name or kind. workers: size of each training gang, whatever the job file says or is recommended; 0: as it says.
+    resume: id of an interrupted run to go on with; a job file beside it may differ from the run's own in envelope, workers,
+    probe and retry. only: restrict to a stage's name or kind. workers: size of each training gang, whatever the job file
+    says or is recommended; 0: as it says.
     Returns the outcome, also of a run that failed (`outcome.failed`). Raises SpecError for a wrong job file.
     """
     path = Path(job_file) if job_file is not None else None

@@ -266,10 +266,20 @@ def test_more_workers_than_shards_and_another_job_file_beside_a_run_are_refused_
         tenure.run(tenure.task("pass"), workers=1)
     assert len(verbs.runs(home=tenure.home)) == before
     run = tenure.run(tenure.train(fault="raise")).run.id
-    with pytest.raises(errors.SpecError, match="begun with another job file"):
-        tenure.run(tenure.train(rounds=31), resume=run)
+    with pytest.raises(errors.SpecError, match="begun with another job file: max_rounds of stage train differs"):
+        tenure.run(tenure.train(rounds=31, fault="raise"), resume=run)
     with pytest.raises(errors.SpecError, match="at most 2"):
         tenure.run(resume=run, workers=3)
+
+
+def test_a_run_that_was_out_of_memory_goes_on_with_more(tenure, tmp_path):
+    job = tenure.train(rounds=8, fault="heavy", fault_round=3, rounds_log=str(tmp_path / "rounds"))
+    assert "tenure train FILE --resume RUN" in failed(tenure.run(job))
+    (run,) = [run.id for run in verbs.runs(home=tenure.home) if run.source == str(job)]
+    job.write_text(job.read_text().replace('memory = "192MiB"', 'memory = "384MiB"', 1))
+    outcome = tenure.run(job, resume=run)
+    assert outcome.run.state == "done", outcome.failed
+    assert (tmp_path / "rounds").read_text().split()[-1] == "7"
 
 
 def test_a_training_program_that_hangs_is_ended_by_its_slot_and_total(tenure):

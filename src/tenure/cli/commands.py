@@ -114,7 +114,7 @@ def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", 
 @app.command("run")
 def run_command(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one; none with --resume.")
+        Path | None, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one; not needed with --resume.")
     ] = None,
     resume: ResumeOption = "",
     workers: WorkersOption = 0,

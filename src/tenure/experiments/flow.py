@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from tenure.broker.client import BrokerClient
@@ -27,6 +27,8 @@ from tenure.jobs import Job, JobKind
 from tenure.runs import Run, RunFiles, RunState, Stage
 
 MAX_EVENTS = 100_000
+LEASE_KEYS = ("envelope", "workers", "probe", "retry")
+"""Keys of a stage that bound its work and change nothing of it: a resumed run may have others."""
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 STAGE_RUNNERS: Mapping[JobKind, Callable[[RunContext, Job], None]] = {
@@ -101,9 +103,10 @@ def check_workers(job_file: JobFile, workers: int) -> None:
 
 
 def resumed_run(runs: tuple[Run, ...], run_id: str, *, text: str = "", source: Path | None = None) -> tuple[Run, JobFile]:
-    """Return a recorded run and its jobs, to go on with. text, source: of a job file named beside it, which must be the run's.
+    """Return a recorded run and its jobs, to go on with.
 
-    Raises NotFound, SpecError when it is done already or the job file is another one.
+    text, source: of a job file named beside it, which may differ from the run's own in what LEASE_KEYS name: the rest of its
+    leases are made by it. Raises NotFound, SpecError when the run is done already or the job file differs in more.
     """
     found = [run for run in runs if run.id == run_id]
     if not found:
@@ -111,14 +114,27 @@ def resumed_run(runs: tuple[Run, ...], run_id: str, *, text: str = "", source: P
     run = found[0]
     if run.state is RunState.DONE:
         raise SpecError(f'run {run_id} is done; there is nothing to resume. See it with "tenure report {run_id}".')
-    if text and text != run.job_file:
-        raise SpecError(
-            f"run {run_id} was begun with another job file than {source}: {run.source}, as it was then. A run keeps its job: "
-            "leave the file away to go on, or begin a new run with it."
-        )
     job_file = parse_job_file(run.job_file, source=run.source)
+    if text:
+        job_file = _with_other_leases(job_file, parse_job_file(text, source=str(source)), run_id)
     names = {stage.name for stage in run.stages}
     return run, replace(job_file, stages=tuple(job for job in job_file.stages if job.name in names))
+
+
+def _with_other_leases(then: JobFile, now: JobFile, run_id: str) -> JobFile:
+    """Return the job file as it is now, if it says the same but for the leases."""
+    same = [*(job.name for job in then.stages)] == [*(job.name for job in now.stages)]
+    differs = "" if same and (then.name, then.tenant, then.disk_bytes) == (now.name, now.tenant, now.disk_bytes) else "[run]"
+    for before, after in zip(then.stages, now.stages, strict=False):
+        for key in (field.name for field in fields(Job)):
+            if not differs and key not in LEASE_KEYS and getattr(before, key) != getattr(after, key):
+                differs = f"{key} of stage {before.name}"
+    if differs:
+        raise SpecError(
+            f"run {run_id} was begun with another job file: {differs} differs. A run keeps its job but for "
+            f"{', '.join(LEASE_KEYS)}: leave the file away to go on, or begin a new run with it."
+        )
+    return now
 
 
 def run_stages(context: RunContext, job_file: JobFile) -> Outcome:

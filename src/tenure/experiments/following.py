@@ -190,13 +190,14 @@ def _advice(lease: Lease, last: Exit | None) -> str:
     envelope, words = lease.envelope, f"{lease.end_detail}\n{last.log_tail if last else ''}"
     if lease.end_reason is EndReason.OUT_OF_MEMORY:
         return (
-            f"Each worker may hold {show_bytes(envelope.memory_bytes)}. Raise the envelope's memory, or have it hold less at "
-            "once: more shards, or a smaller batch."
+            f"Each worker may hold {show_bytes(envelope.memory_bytes)}. Raise the envelope's memory in the job file and go on "
+            "with it (tenure train FILE --resume RUN); or begin anew with more shards or a smaller batch, which take less."
         )
     if lease.end_reason is EndReason.OUT_OF_TIME and lease.end_detail.startswith("failed"):
         return (
-            f"Its slot of {show_time(envelope.slot_s)} is over before a step is done. Raise the envelope's slot, or have "
-            "smaller steps: more shards, or a smaller batch."
+            f"Its slot of {show_time(envelope.slot_s)} is over before a step is done. Raise the envelope's slot in the job "
+            "file and go on with it (tenure train FILE --resume RUN); or begin anew with smaller steps: more shards, or a "
+            "smaller batch."
         )
     if lease.end_reason is EndReason.OUT_OF_TIME:
         return (
@@ -204,7 +205,10 @@ def _advice(lease: Lease, last: Exit | None) -> str:
             "more. Raise the envelope's total for the next one."
         )
     if lease.end_reason is EndReason.OUT_OF_DISK:
-        return f"Each attempt may write {show_bytes(envelope.disk_bytes)} in its worker folder. Raise the envelope's disk."
+        return (
+            f"Each attempt may write {show_bytes(envelope.disk_bytes)} in its worker folder. Raise the envelope's disk in the "
+            "job file and go on with it (tenure train FILE --resume RUN)."
+        )
     full = last is not None and last.code == EXIT_FULL
     if full or "No space left on device" in words or "Disk quota exceeded" in words:
         return "The disk of the run's folder is full; nothing half-written stays. Free space, then resume the run."

@@ -85,6 +85,11 @@ def _leak():
         kept.append(np.ones(1 << 20))
 
 
+def _weigh():
+    """Hold 256 MiB for a moment."""
+    return float(np.ones(32 << 20)[:1].sum() * 0)
+
+
 def _fork_and_leave():
     """Leave a child, and a grandchild in a session of its own, and end without a result."""
     nap = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -97,4 +102,4 @@ def _fork_and_leave():
     os._exit(0)
 
 
-FAULTS = {"raise": _raise, "hang": _hang, "leak": _leak, "fork": _fork_and_leave, "nan": lambda: float("nan")}
+FAULTS = {"raise": _raise, "hang": _hang, "leak": _leak, "fork": _fork_and_leave, "nan": lambda: float("nan"), "heavy": _weigh}
