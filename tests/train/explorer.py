@@ -196,6 +196,7 @@ class SteppedFiles(MemoryFiles):
             if not kill:
                 return answer
         self._process.dead = True
+        self._run.died_at.append(str(args[0]))
         raise Killed
 
     def read(self, path: Path, offset: int = 0, size: int = -1) -> bytearray:
@@ -279,6 +280,8 @@ class Run:
     steps: int = 0
     deaths: int = 0
     zombies: int = 0
+    died_at: list[str] = field(default_factory=list)
+    """Paths whose operation was the last of a process that was killed."""
     publications: list[Publication] = field(default_factory=list)
     overwritten: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -299,6 +302,7 @@ class Run:
     sleep_s: float = SLEEP_S
     """The shortest sleep, and the longest pause between two looks at the store."""
     operation_s: float = OPERATION_S
+    max_steps: int = MAX_STEPS
     rng: random.Random = field(init=False)
     spec: TrainSpec = field(init=False)
     _processes: list[Process] = field(default_factory=list)
@@ -384,7 +388,7 @@ class Run:
             return "before"
         self.steps += 1
         self.now_s += self.operation_s
-        if self.steps > MAX_STEPS or self.now_s > MAX_S:
+        if self.steps > self.max_steps or self.now_s > MAX_S:
             raise Hangs(f"not done after {self.steps} operations and {self.now_s:.0f} s")
         if self.on_point is not None and (how := self.on_point(self, process)):
             return how

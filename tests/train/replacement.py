@@ -13,9 +13,9 @@ from .floats import Floats
 from .memory_files import MemoryFiles
 
 POLL_S = 0.02
-OPERATION_S = 0.0001
-MAX_PERIODS = 1 + 2 * POLL_S / PERIOD_S
-"""An observer sees a claim one pause after it is made, and its lapse another one late."""
+OPERATION_S = 0.00002
+MAX_PERIODS = 1 + 2.2 * POLL_S / PERIOD_S
+"""An observer sees a claim one pause after it is made, and its lapse another one late; a tenth for operations."""
 
 
 @dataclass(slots=True)
