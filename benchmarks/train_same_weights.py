@@ -14,7 +14,7 @@ until 2 W + 2 were killed or the run is over, and started again with the same ev
 Cost: one worker, the handler in a process of its own with a store in the default place for temporary files, against a plain
 loop in another: gradient of the whole batch in one call, update, nothing else; one BLAS thread both; 8 shards of 32 samples;
 20 rounds (--quick: 8) after 2 that warm up; 7 interleaved repeats (--quick: 3) in new processes; the mean round of each,
-the median over repeats of the ratio. Programs: a network 784-512-512-10 in NumPy; the conv net of `train_vs_ddp` without batch
+the median over repeats of the ratio (and of CPU time's, which is told, not judged). Programs: a network 784-512-512-10 in NumPy; the conv net of `train_vs_ddp` without batch
 normalisation (whose statistics are of a shard, so that a plain loop makes other updates) on CIFAR-10, when torch and the data
 are there: else it says why not. The value is the larger ratio of those measured.
 Checked: the largest number of both contenders' weights agrees within 1e-3 (their bits differ: another order of adding).
@@ -33,7 +33,6 @@ import multiprocessing
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,7 +73,7 @@ def run(options: Options) -> Result:
     wanted = _simulate(Schedule(seed=0, workers=1, shards=SHARDS, rounds=ROUNDS))["sha256"]
     killed = _killed(wanted, 60 if options.quick else 500, options.seed)
     real = _real(2 if options.quick else 12, options.seed)
-    cost, skipped = _cost(options)
+    cost, further = _cost(options)
     drift = max(_drift(workers) for workers in (2, 3))
     control = Control(name="each worker's shards added first", value=drift, failed=drift > 0, how="largest relative drift")
     ratios = {name: median(found) for name, found in cost.items()}
@@ -94,7 +93,7 @@ def run(options: Options) -> Result:
         details={
             "cost_ratios": ratios,
             "cost_spread": {name: spread(found) for name, found in cost.items()},
-            "cost_skipped": skipped,
+            "cost_further": further,
             "simulated": killed,
             "real": real,
             "wall_s": round(time.monotonic() - began, 1),
@@ -249,16 +248,17 @@ def _spawn(folder: Path, worker: int, event: Path, fence: int) -> subprocess.Pop
 # --- the cost of one worker -------------------------------------------------------------------------------------------
 
 
-def _cost(options: Options) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Return program -> ratios of one worker's round to a plain loop's; and program -> why it was not measured."""
+def _cost(options: Options) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return program -> ratios of one worker's round to a plain loop's; and further figures, or why it was not measured."""
     rounds, repeats = (8, 3) if options.quick else (20, 7)
-    found, skipped = {}, {}
+    found: dict[str, list[float]] = {}
+    further: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("numpy", "conv"):
             try:
                 told = _numpy_program() if name == "numpy" else _conv_program(options, Path(folder))
             except Skip as reason:
-                skipped[name] = str(reason)
+                further[name] = f"not measured: {reason}"
                 print(f"{name}: not measured: {reason}", flush=True)
                 continue
             told |= {"max_rounds": rounds + 2}
@@ -269,9 +269,14 @@ def _cost(options: Options) -> tuple[dict[str, list[float]], dict[str, str]]:
                 assert apart <= 1e-3 * abs(plain["largest"]), (
                     f"{name}: the contenders made different updates: {worker}, {plain}"
                 )
-            found[name] = [w["round_s"] / p["round_s"] for w, p in zip(timed["worker"], timed["plain"], strict=True)]
-            print(f"{name}: one worker takes {median(found[name]):.3f} x a plain loop, {timed['plain'][0]}", flush=True)
-    return found, skipped
+            found[name], cpu = (
+                [worker[part] / plain[part] for worker, plain in zip(timed["worker"], timed["plain"], strict=True)]
+                for part in ("round_s", "round_cpu_s")
+            )
+            plain_s = median([plain["round_s"] for plain in timed["plain"]])
+            further[name] = {"cpu_ratio": median(cpu), "cpu_ratio_spread": spread(cpu), "plain_round_s": plain_s}
+            print(f"{name}: one worker takes {median(found[name]):.3f} x a plain loop, {further[name]}", flush=True)
+    return found, further
 
 
 def _numpy_program() -> dict[str, Any]:
@@ -305,7 +310,8 @@ class _Timed:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self.times_s: list[float] = []
+        self.times_s: list[tuple[float, float]] = []
+        """By the clock, and of CPU."""
         self.weights: Arrays = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -314,13 +320,14 @@ class _Timed:
     def update(self, weights: Arrays, summed: Arrays, n: int, round_: int) -> Arrays:
         """See Program."""
         self.weights = self._program.update(weights, summed, n, round_)
-        self.times_s.append(time.perf_counter())
+        self.times_s.append((time.perf_counter(), time.process_time()))
         return self.weights
 
 
 def _contend(way: str, told: dict[str, Any]) -> dict[str, float]:
     """Train in this process, by a worker or a plain loop; return seconds per round after the first two."""
-    spec = TrainSpec(folder=str(PROGRAMS), shards=COST_SHARDS, batch=COST_SHARDS * PER_SHARD, evaluate_every=10_000, **told)
+    batch = COST_SHARDS * told.pop("per_shard")
+    spec = TrainSpec(folder=str(PROGRAMS), shards=COST_SHARDS, batch=batch, evaluate_every=10_000, **told)
     program: Any = _Timed(load_program(spec.program, PROGRAMS, spec.options))
     if way == "worker":
         with tempfile.TemporaryDirectory() as folder:
@@ -332,10 +339,11 @@ def _contend(way: str, told: dict[str, Any]) -> dict[str, float]:
         for round_ in range(spec.max_rounds):
             summed, _, n, _ = rounds.gradient(round_, 0, weights)
             weights = program.update(weights, summed, n, round_)
-    took_s = [after - before for before, after in zip(program.times_s[1:], program.times_s[2:], strict=False)]
-    assert len(took_s) == spec.max_rounds - 2, f"{len(took_s)} rounds were timed, not {spec.max_rounds - 2}"
+    begun, ended, timed = program.times_s[1], program.times_s[-1], len(program.times_s) - 2
+    assert timed == spec.max_rounds - 2, f"{timed} rounds were timed, not {spec.max_rounds - 2}"
+    round_s, round_cpu_s = ((after - before) / timed for before, after in zip(begun, ended, strict=True))
     largest = max(float(np.abs(values).max()) for values in program.weights.values() if values.size)
-    return {"round_s": statistics.fmean(took_s), "largest": largest}
+    return {"round_s": round_s, "round_cpu_s": round_cpu_s, "largest": largest}
 
 
 # --- the control ------------------------------------------------------------------------------------------------------

@@ -89,6 +89,26 @@ def test_a_torn_layout_is_made_again_by_a_worker_that_does_not_know_it(tmp_path:
     assert read_progress(tmp_path / "store").quarantined == 1
 
 
+def test_a_worker_that_was_left_behind_makes_a_lost_round_again_by_itself(tmp_path: Path) -> None:
+    """Else both wait for ever: one for its round's torn gradients, the other, a round ahead, for the first one's next."""
+    driver = Driver(tmp_path)
+    driver.invoke({"start": True, "workers": 2, "generation": 0, "worker": 0})
+    store = Store(tmp_path / "store", worker=9)
+    while store.newest_node() < 1:
+        driver.step()
+    for name in (*store.names("sums"), *store.names("nodes")):
+        path = tmp_path / "store" / ("sums" if name in store.names("sums") else "nodes") / name
+        if name.startswith("00000000") and name != "00000000-0000-0002":
+            path.unlink()
+    for name in store.names("weights")[1:]:
+        (tmp_path / "store" / "weights" / name).unlink()
+    behind = next(event for event in driver.queue if event["worker"] == 0)
+    driver.queue.remove(behind)
+    driver.queue.appendleft(behind)
+    driver.step()
+    assert store.newest_sum() >= 0
+
+
 def test_a_dead_claimer_is_replaced_after_the_claim_period(tmp_path: Path, reference: str) -> None:
     driver = Driver(tmp_path, exchange="central")
     dead = Store(tmp_path / "store", worker=5)

@@ -199,8 +199,7 @@ class Slot:
     def _round(self) -> None:
         context, round_ = self.context, self.round
         self._figures = figures = _Figures(began=context.timer())
-        alone = context.store.newest_sum() > round_
-        self._contribute(round_, (0, context.spec.shards) if alone else self._part())
+        self._contribute(round_, self._to_make(round_))
         waiting, began = context.timer(), context.timer()
         slices, added_s = self._await_sum(round_)
         began = context.timer()
@@ -246,8 +245,8 @@ class Slot:
             if nodes is not None and self._add(round_, nodes):
                 added_s += context.timer() - began
                 continue
-            if tree.missing(self._part(), there):
-                self._contribute(round_, self._part())  # one of our own was torn and is in quarantine
+            if nodes is None and tree.missing(wanted := self._to_make(round_), there):
+                self._contribute(round_, wanted)  # one was torn and is in quarantine
             elif nodes is None and math.isinf(context.remaining_s()) and context.monotonic() - since > context.spec.wait_s:
                 raise Unavailable(self._missing(f"{context.spec.wait_s:g} s"))
             context.sleep(pause_s)
@@ -351,6 +350,12 @@ class Slot:
 
     def _part(self) -> tree.Node:
         return tree.part(self.event.workerno, self.event.workers, self.context.spec.shards)
+
+    def _to_make(self, round_: int) -> tree.Node:
+        """Return the shards to compute of a round: our own, or all when others are ahead and will not make it again."""
+        store = self.context.store
+        ahead = max(store.newest_sum(), store.newest_node()) > round_
+        return (0, self.context.spec.shards) if ahead else self._part()
 
     def _looks_at(self, rounds: int) -> bool:
         return rounds >= self.context.spec.last_round or rounds % self.context.spec.evaluate_every == 0

@@ -130,8 +130,11 @@ class Store:
 
     def newest_sum(self) -> int:
         """Return the newest round of which a part of the sum was published; -1 before the first."""
-        names = self.names("sums")
-        return int(names[-1][:8]) if names else -1
+        return self._newest("sums")
+
+    def newest_node(self) -> int:
+        """Return the newest round of which a gradient was published; -1 before the first."""
+        return self._newest("nodes")
 
     def summed_rounds(self) -> list[int]:
         """Return the rounds of whose sums anything is there, ascending."""
@@ -170,6 +173,10 @@ class Store:
         self.files.move(self.root / "failure.json", self.root / f"failure-before-{generation:04d}.json")
 
     # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _newest(self, kind: str) -> int:
+        names = self.names(kind)
+        return int(names[-1][:8]) if names else -1
 
     def _publish(self, name: str, pieces: list[Any], *, durable: bool) -> bool:
         self._check_fence()
