@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tenure.broker.ledgers import Restored
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
+    from tenure.train.dataset import Dataset
 
 Home = str | Path | None
 RETENTION = CollectGarbage()
@@ -229,6 +231,40 @@ def gc(
     )
     with app.broker(app.find_home(home)) as client:
         return client.collect_garbage(asked)
+
+
+def dataset(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    size: int = 32,
+    split: float | None = None,
+    one_hot: bool = False,
+    seed: int = 0,
+    max_skipped: float = 0.05,
+    threads: int = 0,
+    display: Display | None = None,
+) -> Dataset:
+    """Make arrays of folders, zips or arrays of pictures, ready to train on. See docs/datasets.md; needs no home.
+
+    Raises SpecError, Conflict, or OSError, e.g. for a full disk; then nothing is at `out`.
+    """
+    from tenure.train.dataset import DatasetSpec, make_dataset  # Pillow comes with it
+
+    shown = display or SilentDisplay()
+    spec = DatasetSpec(size=size, split=split, one_hot=one_hot, seed=seed, max_skipped=max_skipped, threads=threads)
+
+    def progress(seen: int, count: int, skipped: int) -> None:
+        if seen % 100 == 0 or seen == count:
+            shown.progress(f"{seen:,} of {count:,} pictures, {skipped:,} skipped", seen / count)
+
+    shown.stage_started("dataset", "decode", "listing pictures")
+    made = make_dataset([Path(path) for path in sources], Path(out), spec, progress=progress)
+    many = f"{made.train:,} to train with, {made.test:,} held out, {len(made.classes)} classes, in {made.path}"
+    shown.step_done("dataset", "decode", f"{many}; {made.skipped:,} skipped" if made.skipped else many)
+    if made.skipped:
+        shown.warn(f"{made.skipped:,} pictures were skipped; {Path(made.path) / 'skipped.tsv'} says which and why")
+    return made
 
 
 def backup(file: str | Path, *, home: Home = None, force: bool = False) -> Backup:

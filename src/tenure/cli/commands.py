@@ -352,6 +352,47 @@ def logs(
 
 
 @app.command()
+def dataset(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Folders or zips with a folder per class, or arrays (.npy, .npz)."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    size: Annotated[int, typer.Option("--size", metavar="N", help="Pixels a side; the middle square is taken.")] = 32,
+    split: Annotated[
+        float | None,
+        typer.Option("--split", metavar="SHARE", help="Hold out this share of each class. Default: folders train and test."),
+    ] = None,
+    one_hot: Annotated[bool, typer.Option("--one-hot", help="Labels as rows of 0 and 1, not as numbers.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split.")] = 0,
+    max_skipped: Annotated[
+        float, typer.Option("--max-skipped", metavar="SHARE", help="Fail when more of the pictures are bad.")
+    ] = 0.05,
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", min=0, help="Decoders. Default: one per core, 8 at most.")
+    ] = 0,
+    json: Json = False,
+) -> None:
+    """Make arrays to train on of folders, zips or arrays of pictures. Bad pictures are skipped, and listed."""
+    from tenure import verbs
+
+    with make_display(sys.stdout, sys.stderr, json=json) as display:
+        made = verbs.dataset(
+            sources,
+            out,
+            size=size,
+            split=split,
+            one_hot=one_hot,
+            seed=seed,
+            max_skipped=max_skipped,
+            threads=threads,
+            display=display,
+        )
+    if json:
+        _print(output.as_json(made))
+
+
+@app.command()
 def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it, e.g. ledger.backup.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the file when it is there.")] = False,
