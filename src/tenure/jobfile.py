@@ -159,11 +159,14 @@ _COMMAND = ("command", "outputs", "ports", "retry")
 _KEYS: Mapping[JobKind, tuple[str, ...]] = {
     "task": (*_COMMON, *_COMMAND),
     "workspace": (*_COMMON, *_COMMAND),
-    "train": (*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "seed", "options", "probe"),
+    "train": (
+        *(*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "evaluate_every"),
+        *("seed", "options", "probe"),
+    ),
     "serve": (*_COMMON, "model", "goals", "ports", "probe", "seed"),
 }
 """Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
-_WHOLE = ("workers", "shards", "batch", "max_rounds", "seed")
+_WHOLE = ("workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
 _TEXTS = ("program", "model")
 
 

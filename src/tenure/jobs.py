@@ -123,6 +123,8 @@ class Job:
     batch: int = 0
     """Examples per round over all shards; 0: the whole training set."""
     max_rounds: int = 1000
+    evaluate_every: int = 1
+    """Rounds of training between two looks at the held-out examples."""
     seed: int = 0
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Name -> path, relative to the job file, or ``stage:file``."""
@@ -151,6 +153,8 @@ class Job:
             raise SpecError(f"workers must lie between 1 and shards ({self.shards}); found {self.workers!r}")
         if not 1 <= self.max_rounds <= 10_000_000:
             raise SpecError(f"max_rounds must lie between 1 and 10,000,000; found {self.max_rounds!r}")
+        if not 1 <= self.evaluate_every <= 1_000_000:
+            raise SpecError(f"evaluate_every must lie between 1 and 1,000,000 rounds; found {self.evaluate_every!r}")
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:

@@ -64,6 +64,7 @@ def test_a_job_file_gives_its_stages_in_order_with_units_read():
         ('slot = "1min"', 'slot = "1 fortnight"', 10, "a time was expected"),
         ("shards = 4", 'shards = "4"', 16, "shards must be a whole number; found '4'"),
         ("shards = 4", "shards = 0", 16, "shards must lie between 1 and 4096; found 0"),
+        ("shards = 4", "evaluate_every = 0", 16, "evaluate_every must lie between 1 and 1,000,000 rounds; found 0"),
         ('inputs.data = "task:digits"', 'inputs.data = "tusk:digits"', 17, "names no earlier stage; earlier stages: task"),
         ("accuracy = 0.95", "accuracy = 95", 19, "goal.accuracy must lie above 0 and at most 1; found 95"),
         ("accuracy = 0.95", "", 18, "[train.goal] needs accuracy"),

@@ -94,7 +94,7 @@ def job_fingerprint(
         "program": {path.name: hasher.sha256(path) for path in sources},
         "entry": job.program.partition(":")[2],
         "command": list(job.command),
-        "work": [job.shards, job.batch, job.seed, dict(job.options)],
+        "work": [job.shards, job.batch, job.seed, dict(job.options), job.evaluate_every],
         "inputs": {name: [[f.path, f.size_bytes, f.sha256] for f in input_manifest(p, hasher)] for name, p in inputs.items()},
         "versions": dict(versions),
         "machine": machine.machine_class,

@@ -53,6 +53,7 @@ def run_train(context: RunContext, job: Job) -> None:
         seed=job.seed,
         goal_accuracy=job.train_goal.accuracy if job.train_goal else 0.0,
         max_rounds=job.max_rounds,
+        evaluate_every=job.evaluate_every,
     )
     chosen = _given(job) if job.envelope is not None else _recommended(context, job, spec, fingerprint)
     if context.until == "recommend":
