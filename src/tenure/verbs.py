@@ -237,22 +237,23 @@ def dataset(
     sources: Sequence[str | Path],
     out: str | Path,
     *,
-    size: int = 32,
+    size: str = "32",
     split: float | None = None,
     one_hot: bool = False,
     seed: int = 0,
-    max_skipped: float = 0.05,
-    threads: int = 0,
+    limit_bad: float = 0.05,
     display: Display | None = None,
 ) -> Dataset:
     """Make arrays of folders, zips or arrays of pictures, ready to train on. See docs/datasets.md; needs no home.
 
+    size: pixels, "32" or width x height, "32x48". The rest is as in `DatasetSpec`.
+
     Raises SpecError, Conflict, or OSError, e.g. for a full disk; then nothing is at `out`.
     """
-    from tenure.train.dataset import DatasetSpec, make_dataset  # Pillow comes with it
+    from tenure.train.dataset import DatasetSpec, make_dataset, parse_size  # Pillow comes with it
 
     shown = display or SilentDisplay()
-    spec = DatasetSpec(size=size, split=split, one_hot=one_hot, seed=seed, max_skipped=max_skipped, threads=threads)
+    spec = DatasetSpec(size=parse_size(size), split=split, one_hot=one_hot, seed=seed, limit_bad=limit_bad)
 
     def progress(seen: int, count: int, skipped: int) -> None:
         if seen % 100 == 0 or seen == count:

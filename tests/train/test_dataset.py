@@ -1,9 +1,16 @@
 """Pictures of every kind, good and bad, become arrays; what cannot be used is named; nothing half-made stays."""
 
 import contextlib
+import errno
 import io
 import json
+import re
+import signal
+import struct
+import subprocess
+import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tenure.cli import exits, main
 from tenure.errors import Conflict, SpecError
 from tenure.train import dataset as dataset_module
 from tenure.train import images
-from tenure.train.dataset import DatasetSpec, make_dataset
+from tenure.train.dataset import DatasetSpec, make_dataset, parse_size
 from tenure.train.images import BadImage, decode
 from tenure.train.programs import load_arrays
 
@@ -48,7 +56,7 @@ def left_behind(out):
 
 
 def make(sources, out, **spec):
-    return make_dataset([Path(path) for path in sources], out, DatasetSpec(**{"size": 8, **spec}))
+    return make_dataset([Path(path) for path in sources], out, DatasetSpec(**{"size": (8, 8), **spec}))
 
 
 def test_folders_of_classes_become_arrays_that_a_program_maps(tmp_path):
@@ -120,7 +128,7 @@ def test_labels_can_be_rows_of_one(tmp_path):
     ],
 )
 def test_pictures_of_every_colour_mode_become_red_green_blue(content, middle):
-    found = decode(content, 8)
+    found = decode(content, (8, 8))
     assert found.shape == (8, 8, 3)
     assert np.abs(found[4, 4].astype(int) - middle).max() <= 25  # the palette of the web, JPEG
 
@@ -129,8 +137,8 @@ def test_sixteen_bits_become_eight_and_what_is_transparent_becomes_white():
     wide, clear = io.BytesIO(), io.BytesIO()
     Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(wide, "PNG")
     Image.new("RGBA", (8, 8), (*RED, 0)).save(clear, "PNG")
-    assert decode(wide.getvalue(), 8)[4, 4].tolist() == [128, 128, 128]
-    assert decode(clear.getvalue(), 8)[4, 4].tolist() == [255, 255, 255]
+    assert decode(wide.getvalue(), (8, 8))[4, 4].tolist() == [128, 128, 128]
+    assert decode(clear.getvalue(), (8, 8))[4, 4].tolist() == [255, 255, 255]
 
 
 def test_a_picture_turned_by_its_camera_stands_upright():
@@ -139,7 +147,7 @@ def test_a_picture_turned_by_its_camera_stands_upright():
     exif, out = Image.Exif(), io.BytesIO()
     exif[0x0112] = 3  # by 180 degrees
     image.save(out, "PNG", exif=exif)
-    assert decode(out.getvalue(), 8)[7, 4].tolist() == list(BLUE)
+    assert decode(out.getvalue(), (8, 8))[7, 4].tolist() == list(BLUE)
 
 
 def animated():
@@ -149,18 +157,24 @@ def animated():
     return out.getvalue()
 
 
-def bomb():
-    out = io.BytesIO()
-    Image.new("1", (12_000, 12_000)).save(out, "PNG")
-    return out.getvalue()
+def absurd(width, height):
+    """Return a few bytes of PNG that say they are a picture of so many pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + bytes(4) + b"IDAT"
+
+
+def postscript():
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
 
 BAD = {
     "torn": (picture(kind="JPEG", size=(64, 64))[:400], "(?i)truncated"),
-    "empty": (b"", "cannot identify"),
-    "text": (b"<html>not found</html>", "cannot identify"),
+    "empty": (b"", "no picture that can be read"),
+    "text": (b"<html>not found</html>", "no picture that can be read"),
     "animated": (animated(), "animated"),
-    "huge": (bomb(), "pixels|bomb"),
+    "large": (absurd(9_000, 9_000), "9000 x 9000 pixels; at most 64,000,000"),
+    "huge": (absurd(1 << 30, 1 << 30), "exceeds limit of .* pixels"),
+    "program": (postscript(), "no picture that can be read"),
 }
 
 
@@ -169,13 +183,13 @@ def test_a_bad_picture_is_skipped_and_named_with_its_reason(tmp_path, kind):
     content, reason = BAD[kind]
     source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(4)])
     (source / "a" / "bad.jpg").write_bytes(content)
-    made = make([source], tmp_path / "out", max_skipped=0.5)
+    made = make([source], tmp_path / "out", limit_bad=0.5)
     assert (made.train + made.test, made.skipped) == (8, 1)
-    name, text = (tmp_path / "out" / "skipped.tsv").read_text().rstrip("\n").split("\t")[1:]
-    assert name == "a/bad.jpg"
-    with pytest.raises(BadImage, match=reason):
-        decode(content, 8)
-    assert text
+    heads, line = (tmp_path / "out" / "skipped.tsv").read_text().splitlines()
+    where, name, text = line.split("\t")
+    assert heads.split("\t") == ["source", "name", "reason"]
+    assert (where, name) == (str(source), "a/bad.jpg")
+    assert re.search(reason, text)
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,13 +202,13 @@ def test_no_damage_to_a_file_ends_the_process(data):
         content[at] = byte
     cut = data.draw(st.integers(0, len(content)))
     with contextlib.suppress(BadImage):
-        assert decode(bytes(content[:cut]), 4).shape == (4, 4, 3)
+        assert decode(bytes(content[:cut]), (4, 4)).shape == (4, 4, 3)
 
 
 @pytest.mark.parametrize("name", ["../../a/x.png", "/etc/a/x.png", "C:\\a\\x.png"])
 def test_a_name_that_leads_out_of_a_zip_is_skipped_and_nothing_is_written_there(tmp_path, name):
     path = zipped(tmp_path / "in.zip", [*(f"{c}/{n}.png" for c in "ab" for n in range(4)), name])
-    made = make([path], tmp_path / "out", max_skipped=0.5)
+    made = make([path], tmp_path / "out", limit_bad=0.5)
     assert made.skipped == 1
     assert "leads out" in (tmp_path / "out" / "skipped.tsv").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.zip", "out"]
@@ -205,7 +219,7 @@ def test_a_member_that_unpacks_to_too_much_is_never_unpacked(tmp_path, monkeypat
     path = zipped(tmp_path / "in.zip", [f"{c}/{n}.png" for c in "ab" for n in range(4)])
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/bomb.png", bytes(10_000_000))
-    made = make([path], tmp_path / "out", max_skipped=0.5)
+    made = make([path], tmp_path / "out", limit_bad=0.5)
     assert made.skipped == 1
     assert "10,000,000 bytes unpacked" in (tmp_path / "out" / "skipped.tsv").read_text()
 
@@ -215,13 +229,13 @@ def test_one_torn_member_of_a_zip_costs_one_picture(tmp_path):
     content = bytearray(path.read_bytes())
     content[60] ^= 0xFF
     path.write_bytes(content)
-    assert make([path], tmp_path / "out", max_skipped=0.5).skipped == 1
+    assert make([path], tmp_path / "out", limit_bad=0.5).skipped == 1
 
 
 def test_too_many_bad_pictures_are_taken_for_a_mistake_and_nothing_stays(tmp_path):
     source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(4)])
     (source / "a" / "0.png").write_bytes(b"")
-    with pytest.raises(SpecError, match=r"1 of 8 pictures are bad; at most 5 %|5%"):
+    with pytest.raises(SpecError, match=r"1 of the 8 pictures are bad so far; at most 0\.05 of all may be"):
         make([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not left_behind(tmp_path / "out")
@@ -231,9 +245,10 @@ def test_too_many_bad_pictures_are_taken_for_a_mistake_and_nothing_stays(tmp_pat
     ("names", "spec", "text"),
     [
         ([], {}, "no picture in a folder that names its class"),
-        (["0.png"], {}, "no picture .* 1 were skipped, the first: .*lies in no folder"),
+        (["0.png"], {}, "(?s)no picture .* first of 1 that were skipped:.*lies in no folder"),
         (["a/0.png", "b/0.png"], {}, "no picture of a, b is left to train with"),
-        (["train/a/0.png", "test/a/0.png"], {"split": 0.5}, "leave --split away"),
+        (["train/a/0.png", "test/b/0.png"], {"split": 0.5}, "leave --split away"),
+        (["a/0.png", "a/1.png"], {}, "all pictures are of one class, 'a'"),
         (["train/a/0.png", "test/a/0.png", "b/0.png"], {}, "b/0.png lies neither in train nor in test"),
     ],
 )
@@ -276,7 +291,7 @@ def test_ctrl_c_leaves_nothing_and_the_next_try_makes_the_same_bytes(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_dataset([source], tmp_path / "out", DatasetSpec(size=8), progress=interrupt)
+        make_dataset([source], tmp_path / "out", DatasetSpec(size=(8, 8)), progress=interrupt)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     make([source], tmp_path / "out", threads=1)
     make([source], tmp_path / "again", threads=4)
@@ -298,6 +313,87 @@ def test_two_that_make_the_same_folder_do_not_mix(tmp_path):
         make([source], tmp_path / "out")
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_command_that_is_ended_half_way_leaves_no_folder_of_that_name(tmp_path, number):
+    source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(20)])
+    argv = ["dataset", str(source), "--out", str(tmp_path / "out")]
+    halting = f"""
+import sys
+from tenure.cli import main
+from tenure.train import dataset
+plain = dataset._Writer.add
+def add(self, pixels, label):
+    plain(self, pixels, label)
+    if self.counts == [16, 8]:
+        print("half", flush=True)
+        sys.stdin.read()
+dataset._Writer.add = add
+main.main({argv!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", halting], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(number)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else exits.INTERRUPTED)
+    assert not (tmp_path / "out").exists()
+    assert bool(left_behind(tmp_path / "out")) == (number == signal.SIGKILL)
+    assert main.run(argv) == exits.OK, "the next one finds nothing in its way"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_full_disk_is_told_with_the_folder_and_nothing_stays(tmp_path, monkeypatch, capsys):
+    source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(4)])
+
+    def full(self, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset_module._Growing, "append", full)
+    assert main.run(["dataset", str(source), "--out", str(tmp_path / "out")]) == exits.REFUSED
+    assert f"the disk is full at {tmp_path / 'out'}" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_the_command_prints_where_the_set_is_and_how_much_is_in_it(tmp_path, capsys):
+    source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(40)])
+    (source / "a" / "bad.png").write_bytes(b"")
+    argv = ["dataset", str(source), "--out", str(tmp_path / "out"), "--size", "6x4", "--split", "0.25"]
+    assert main.run([*argv, "--json"]) == exits.OK
+    made = json.loads(capsys.readouterr().out)
+    assert (made["classes"], made["train"], made["test"], made["skipped"]) == (["a", "b"], 60, 20, 1)
+    assert np.load(tmp_path / "out" / "x_train.npy").shape == (60, 4, 6, 3), "height before width"
+    assert main.run([*argv[:2], "--out", str(tmp_path / "again")]) == exits.OK
+    told = capsys.readouterr()
+    assert "64 to train with, 16 held out, 2 classes" in told.out
+    assert "skipped.tsv says which and why" in told.err
+    assert main.run(argv) == exits.WRONG_INPUT, "it is there already"
+
+
+@pytest.mark.parametrize("text", ["", "x", "32x", "0", "32x4096", "-1", "32x32x32", "1e2", "٣"])
+def test_a_size_that_is_none_is_refused_with_what_was_found(text):
+    with pytest.raises(SpecError, match="size must"):
+        DatasetSpec(size=parse_size(text))
+
+
+def test_zips_that_lie_in_a_folder_are_sources_beside_its_pictures(tmp_path):
+    source = folder(tmp_path / "in", [f"train/a/{n}.png" for n in range(3)])
+    zipped(source / "more.zip", [f"{part}/b/{n}.png" for part in ("train", "test") for n in range(2)])
+    made = make([source], tmp_path / "out")
+    assert (made.classes, made.train, made.test) == (("a", "b"), 5, 2)
+
+
+def test_bad_pictures_end_it_as_soon_as_there_are_too_many(tmp_path):
+    source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(100)], b"torn")
+    seen = []
+    with pytest.raises(SpecError, match="11 of the 200 pictures are bad so far"):
+        make_dataset([source], tmp_path / "out", DatasetSpec(), progress=lambda *counts: seen.append(counts))
+    assert len(seen) == 10
+
+
+def test_what_waits_to_be_written_has_the_same_bytes_for_any_size(tmp_path):
+    assert dataset_module._at_once((32, 32)) == dataset_module.BATCH
+    assert dataset_module._at_once((512, 512)) * 512 * 512 * 3 <= dataset_module.BATCH_BYTES
+    assert dataset_module._at_once((4096, 4096)) == 1
+
+
 def test_few_pictures_are_in_memory_however_many_there_are(tmp_path, monkeypatch):
     source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(300)])
     waiting = most = 0
@@ -315,7 +411,7 @@ def test_few_pictures_are_in_memory_however_many_there_are(tmp_path, monkeypatch
 
     monkeypatch.setattr("tenure.train.sources.decode", counted)
     monkeypatch.setattr(dataset_module, "BATCH", 10)
-    make_dataset([source], tmp_path / "out", DatasetSpec(size=8, threads=1), progress=taken)
+    make_dataset([source], tmp_path / "out", DatasetSpec(size=(8, 8), threads=1), progress=taken)
     assert 0 < most <= 40
 
 

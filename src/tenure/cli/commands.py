@@ -1,4 +1,4 @@
-"""The verbs of the command line, each over one function of `tenure.verbs`. Every one takes --home and --json.
+"""The verbs of the command line, each over one function of `tenure.verbs`. Every one takes --json, and --home if it needs one.
 
 `tenure.verbs` is imported inside the commands: it pulls in what the system needs to run, and --help needs none of it.
 """
@@ -357,23 +357,28 @@ def dataset(
         list[Path],
         typer.Argument(metavar="SOURCE...", help="Folders or zips with a folder per class, or arrays (.npy, .npz)."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
-    size: Annotated[int, typer.Option("--size", metavar="N", help="Pixels a side; the middle square is taken.")] = 32,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make; it must not be there yet.")],
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size", metavar="N | WxH", help="Pixels, width x height; what does not fit is cut off around the middle."
+        ),
+    ] = "32",
     split: Annotated[
         float | None,
         typer.Option("--split", metavar="SHARE", help="Hold out this share of each class. Default: folders train and test."),
     ] = None,
     one_hot: Annotated[bool, typer.Option("--one-hot", help="Labels as rows of 0 and 1, not as numbers.")] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the split.")] = 0,
-    max_skipped: Annotated[
-        float, typer.Option("--max-skipped", metavar="SHARE", help="Fail when more of the pictures are bad.")
+    limit_bad: Annotated[
+        float, typer.Option("--limit-bad", metavar="SHARE", help="Fail when more of the pictures are bad.")
     ] = 0.05,
-    threads: Annotated[
-        int, typer.Option("--threads", metavar="N", min=0, help="Decoders. Default: one per core, 8 at most.")
-    ] = 0,
     json: Json = False,
 ) -> None:
-    """Make arrays to train on of folders, zips or arrays of pictures. Bad pictures are skipped, and listed."""
+    """Make arrays to train on of folders, zips or arrays of pictures. Bad pictures are skipped, and listed.
+
+    It needs no home: it makes one folder, whole or not at all, and touches nothing else.
+    """
     from tenure import verbs
 
     with make_display(sys.stdout, sys.stderr, json=json) as display:
@@ -384,8 +389,7 @@ def dataset(
             split=split,
             one_hot=one_hot,
             seed=seed,
-            max_skipped=max_skipped,
-            threads=threads,
+            limit_bad=limit_bad,
             display=display,
         )
     if json:

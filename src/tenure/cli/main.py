@@ -44,7 +44,11 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else exits.OK
     except (KeyboardInterrupt, typer.Abort):
-        return _tell(KeyboardInterrupt(), 'interrupted; "tenure runs" shows the run, "tenure run --resume RUN" goes on', json)
+        return _tell(
+            KeyboardInterrupt(),
+            'interrupted. "tenure runs" shows a run that was under way, "tenure run --resume RUN" goes on',
+            json,
+        )
     except BrokenPipeError:
         _silence_stdout()  # the reader has seen enough: `tenure events | head`
         return exits.OK

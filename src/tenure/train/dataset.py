@@ -14,9 +14,11 @@ Not here: where pictures come from (`sources`), how one is decoded (`images`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import warnings
 from collections import deque
@@ -31,14 +33,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tenure.errors import Conflict, SpecError
-from tenure.train.images import BadImage
-from tenure.train.sources import Example, open_source
+from tenure.train.images import BadImage, Size
+from tenure.train.sources import Example, open_sources
 
 BATCH = 64
-"""Pictures that a thread decodes at once."""
+"""Pictures that a thread decodes at once, or fewer that have together …"""
+BATCH_BYTES = 4 << 20
+"""… so many bytes."""
 MAX_SIZE = 1024
-"""Pixels a side."""
+"""Pixels of width or height."""
 DEFAULT_SPLIT = 0.2
+SHOWN = 3
+"""Bad pictures that an error message names."""
 
 Progress = Callable[[int, int, int], None]
 """Told of pictures looked at, all pictures, pictures skipped."""
@@ -50,26 +56,28 @@ _Row = NDArray[np.uint8] | str
 class DatasetSpec:
     """What to make. Raises SpecError when a value is out of range."""
 
-    size: int = 32
-    """Pixels a side."""
+    size: Size = (32, 32)
+    """Width and height in pixels."""
     split: float | None = None
     """Share of each class held out; None: as the folders train and test say, else DEFAULT_SPLIT."""
     one_hot: bool = False
     """Labels as float32 [images, classes] instead of int64 [images]."""
     seed: int = 0
     """Of the split."""
-    max_skipped: float = 0.05
+    limit_bad: float = 0.05
     """Share of pictures that may be bad; more is taken for a mistake."""
     threads: int = 0
     """Decoders; 0: one per core, 8 at most."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MAX_SIZE:
-            raise SpecError(f"size must lie between 1 and {MAX_SIZE} pixels; found {self.size}")
+        if not all(1 <= pixels <= MAX_SIZE for pixels in self.size):
+            raise SpecError(f"size must lie between 1 and {MAX_SIZE} pixels; found {self.size[0]} x {self.size[1]}")
         if self.split is not None and not 0 < self.split < 1:
             raise SpecError(f"split is the share held out, above 0 and below 1; found {self.split}")
-        if not 0 <= self.max_skipped < 1:
-            raise SpecError(f"the share of bad pictures allowed must be at least 0 and below 1; found {self.max_skipped}")
+        if not 0 <= self.limit_bad < 1:
+            raise SpecError(
+                f"limit_bad, the share of pictures that may be bad, is at least 0 and below 1; found {self.limit_bad}"
+            )
         if not 0 <= self.seed < 1 << 63 or not 0 <= self.threads <= 64:
             raise SpecError(f"seed must not be negative, threads lie between 0 and 64; found {self.seed} and {self.threads}")
 
@@ -89,6 +97,14 @@ class Dataset:
     """As asked for."""
 
 
+def parse_size(text: str) -> Size:
+    """Return width and height from "32" or "32x48". Raises SpecError."""
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if not found:
+        raise SpecError(f'size must read "32" or, width x height, "32x48"; found {text!r}')
+    return int(found[1]), int(found[2] or found[1])
+
+
 def make_dataset(sources: Sequence[Path], out: Path, spec: DatasetSpec, *, progress: Progress | None = None) -> Dataset:
     """Make the folder `out` of all sources together, and return what is in it.
 
@@ -99,45 +115,58 @@ def make_dataset(sources: Sequence[Path], out: Path, spec: DatasetSpec, *, progr
         raise SpecError("nothing to make a data set of: name a folder, a zip or arrays")
     with _scratch(out) as draft, warnings.catch_warnings(), contextlib.ExitStack() as open_:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        (draft / "unpacked").mkdir()
+        unpacked = draft / "unpacked"
+        unpacked.mkdir()
         bad = open_.enter_context(_Skipped(draft / "skipped.tsv"))
         found: list[Example] = []
-        for path in sources:
-            source = open_source(path, draft / "unpacked")
+        for source in open_sources(sources, unpacked):
             open_.callback(source.close)
             found += source.examples(bad.note)
         if not found:
-            raise SpecError(f"no picture in a folder that names its class in {_names(sources)}{bad.first()}")
+            raise SpecError(f"no picture in a folder that names its class in {_names(sources)}{bad.examples()}")
+        bad.expect(len(found) + bad.count, spec.limit_bad)
         classes = _classes(found)
-        parts = _parts(found, spec)
-        seen = 0
-        counts: dict[str, NDArray[np.int64]] = {}
-        for part, examples in parts.items():
-            with _Writer(draft, part, spec.size, classes, spec.one_hot) as writer:
-                for example, row in _decoded(examples, spec):
-                    seen += 1
-                    if isinstance(row, str):
-                        bad.note("", example.name, row)
-                    else:
-                        writer.add(row, example.label)
-                    if progress:
-                        progress(seen, len(found), bad.count)
-                counts[part] = writer.counts
-        _check_left(counts, classes, bad, len(found), spec)
-        shutil.rmtree(draft / "unpacked")
+        counts = _write_parts(draft, _parts(found, spec), classes, spec, bad, progress)
+        _check_left(counts, classes, bad)
+        shutil.rmtree(unpacked)
         made = Dataset(
             path=str(out),
             classes=tuple(classes),
-            train=int(counts["train"].sum()),
-            test=int(counts["test"].sum()),
+            train=sum(counts["train"]),
+            test=sum(counts["test"]),
             skipped=bad.count,
             spec={**asdict(spec), "sources": [str(path) for path in sources]},
         )
-        (draft / "classes.json").write_text(json.dumps(list(classes), ensure_ascii=False) + "\n", encoding="utf-8")
-        (draft / "dataset.json").write_text(json.dumps(asdict(made), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (draft / "classes.json").write_text(json.dumps(list(classes)) + "\n")
+        (draft / "dataset.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
         bad.close()
-        os.rename(draft, out)
+        _publish(draft, out)
     return made
+
+
+def _write_parts(
+    draft: Path,
+    parts: dict[str, list[Example]],
+    classes: dict[str, int],
+    spec: DatasetSpec,
+    bad: _Skipped,
+    progress: Progress | None,
+) -> dict[str, list[int]]:
+    """Decode and write all examples; return for each part how many there are of each class."""
+    seen, count = 0, sum(map(len, parts.values()))
+    counts = {}
+    for part, examples in parts.items():
+        with _Writer(draft, part, classes, spec) as writer:
+            for example, row in _decoded(examples, spec):
+                seen += 1
+                if isinstance(row, str):
+                    bad.note(example.source.where, example.name, row)
+                else:
+                    writer.add(row, example.label)
+                if progress:
+                    progress(seen, count, bad.count)
+            counts[part] = writer.counts
+    return counts
 
 
 @contextlib.contextmanager
@@ -150,23 +179,48 @@ def _scratch(out: Path) -> Iterator[Path]:
     with lock.open("w") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(held.fileno()).st_nlink == 0:  # its holder removed the file between our open and our lock
+                raise BlockingIOError
         except BlockingIOError as error:
             raise Conflict(f"another process is making {out}; wait for its end, or name another folder") from error
         try:
-            shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
+            if draft.exists():
+                shutil.rmtree(draft)  # left by a process that was killed
             draft.mkdir()
             yield draft
+        except OSError as error:
+            error.filename = error.filename or str(out)  # a write says nothing of where
+            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
 
+def _publish(draft: Path, out: Path) -> None:
+    """Give the folder its name, once its files are on disk: a power cut leaves no set that only looks whole."""
+    for path in (*draft.iterdir(), draft):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    try:
+        os.rename(draft, out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise SpecError(f"{out} appeared while it was being made; it was left as it is. Name another folder.") from error
+        raise
+
+
 class _Skipped:
-    """The list of bad pictures, on disk."""
+    """The list of bad pictures, on disk. Raises SpecError as soon as there are too many."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
-        self._first = ""
+        self._file.write("source\tname\treason\n")
+        self._first: list[str] = []
+        self._all = 0
+        self._limit_bad = 1.0
         self.count = 0
 
     def __enter__(self) -> _Skipped:
@@ -175,32 +229,47 @@ class _Skipped:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def expect(self, pictures: int, limit_bad: float) -> None:
+        """Say how many pictures there are, and which share of them may be bad."""
+        self._all, self._limit_bad = pictures, limit_bad
+        self._check()
+
     def note(self, source: str, name: str, reason: str) -> None:
         """Keep one line; control characters, which a name may hold, are written out."""
         self.count += 1
-        line = "\t".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in (source, name, reason))
-        self._first = self._first or line.replace("\t", " ").strip()
-        self._file.write(line + "\n")
+        texts = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in (source, name, reason)]
+        if len(self._first) < SHOWN:
+            self._first.append(f"\n  {texts[0]}: {texts[1]}: {texts[2]}")
+        self._file.write("\t".join(texts) + "\n")
+        self._check()
 
-    def first(self) -> str:
-        """Return an example, for an error message."""
-        return f". {self.count} were skipped, the first: {self._first}" if self.count else ""
+    def examples(self) -> str:
+        """Return the first ones, for an error message."""
+        return f". The first of {self.count} that were skipped:{''.join(self._first)}" if self.count else ""
 
     def close(self) -> None:
         """Write what is left."""
         self._file.close()
 
+    def _check(self) -> None:
+        if self._all and self.count > self._limit_bad * self._all:
+            raise SpecError(
+                f"{self.count} of the {self._all} pictures are bad so far; at most {self._limit_bad:.3g} of all may be. Mend "
+                f"or remove them, or allow more with --limit-bad{self.examples()}"
+            )
+
 
 class _Writer:
     """Appends rows to one part's two files. Their headers are written last, when the number of rows is known."""
 
-    def __init__(self, folder: Path, part: str, size: int, classes: dict[str, int], one_hot: bool) -> None:
+    def __init__(self, folder: Path, part: str, classes: dict[str, int], spec: DatasetSpec) -> None:
         self._classes = classes
-        self._one_hot = np.eye(len(classes), dtype=np.float32) if one_hot else None
-        width = (len(classes),) if one_hot else ()
-        self._x = _Growing(folder / f"x_{part}.npy", np.dtype(np.uint8), (size, size, 3))
-        self._y = _Growing(folder / f"y_{part}.npy", np.dtype(np.float32 if one_hot else np.int64), width)
-        self.counts = np.zeros(len(classes), np.int64)
+        self._one_hot = np.zeros(len(classes), np.float32) if spec.one_hot else None
+        width, height = spec.size
+        self._x = _Growing(folder / f"x_{part}.npy", np.dtype(np.uint8), (height, width, 3))
+        label = () if self._one_hot is None else self._one_hot.shape
+        self._y = _Growing(folder / f"y_{part}.npy", np.dtype(np.float32 if spec.one_hot else np.int64), label)
+        self.counts = [0] * len(classes)
         """Rows of each class."""
 
     def __enter__(self) -> _Writer:
@@ -214,7 +283,12 @@ class _Writer:
         """Append one example."""
         number = self._classes[label]
         self._x.append(pixels)
-        self._y.append(np.int64(number) if self._one_hot is None else self._one_hot[number])
+        if self._one_hot is None:
+            self._y.append(number)
+        else:
+            self._one_hot[number] = 1
+            self._y.append(self._one_hot)
+            self._one_hot[number] = 0
         self.counts[number] += 1
 
 
@@ -248,6 +322,10 @@ def _classes(found: Sequence[Example]) -> dict[str, int]:
     """Return class -> label, in the order of names; numbers in the order of numbers."""
     names = {example.label for example in found}
     numeric = all(name.lstrip("-").isdigit() for name in names)
+    if len(names) == 1:
+        raise SpecError(
+            f"all pictures are of one class, {names.pop()!r}; a folder per class is needed, with two classes or more"
+        )
     return {name: number for number, name in enumerate(sorted(names, key=int if numeric else None))}
 
 
@@ -283,12 +361,13 @@ def _drawn(found: list[Example], share: float, seed: int) -> dict[str, list[Exam
 
 def _decoded(examples: Sequence[Example], spec: DatasetSpec) -> Iterator[tuple[Example, _Row]]:
     """Yield each example with its pixels, or the reason why it has none, in order."""
-    threads = spec.threads or min(8, os.cpu_count() or 1)
+    threads = spec.threads or min(8, len(os.sched_getaffinity(0)))
+    at_once = _at_once(spec.size)
     waiting: deque[tuple[Sequence[Example], Future[list[_Row]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
-            for at in range(0, len(examples), BATCH):
-                batch = examples[at : at + BATCH]
+            for at in range(0, len(examples), at_once):
+                batch = examples[at : at + at_once]
                 waiting.append((batch, pool.submit(_decode_batch, batch, spec.size)))
                 if len(waiting) > 2 * threads:
                     batch, rows = waiting.popleft()
@@ -299,7 +378,12 @@ def _decoded(examples: Sequence[Example], spec: DatasetSpec) -> Iterator[tuple[E
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_batch(batch: Sequence[Example], size: int) -> list[_Row]:
+def _at_once(size: Size) -> int:
+    """Return how many pictures a thread decodes before they are written."""
+    return max(1, min(BATCH, BATCH_BYTES // (3 * size[0] * size[1])))
+
+
+def _decode_batch(batch: Sequence[Example], size: Size) -> list[_Row]:
     rows: list[_Row] = []
     for example in batch:
         try:
@@ -309,21 +393,13 @@ def _decode_batch(batch: Sequence[Example], size: int) -> list[_Row]:
     return rows
 
 
-def _check_left(
-    counts: dict[str, NDArray[np.int64]], classes: dict[str, int], bad: _Skipped, looked_at: int, spec: DatasetSpec
-) -> None:
-    for part, found in counts.items():
-        empty = [name for name, number in classes.items() if not found[number]]
-        if len(empty) == len(classes) or (part == "train" and empty):
-            raise SpecError(
-                f"no picture of {', '.join(empty[:5])} is left {'to train with' if part == 'train' else 'to hold out'}; each "
-                f"class needs two{bad.first()}"
-            )
-    if bad.count > spec.max_skipped * looked_at:
-        raise SpecError(
-            f"{bad.count} of {looked_at} pictures are bad; at most {spec.max_skipped:.0%} may be{bad.first()}. Mend or remove "
-            "them, or allow more with --max-skipped."
-        )
+def _check_left(counts: dict[str, list[int]], classes: dict[str, int], bad: _Skipped) -> None:
+    """Raise SpecError when there is a class without a picture to train with, or nothing to hold out."""
+    empty = [name for name, number in classes.items() if not counts["train"][number]]
+    if empty:
+        raise SpecError(f"no picture of {', '.join(empty[:5])} is left to train with; each class needs two{bad.examples()}")
+    if not any(counts["test"]):
+        raise SpecError(f"no picture is left to hold out{bad.examples()}")
 
 
 def _names(sources: Sequence[Path]) -> str:

@@ -1,62 +1,83 @@
-"""One picture of whatever kind, as square pixels: uint8 [size, size, 3]; or the reason why it cannot be used.
+"""One picture of whatever kind, as pixels of one size: uint8 [height, width, 3]; or the reason why it cannot be used.
 
-Pictures come from strangers: every limit here is an error of that one picture, never of the process. Not here: where pictures
-come from (`sources`), what is made of them (`dataset`).
+Pictures come from strangers: every limit here is an error of that one picture, never of the process. Large ones are decoded
+one at a time, so that memory does not grow with the number of threads. Not here: where pictures come from (`sources`), what is
+made of them (`dataset`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Of a picture before it is made smaller: 192 MB while it is decoded."""
 MAX_FILE_BYTES = 64 << 20
 """Of one picture's file."""
+LARGE_PIXELS = 4_000_000
+"""Pictures above are decoded one at a time."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+"""What is decoded. Not everything that Pillow can: PostScript, for one, would start another program."""
 _WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 """Modes of 16 bits a pixel."""
+_one_large = threading.Lock()
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 
 class BadImage(Exception):
     """A picture that is skipped. `str(error)` is the reason, one line."""
 
 
-def decode(content: bytes, size: int) -> NDArray[np.uint8]:
-    """Return a picture's middle square, shrunk or grown to `size` (bilinear): uint8 [size, size, 3], red first.
+def decode(content: bytes, size: Size) -> NDArray[np.uint8]:
+    """Return the middle of a picture, shrunk or grown to `size` (bilinear): uint8 [height, width, 3], red first.
 
     Turned as its EXIF says; what is transparent becomes white; 16 bits become 8; gray and CMYK become colours.
     Raises BadImage: not a picture, torn, animated, or larger than MAX_PIXELS.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return _pixels(image, size)
     except BadImage:
         raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"no picture that can be read ({', '.join(FORMATS)})") from error
     except MemoryError as error:
         raise BadImage("not enough memory to decode it") from error
     except Exception as error:  # decoders of hostile bytes raise anything: struct.error, KeyError, SyntaxError, …
         raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def from_array(pixels: NDArray[Any], size: int) -> NDArray[np.uint8]:
+def from_array(pixels: NDArray[Any], size: Size) -> NDArray[np.uint8]:
     """Return an array's row as `decode` returns a file. pixels: uint8 [height, width], or with 1, 3 or 4 channels last."""
     plain = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     return _fit(_colours(Image.fromarray(np.ascontiguousarray(plain))), size)
 
 
-def _pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def _pixels(image: Image.Image, size: Size) -> NDArray[np.uint8]:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # cameras append a preview as a second picture
         raise BadImage(f"animated or of several pages ({getattr(image, 'n_frames', 0)})")
-    image.draft("RGB", (2 * size, 2 * size))  # JPEG alone: decodes at an eighth where that is enough
-    image.load()
-    return _fit(_colours(ImageOps.exif_transpose(image)), size)
+    most = 2 * max(size)
+    image.draft("RGB", (most, most))  # JPEG alone: decodes at an eighth where that is enough
+    with _turn(image):
+        image.load()
+        return _fit(_colours(ImageOps.exif_transpose(image)), size)
+
+
+def _turn(image: Image.Image) -> AbstractContextManager[Any]:
+    width, height = image.size
+    return _one_large if width * height > LARGE_PIXELS else contextlib.nullcontext()
 
 
 def _colours(image: Image.Image) -> Image.Image:
@@ -72,7 +93,7 @@ def _colours(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+def _fit(image: Image.Image, size: Size) -> NDArray[np.uint8]:
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8)

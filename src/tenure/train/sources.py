@@ -5,7 +5,7 @@
     train-rose.zip: train/rose/1.jpg   the same inside a zip; one folder around everything is left out
     x_train.npy with y_train.npy beside it, or both in one .npz (also x and y; x_test and y_test): uint8 pixels, labels
 
-Nothing is unpacked to a name that an archive chooses. The names of all examples are held (about 200 bytes each), no picture.
+Nothing is unpacked to a name that an archive chooses. The names of all examples are held (0.5 to 0.8 KB each), no picture.
 Not here: what a picture is (`images`), what is written (`dataset`).
 """
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenure.errors import SpecError
-from tenure.train.images import MAX_FILE_BYTES, BadImage, decode, from_array
+from tenure.train.images import MAX_FILE_BYTES, BadImage, Size, decode, from_array
 
 MAX_EXAMPLES = 10_000_000
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
@@ -54,11 +55,14 @@ Report = Callable[[str, str, str], None]
 class Source(Protocol):
     """Something that pictures come from. `load` may be called by several threads."""
 
+    where: str
+    """Its path, for people."""
+
     def examples(self, report: Report) -> Iterator[Example]:
         """Yield what is there; tell what is left out."""
         ...
 
-    def load(self, key: Any, size: int) -> NDArray[np.uint8]:
+    def load(self, key: Any, size: Size) -> NDArray[np.uint8]:
         """Return one picture, as `images.decode`. Raises BadImage."""
         ...
 
@@ -67,24 +71,32 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, scratch: Path) -> Source:
-    """Return the source at a path. scratch: a folder for what must be unpacked. Raises SpecError when it is none."""
-    if path.is_dir():
-        return FolderSource(path)
-    if not path.is_file():
-        raise SpecError(f"there is no {path}; a source is a folder of pictures, a zip of such, or arrays (.npy, .npz)")
-    if path.suffix in (".npy", ".npz"):
-        return ArraySource(path, scratch)
-    if zipfile.is_zipfile(path):
-        return ZipSource(path)
-    raise SpecError(f"{path} is neither a folder nor a zip file nor arrays (.npy, .npz); other archives must be unpacked first")
+def open_sources(paths: Sequence[Path], scratch: Path) -> Iterator[Source]:
+    """Yield the sources at some paths; zips that lie in a folder itself are sources beside it.
+
+    scratch: a folder for what must be unpacked. Raises SpecError for a path that is none.
+    """
+    for path in paths:
+        if path.is_dir():
+            yield FolderSource(path)
+            yield from (ZipSource(found) for found in sorted(path.glob("*.zip")) if found.is_file())
+        elif not path.is_file():
+            raise SpecError(f"there is no {path}; a source is a folder of pictures, a zip of such, or arrays (.npy, .npz)")
+        elif path.suffix in (".npy", ".npz"):
+            yield ArraySource(path, scratch)
+        elif zipfile.is_zipfile(path):
+            yield ZipSource(path)
+        else:
+            raise SpecError(
+                f"{path} is neither a folder nor a whole zip file nor arrays (.npy, .npz); unpack other archives first"
+            )
 
 
 class FolderSource:
     """A folder with a folder per class. Links to folders are followed, once each."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.where = path, str(path)
 
     def examples(self, report: Report) -> Iterator[Example]:
         """See Source."""
@@ -92,9 +104,9 @@ class FolderSource:
         for name in self._walk(self._path, set()):
             names.append(name)
             _bound(len(names), self._path)
-        yield from _placed(self, str(self._path), [(name, name) for name in names], report)
+        yield from _placed(self, [(name, name) for name in names], report)
 
-    def load(self, key: Any, size: int) -> NDArray[np.uint8]:
+    def load(self, key: Any, size: Size) -> NDArray[np.uint8]:
         """See Source."""
         try:
             with (self._path / key).open("rb") as file:
@@ -122,7 +134,7 @@ class ZipSource:
     """A zip file with a folder per class."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.where = path, str(path)
         try:
             self._zip = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
@@ -137,12 +149,12 @@ class ZipSource:
             if info.is_dir():
                 continue
             if reason := _refused(info):
-                report(str(self._path), info.filename, reason)
+                report(self.where, info.filename, reason)
             else:
                 kept.append((info.filename, info))
-        yield from _placed(self, str(self._path), kept, report)
+        yield from _placed(self, kept, report)
 
-    def load(self, key: Any, size: int) -> NDArray[np.uint8]:
+    def load(self, key: Any, size: Size) -> NDArray[np.uint8]:
         """See Source."""
         try:
             with self._zip.open(key) as member:
@@ -160,7 +172,7 @@ class ArraySource:
     """Arrays of pixels with their labels. Those of an .npz are unpacked to the scratch folder first, then mapped."""
 
     def __init__(self, path: Path, scratch: Path) -> None:
-        self._path = path
+        self._path, self.where = path, str(path)
         self._arrays = self._of_npz(path, scratch) if path.suffix == ".npz" else self._of_npy(path)
         for name, pixels, labels in self._arrays:
             _check_pixels(f"{path}: {name}", pixels, labels)
@@ -175,7 +187,7 @@ class ArraySource:
             for row, value in enumerate(values.tolist()):
                 yield Example(self, (number, row), f"{name}[{row:09d}]", str(value), part)
 
-    def load(self, key: Any, size: int) -> NDArray[np.uint8]:
+    def load(self, key: Any, size: Size) -> NDArray[np.uint8]:
         """See Source."""
         number, row = key
         return from_array(self._arrays[number][1][row], size)
@@ -240,32 +252,34 @@ def _check_pixels(what: str, pixels: NDArray[Any], labels: NDArray[Any]) -> None
         )
 
 
-def _placed(source: Source, where: str, found: list[tuple[str, Any]], report: Report) -> Iterator[Example]:
-    """Yield the pictures among names and keys, with class and part as their folders say."""
-    places = []
-    for name, key in found:
-        folders = PurePosixPath(name.replace("\\", "/")).parts
-        hidden = any(part.startswith((".", "__MACOSX")) for part in folders)
-        if not hidden and Path(folders[-1]).suffix.lower() in SUFFIXES:
-            places.append((folders, name, key))
-    around = _around([folders for folders, _, _ in places])
-    for folders, name, key in sorted(places, key=lambda place: place[1]):
-        inner = folders[around:-1]
+def _placed(source: Source, found: list[tuple[str, Any]], report: Report) -> Iterator[Example]:
+    """Yield the pictures among names and keys, in the order of names, with class and part as their folders say."""
+    folders: dict[str, tuple[str, ...]] = {}
+    pictures = []
+    for name, key in sorted(found, key=itemgetter(0)):
+        folder, _, file = name.replace("\\", "/").rpartition("/")
+        if folder not in folders:
+            folders[folder] = PurePosixPath(folder).parts
+        hidden = any(part.startswith((".", "__MACOSX")) for part in (*folders[folder], file))
+        if not hidden and PurePosixPath(file).suffix.lower() in SUFFIXES:
+            pictures.append((folder, name, key))
+    around = _around([folders[folder] for folder in {folder for folder, _, _ in pictures}])
+    for folder, name, key in pictures:
+        inner = folders[folder][around:]
         part = PARTS.get(inner[0].lower(), "") if len(inner) > 1 else ""
         label = inner[1 if part else 0] if inner else ""
-        if not label:
-            report(where, name, "lies in no folder that names its class")
-            continue
-        yield Example(source, key, name, label, part)
+        if label:
+            yield Example(source, key, name, label, part)
+        else:
+            report(source.where, name, "lies in no folder that names its class")
 
 
-def _around(places: list[tuple[str, ...]]) -> int:
+def _around(folders: list[tuple[str, ...]]) -> int:
     """Return how many folders around everything say nothing: shared by all, with several folders inside."""
     depth = 0
-    while places and all(len(place) > depth + 2 for place in places):
-        if len({place[depth] for place in places}) > 1 or places[0][depth].lower() in PARTS:
-            break
-        if len({place[depth + 1] for place in places}) == 1 and places[0][depth + 1].lower() not in PARTS:
+    while folders and all(len(folder) > depth + 1 for folder in folders):
+        outer, inner = ({folder[at] for folder in folders} for at in (depth, depth + 1))
+        if len(outer) > 1 or outer.pop().lower() in PARTS or (len(inner) == 1 and inner.pop().lower() not in PARTS):
             break
         depth += 1
     return depth
