@@ -137,6 +137,16 @@ class Job:
     probe: Probe = field(default_factory=Probe)
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     """Handed to a training program's constructor."""
+    same_result: bool = True
+    """The trained weights do not depend on the number of workers, bit for bit; False: faster, or fewer bytes."""
+    local_steps: int = 0
+    """Steps that each worker takes alone between two exchanges; 0: an exchange after every step."""
+    codec: str = "none"
+    """How exchanged numbers are made smaller: `none`, `int8` or `topk:SHARE`."""
+    outer_rate: float = 0.7
+    """Of the outer step after local steps."""
+    outer_momentum: float = 0.9
+    """Of the outer step after local steps."""
 
     def __post_init__(self) -> None:
         needs = {"train": self.program, "serve": self.model, "task": self.command, "workspace": True}
@@ -155,6 +165,46 @@ class Job:
             raise SpecError(f"max_rounds must lie between 1 and 10,000,000; found {self.max_rounds!r}")
         if not 1 <= self.evaluate_every <= 1_000_000:
             raise SpecError(f"evaluate_every must lie between 1 and 1,000,000 rounds; found {self.evaluate_every!r}")
+        check_exchange(
+            same_result=self.same_result,
+            local_steps=self.local_steps,
+            codec=self.codec,
+            outer_rate=self.outer_rate,
+            outer_momentum=self.outer_momentum,
+        )
+
+
+def parse_codec(codec: str) -> tuple[str, float]:
+    """Return kind (`none`, `int8` or `topk`) and the share of values that is kept, from e.g. "topk:0.01". Raises SpecError."""
+    kind, colon, share = codec.partition(":")
+    if codec in ("none", "int8"):
+        return codec, 1.0
+    try:
+        kept = float(share) if kind == "topk" and colon else 0.0
+    except ValueError:
+        kept = 0.0
+    if not 0 < kept <= 1:
+        raise SpecError(
+            f'codec must be "none", "int8" or "topk:SHARE" with a share above 0, at most 1, e.g. "topk:0.01"; found {codec!r}'
+        )
+    return kind, kept
+
+
+def check_exchange(*, same_result: bool, local_steps: int, codec: str, outer_rate: float, outer_momentum: float) -> None:
+    """Check what a training stage says of its exchange. Raises SpecError."""
+    kind, _ = parse_codec(codec)
+    if not 0 <= local_steps <= 1_000_000:
+        raise SpecError(f"local_steps must lie between 0 (exchange every step) and 1,000,000; found {local_steps!r}")
+    if not 0 < outer_rate <= 10:
+        raise SpecError(f"outer_rate must lie above 0 and at most 10; found {outer_rate!r}")
+    if not 0 <= outer_momentum < 1:
+        raise SpecError(f"outer_momentum must be at least 0 and below 1; found {outer_momentum!r}")
+    if same_result and (local_steps or kind != "none"):
+        raise SpecError(
+            f"{'local_steps' if local_steps else 'codec'} must be left out with same_result = true, which promises weights "
+            f'that do not depend on the number of workers; found local_steps = {local_steps}, codec = "{codec}". '
+            "Set same_result = false to have fewer bytes instead."
+        )
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
