@@ -156,18 +156,18 @@ _A_TYPE = {"int": "a whole number", "float": "a number", "str": "a text", "bool"
 
 _COMMON = ("name", "runtime", "envelope", "inputs", "env", "secrets")
 _COMMAND = ("command", "outputs", "ports", "retry")
+_EXCHANGE = ("same_result", "local_steps", "codec", "outer_rate", "outer_momentum")
 _KEYS: Mapping[JobKind, tuple[str, ...]] = {
     "task": (*_COMMON, *_COMMAND),
     "workspace": (*_COMMON, *_COMMAND),
     "train": (
         *(*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "evaluate_every"),
-        *("seed", "options", "probe"),
+        *("seed", "options", "probe", *_EXCHANGE),
     ),
     "serve": (*_COMMON, "model", "goals", "ports", "probe", "seed"),
 }
 """Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
-_WHOLE = ("workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
-_TEXTS = ("program", "model")
+_SCALARS = ("program", "model", "workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
 
 
 def parse_job_file(text: str, *, source: str = "") -> JobFile:
@@ -219,11 +219,9 @@ def _job(reader: _Reader, kind: JobKind, table: dict[str, Any], path: tuple[str 
     if (runtime := table.get("runtime", "process")) not in _RUNTIMES:
         raise reader.fail(f"runtime must be one of {', '.join(_RUNTIMES)}; found {runtime!r}", *path, "runtime")
     values["runtime"] = runtime
-    for key in (k for k in (*_WHOLE, *_TEXTS) if k in table):
-        wanted = int if key in _WHOLE else str
-        if not isinstance(table[key], wanted) or isinstance(table[key], bool):
-            raise reader.fail(f"{key} must be {_A_TYPE[wanted.__name__]}; found {table[key]!r}", *path, key)
-        values[key] = table[key]
+    by_name = {f.name: f for f in fields(Job)}
+    for key in (k for k in (*_SCALARS, *_EXCHANGE) if k in table):
+        values[key] = reader.scalar(by_name[key], table[key], *path, key)
     for key in ("command", "secrets"):
         items = table.get(key, [])
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):

@@ -77,6 +77,12 @@ def test_a_job_file_gives_its_stages_in_order_with_units_read():
         ('program = "p.py:P"', "", 14, "a train stage needs 'program'"),
         ('command = ["python", "prepare.py"]', 'command = "python x"', 6, "command must be a list of texts"),
         ("shards = 4", "shards = ", 16, "not valid TOML"),
+        ("shards = 4", "local_steps = 50", 16, "local_steps must be left out with same_result = true"),
+        ("shards = 4", 'codec = "int8"', 16, "Set same_result = false to have fewer bytes instead"),
+        ("shards = 4", 'codec = "int4"', 16, 'codec must be "none", "int8" or "topk:SHARE"'),
+        ("shards = 4", "same_result = 0", 16, "same_result must be true or false; found 0"),
+        ("shards = 4", "local_steps = -1", 16, "local_steps must lie between 0"),
+        ("shards = 4", "outer_momentum = 1", 16, "outer_momentum must be at least 0 and below 1"),
     ],
 )
 def test_a_wrong_job_file_is_refused_with_line_key_value_and_what_is_allowed(old, new, line, says):
@@ -127,6 +133,10 @@ _jobs = st.one_of(
         program=st.text(min_size=1, max_size=9),
         train_goal=st.builds(TrainGoal, accuracy=st.floats(0.01, 1), time_s=st.floats(0, 1e6), cost_usd=st.just(0.0)),
         options=st.dictionaries(_texts, st.one_of(_texts, st.booleans(), st.integers(-9, 9), st.floats(-1, 1)), max_size=3),
+        same_result=st.just(False),
+        local_steps=st.integers(0, 1000),
+        codec=st.sampled_from(["none", "int8", "topk:0.01"]),
+        outer_rate=st.floats(0.01, 10),
     ),
     st.builds(
         Job,

@@ -54,6 +54,11 @@ def run_train(context: RunContext, job: Job) -> None:
         goal_accuracy=job.train_goal.accuracy if job.train_goal else 0.0,
         max_rounds=job.max_rounds,
         evaluate_every=job.evaluate_every,
+        same_result=job.same_result,
+        local_steps=job.local_steps,
+        codec=job.codec,
+        outer_rate=job.outer_rate,
+        outer_momentum=job.outer_momentum,
     )
     chosen = _given(job) if job.envelope is not None else _recommended(context, job, spec, fingerprint)
     if context.until == "recommend":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tenure.errors import NotFound, SpecError
-from tenure.jobs import Command
+from tenure.jobs import Command, check_exchange
 from tenure.train.events import Start, TrainEvent, parse
 from tenure.train.files import Files
 
@@ -50,6 +50,14 @@ class TrainSpec:
     """Rounds between two looks at the held-out examples."""
     same_result: bool = True
     """One thread per shard, gradients added along one tree: weights do not depend on the number of workers."""
+    local_steps: int = 0
+    """Steps that each worker takes alone in a round, with the program's own update; 0: one step of all together."""
+    codec: str = "none"
+    """How gradients, differences and their sums are made smaller: `none`, `int8` or `topk:SHARE`."""
+    outer_rate: float = 0.7
+    """Of the outer Nesterov step after local steps. Source: DiLoCo (Douillard et al. 2023, arXiv 2311.08105)."""
+    outer_momentum: float = 0.9
+    """Likewise."""
     exchange: str = "sharded"
     """`sharded`: each worker adds its slice of all gradients. `central`: one worker adds everything (study 2)."""
     claim_period_s: float = 5.0
@@ -72,6 +80,13 @@ class TrainSpec:
         _check("max_idle_slots", self.max_idle_slots, 1, 1_000_000)
         if self.exchange not in EXCHANGES:
             raise SpecError(f"exchange must be one of {', '.join(EXCHANGES)}; found {self.exchange!r}")
+        check_exchange(
+            same_result=self.same_result,
+            local_steps=self.local_steps,
+            codec=self.codec,
+            outer_rate=self.outer_rate,
+            outer_momentum=self.outer_momentum,
+        )
         if ":" not in self.program:
             raise SpecError(f'program must read "file.py:Name"; found {self.program!r}')
         if self.batch and self.batch < self.shards:
