@@ -70,6 +70,11 @@ class KerasModel:
         self.on_features = False
         """Whether the x of batches are what `features` gave for them (a cache), not the frozen part's inputs."""
 
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """See `programs.averaged`: moving statistics."""
+        return tuple(self._live.moving) if self._live is not None else ()
+
     def data(self, inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
         """See Program. The model is built for the shape of x. A model's own `data(inputs)` goes before."""
         own = self._method("data")

@@ -31,6 +31,9 @@ class PartialFit:
         self._fitted: Any = None
         self._train: Arrays = {}
 
+    averaged = ("t_",)
+    """See `programs.averaged`: the count of steps."""
+
     def data(self, inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
         """See Program."""
         train, held_out = load_arrays(inputs)

@@ -102,6 +102,15 @@ def load_program(reference: str, folder: Path, options: Mapping[str, Any]) -> Pr
     )
 
 
+def averaged(program: Program) -> frozenset[str]:
+    """Return the arrays of a gradient that are no gradients: they follow the mean of what the shards saw, as it is.
+
+    A program names them in its attribute `averaged`, if it has any. Momentum over them would overshoot: a variance may
+    end below zero.
+    """
+    return frozenset(getattr(program, "averaged", ()))
+
+
 def load_arrays(inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
     """Return ``x_train.npy y_train.npy x_test.npy y_test.npy``, found in the input folders, memory-mapped.
 

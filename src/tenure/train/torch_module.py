@@ -79,6 +79,11 @@ class TorchModule:
         self.on_features = False
         """Whether the x of batches are what `features` gave for them (a cache), not the frozen part's inputs."""
 
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """See `programs.averaged`: running statistics."""
+        return tuple(self._moving)
+
     def data(self, inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
         """See Program. A module's own `data(inputs)` goes before."""
         own = self._method("data")
