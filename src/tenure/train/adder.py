@@ -31,8 +31,10 @@ class Part:
 class Adder:
     """Collects parts in the order of their shards and adds two as soon as they are the halves of a node."""
 
-    def __init__(self, shards: int) -> None:
+    def __init__(self, shards: int, *, in_order: bool = False) -> None:
+        """in_order: add each part to what is there, along no tree."""
         self._shards = shards
+        self._in_order = in_order
         self.parts: list[Part] = []
         """In order; no two of them are the halves of one node."""
 
@@ -45,7 +47,7 @@ class Adder:
         """Take one shard's gradient. Its arrays are read, never kept."""
         node = (shard, shard + 1)
         left = self.parts[-1] if self.parts else None
-        if left is not None and left.node == (shard - 1, shard) and self._halves(left.node, node):
+        if left is not None and left.node[1] == shard and self._halves(left.node, node):
             layout.add(left.flats, arrays)  # the common case, without a copy
             _join(left, node, loss, n, (shard_s,))
             self._settle()
@@ -66,6 +68,8 @@ class Adder:
             _add(self.parts[-1], right)
 
     def _halves(self, left: tree.Node, right: tree.Node) -> bool:
+        if self._in_order:
+            return True
         above = tree.parent(left, self._shards)
         return above[1] - above[0] > 1 and tree.children(above) == (left, right)
 

@@ -46,10 +46,15 @@ class Checkpoints:
         if not self.store.checkpoints():
             self.store.publish_arrays(weights_name(0), weights, {})
 
-    def due(self, rounds: int, round_s: float) -> bool:
-        """Return whether the weights after so many rounds, of `round_s` seconds each, should be written."""
+    def due(self, rounds: int, round_s: float, *, seldom: bool = False) -> bool:
+        """Return whether the weights after so many rounds, of `round_s` seconds each, should be written.
+
+        seldom: only after the most rounds, where bytes are to be few: weights are many more than a round's sum.
+        """
         kept = self.store.checkpoints()
         since = rounds - (kept[-1] if kept else 0)
+        if seldom:
+            return since >= MAX_ROUNDS
         return since >= min(MAX_ROUNDS, max(1, math.ceil(self._write_s / (COST_SHARE * max(round_s, 1e-9)))))
 
     def write(self, rounds: int, weights: Arrays, meta: Mapping[str, Any]) -> None:

@@ -84,9 +84,9 @@ class Exchange:
             return
         # A NaN is no JSON number: unknown stands for it.
         meta = {"loss": part.loss if math.isfinite(part.loss) else None, "n": part.n, "shard_s": part.shard_s}
-        self._write(node_name(round_, part.node), part.flats, meta)
-        kept = self._own[1] if self._own[0] == round_ else {}
-        self._own = (round_, {**kept, part.node: part})
+        if self._publish_node(round_, part, meta):
+            kept = self._own[1] if self._own[0] == round_ else {}
+            self._own = (round_, {**kept, part.node: part})
 
     def nodes_there(self, round_: int) -> set[tree.Node]:
         """Return the nodes of a round that are published."""
@@ -100,6 +100,18 @@ class Exchange:
             with self.store.quarantining(name):
                 found += self.store.record(name).header.meta["shard_s"]
         return found
+
+    def cover(self, round_: int) -> list[tree.Node] | None:
+        """Return published nodes that make up all shards, in order; None when some are missing."""
+        return tree.cover(self.nodes_there(round_), self.shards)
+
+    def pieces(self, run: tree.Node) -> list[tree.Node]:
+        """Return the nodes that a run of shards is published as."""
+        return tree.largest(run, self.shards)
+
+    def adder(self) -> Adder:
+        """Return what adds shards, or nodes, in their order."""
+        return Adder(self.shards)
 
     # --- sums ---------------------------------------------------------------------------------------------------------
 
@@ -123,9 +135,9 @@ class Exchange:
 
         Raises CorruptData for a torn node, now in quarantine; FileNotFoundError for one that is gone.
         """
-        cuts = self._layout().slice(number, self.slices)
+        cuts = self._slice(number, self.slices)
         own = self._own[1] if self._own[0] == round_ else {}
-        adder = Adder(self.shards)
+        adder = self.adder()
         for node in nodes:
             if (mine := own.get(node)) is not None:
                 flats = {cut.dtype: mine.flats[cut.dtype][cut.first : cut.first + cut.count].copy() for cut in cuts}
@@ -145,7 +157,7 @@ class Exchange:
         metas: list[Mapping[str, Any]] = []
         flats = added[(1, 0)][1] if (1, 0) in added and slices == 1 else self._memory(layout)
         for number in self._wanted(slices):
-            cuts = layout.slice(number, slices)
+            cuts = self._slice(number, slices)
             if (mine := added.get((slices, number))) is not None:
                 meta, values = mine
             else:
@@ -177,13 +189,22 @@ class Exchange:
         finite = loss is not None and all(np.isfinite(values).all() for values in part.flats.values())
         first = number == self._wanted(slices)[0]
         meta = {"loss": loss, "n": part.n, "finite": bool(finite), "shard_s": part.shard_s if first else ()}
-        self._write(sum_name(round_, slices, number), part.flats, meta)
-        kept = self._added[1] if self._added[0] == round_ else {}
-        self._added = (round_, {**kept, (slices, number): (meta, part.flats)})
+        if self._publish_slice(round_, number, slices, part, meta):
+            kept = self._added[1] if self._added[0] == round_ else {}
+            self._added = (round_, {**kept, (slices, number): (meta, part.flats)})
 
-    def _write(self, name: str, flats: Flats, meta: Mapping[str, Any]) -> None:
+    def _publish_node(self, round_: int, part: Part, meta: dict[str, Any]) -> bool:
+        return self._write(node_name(round_, part.node), part.flats, meta)
+
+    def _publish_slice(self, round_: int, number: int, slices: int, part: Part, meta: dict[str, Any]) -> bool:
+        return self._write(sum_name(round_, slices, number), part.flats, meta)
+
+    def _slice(self, number: int, slices: int) -> list[Cut]:
+        return self._layout().slice(number, slices)
+
+    def _write(self, name: str, flats: Flats, meta: Mapping[str, Any]) -> bool:
         block_bytes = self._layout().block_bytes
-        self.store.publish_arrays(name, flats, meta, block_bytes=block_bytes, align=block_bytes)
+        return self.store.publish_arrays(name, flats, meta, block_bytes=block_bytes, align=block_bytes)
 
     def _read(self, name: str, cuts: Sequence[Cut]) -> tuple[Mapping[str, Any], Flats]:
         with self.store.quarantining(name):
@@ -193,8 +214,7 @@ class Exchange:
     def _wanted(self, slices: int) -> list[int]:
         """Return the slices that have any content: a short vector has fewer blocks than there are workers."""
         if slices not in self._numbers:
-            layout = self._layout()
-            self._numbers[slices] = [number for number in range(slices) if layout.slice(number, slices)] or [0]
+            self._numbers[slices] = [number for number in range(slices) if self._slice(number, slices)] or [0]
         return self._numbers[slices]
 
     def _layout(self) -> Layout:

@@ -17,12 +17,15 @@ from typing import Any
 
 from tenure.errors import CorruptData, JobFailed, Unavailable
 from tenure.train import tree
-from tenure.train.adder import Adder, Part
+from tenure.train.adder import Part
 from tenure.train.checkpoints import Checkpoints
 from tenure.train.context import Context, Outcome
 from tenure.train.events import Work
 from tenure.train.exchange import Exchange, Sum
+from tenure.train.local import outer_step, without_outer
+from tenure.train.own_state import OwnState, open_exchange
 from tenure.train.pace import Pace
+from tenure.train.programs import averaged
 from tenure.train.records import Arrays
 from tenure.train.rounds import Rounds
 from tenure.train.store import Claims, read_result, round_name
@@ -90,6 +93,8 @@ class Slot:
     claims: Claims = field(init=False)
     exchange: Exchange = field(init=False)
     checkpoints: Checkpoints = field(init=False)
+    own: OwnState | None = field(init=False)
+    """Where bytes are to be few: what this worker alone keeps from round to round."""
     _figures: _Figures = field(default_factory=_Figures)
     _last: _Finished | None = None
     """The round that gave `weights`."""
@@ -98,8 +103,8 @@ class Slot:
     def __post_init__(self) -> None:
         slices = 1 if self._central else self.event.workers
         self.claims = Claims(self.context.store)
-        self.exchange = Exchange(self.context.store, self.context.spec.shards, slices)
         self.checkpoints = Checkpoints(self.context.store, timer=self.context.timer)
+        self.exchange, self.own = open_exchange(self.context.store, self.rounds, self.event, slices=slices)
 
     # --- roles --------------------------------------------------------------------------------------------------------
 
@@ -132,7 +137,7 @@ class Slot:
         self._load()
         if self.round == round_:
             self._contribute(round_, (0, self.context.spec.shards))
-            nodes = tree.cover(self.exchange.nodes_there(round_), self.context.spec.shards)
+            nodes = self.exchange.cover(round_)
             if nodes is not None and not self.exchange.complete(round_):
                 for number in self.exchange.due(round_):
                     self.exchange.add(round_, number, nodes)
@@ -176,7 +181,12 @@ class Slot:
     def _apply(self, total: Sum) -> None:
         if not total.finite or not total.n:
             self._fail(total)
-        self.weights = self.rounds.update(self.round, self.weights, total)
+        spec = self.context.spec
+        if spec.local_steps:
+            rate, momentum, plain = spec.outer_rate, spec.outer_momentum, averaged(self.rounds.program)
+            self.weights = outer_step(self.weights, total, rate=rate, momentum=momentum, averaged=plain)
+        else:
+            self.weights = self.rounds.update(self.round, self.weights, total)
         self.round += 1
         self._last = _Finished(total.loss, total.n, total.shard_s)
         self.advanced = self.advanced or self.round > self.event.round
@@ -199,23 +209,34 @@ class Slot:
     def _round(self) -> None:
         context, round_ = self.context, self.round
         self._figures = figures = _Figures(began=context.timer())
+        if self.own is not None:
+            self.own.enter(round_, self.weights, self._part())
         self._contribute(round_, self._to_make(round_))
         waiting, began = context.timer(), context.timer()
         slices, added_s = self._await_sum(round_)
         began = context.timer()
-        self._apply(self.exchange.gather(round_, slices))
+        total = self.exchange.gather(round_, slices)
+        if self.own is not None and self.own.went_apart():
+            self.round = -1  # the store says what the weights are
+            return
+        self._apply(total)
         figures.wait_s = began - waiting - added_s
         figures.combine_s = added_s + context.timer() - began
         self.closings.note(figures.combine_s)
 
     def _contribute(self, round_: int, wanted: tree.Node) -> None:
         """Publish the nodes of a range of shards that are not there, each as soon as it is whole."""
-        exchange, shards = self.exchange, self.context.spec.shards
-        if not self.shards.longest_s:  # a slot that goes on in the middle of the first round
+        exchange = self.exchange
+        if (
+            not self.shards.longest_s and not self.context.spec.local_steps
+        ):  # a slot that goes on in the middle of the first round
             self.shards.begin_with(exchange.seconds(round_))
         for run in tree.runs(tree.missing(wanted, exchange.nodes_there(round_))):
-            for node in tree.largest(run, shards):
-                adder = Adder(shards)
+            for node in exchange.pieces(run):
+                if self.own is not None and self.own.local is not None:
+                    self._publish(round_, self._train_alone(self.own, round_, node))
+                    continue
+                adder = exchange.adder()
                 try:
                     for shard in range(*node):
                         self._stay(self.shards.next_s)
@@ -230,6 +251,15 @@ class Slot:
                     raise
                 self._publish(round_, adder.total())
 
+    def _train_alone(self, own: OwnState, round_: int, node: tree.Node) -> Part:
+        """Return what this worker's local steps give; the next slot goes on after those that were done."""
+        try:
+            part = own.train(round_, node, self.weights, self._stay)
+            self.check_inputs()
+            return part
+        finally:
+            self.advanced = self.advanced or own.stepped
+
     def _await_sum(self, round_: int) -> tuple[int, float]:
         """Wait until the round's sum is complete, and add what falls to this worker.
 
@@ -240,7 +270,7 @@ class Slot:
         while not (slices := exchange.complete(round_)):
             self._look(self.closings.next_s)
             there = exchange.nodes_there(round_)
-            nodes = tree.cover(there, context.spec.shards)
+            nodes = exchange.cover(round_)
             began = context.timer()
             if nodes is not None and self._add(round_, nodes):
                 added_s += context.timer() - began
@@ -274,7 +304,7 @@ class Slot:
             self._evaluate(turn=turn)
         elif turn and not self.context.store.exists(round_name(self.round)):
             self._record(self.round, self._last, None)
-        if turn and self.checkpoints.due(self.round, self._round_s()):
+        if turn and self.checkpoints.due(self.round, self._round_s(), seldom=self.own is not None):
             self._fill_records()
             self._checkpoint()
         if turn:
@@ -288,7 +318,7 @@ class Slot:
             if self._falls_to_us(name, turn=turn):
                 if record is None:
                     began = context.timer()
-                    accuracy = self.rounds.evaluate(self.weights)
+                    accuracy = self.rounds.evaluate(without_outer(self.weights))
                     self.looks.note(context.timer() - began)
                     self._record(self.round, self._last, accuracy, evaluate_s=context.timer() - began)
                 else:
@@ -306,7 +336,7 @@ class Slot:
             "why": self._why_last(record),
             "at_s": record["at_s"],
         }
-        self.context.store.publish_arrays("result", self.weights, meta, durable=True)
+        self.context.store.publish_arrays("result", without_outer(self.weights), meta, durable=True)
 
     def _record(self, rounds: int, seen: _Finished | None, accuracy: float | None, *, evaluate_s: float = 0.0) -> None:
         """Publish a round's record. Its times are 0 when this worker did not take part in it."""
@@ -406,6 +436,8 @@ class Slot:
     def _stay(self, step_s: float) -> None:
         """Raise _Leave when no step of so many seconds fits into the slot, or the process was told to leave."""
         leave_s = LEAVE_SHARE * self.startup_s + LEAVE_FILES * self.files.longest_s
+        if self.own is not None:
+            leave_s += self.own.save_s
         if self.context.stopping() or self.context.remaining_s() < leave_s + step_s:
             raise _Leave
 
@@ -439,6 +471,8 @@ class Slot:
                     "its slot is too short: raise it, or the CPU share"
                 )
             raise JobFailed(f"training stands still in round {max(0, self.round)}: {error}")
+        if self.own is not None:
+            self.own.leave(self.round)
         following = Work(
             workerno=event.workerno,
             workers=event.workers,

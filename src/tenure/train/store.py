@@ -10,6 +10,7 @@
       rounds/00000012.json            what round 12 was: loss, accuracy, seconds, by whom
       claims/…                        who does what one suffices for; fences/… newest grant of each worker
       starts/…                        start-up seconds of each slot
+      local/…, anew/…                 what is a worker's own (`own_state`), and where it began without
       result, failure.json            the end, at most one of each
       quarantine/…                    files that were not what was written
 
@@ -32,7 +33,7 @@ from tenure.errors import CorruptData, StaleFence
 from tenure.train.files import Files
 from tenure.train.records import BLOCK_BYTES, Arrays, Header, Record, pack
 
-FOLDERS = ("events", "plans", "weights", "nodes", "sums", "rounds", "claims", "fences", "starts", "quarantine")
+FOLDERS = ("events", "plans", "weights", "nodes", "sums", "rounds", "claims", "fences", "starts", "local", "anew", "quarantine")
 _EXPECTED_TWICE = ("claims", "layout.json", "failure.json")
 """What several publish by design: no lost work."""
 
@@ -144,6 +145,10 @@ class Store:
         """Return the newest start of this stage, -1 before the first."""
         names = self.names("plans")
         return int(names[-1].split(".")[0]) if names else -1
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens when it is gone."""
+        self.files.remove(self.root / name)
 
     def forget(self, *, nodes_before: int, sums_before: int, weights_before: int) -> None:
         """Remove nodes, sums and checkpoints of earlier rounds, the claims on them, and what killed writers left of them."""

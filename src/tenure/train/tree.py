@@ -60,6 +60,23 @@ def cover(there: Collection[Node], shards: int) -> list[Node] | None:
     return found
 
 
+def chain(there: Collection[Node], shards: int) -> list[Node] | None:
+    """Return ranges of `there`, whatever they are, that follow each other from 0 to the last shard; the longest where they
+    overlap. None: some are missing."""
+    following: dict[int, Node] = {}
+    for node in sorted(there, reverse=True):
+        if node[0] not in following and (node[1] == shards or node[1] in following):
+            following[node[0]] = node
+    found: list[Node] = []
+    at = 0
+    while at < shards:
+        if at not in following:
+            return None
+        found.append(following[at])
+        at = following[at][1]
+    return found
+
+
 def missing(wanted: Node, there: Collection[Node]) -> list[int]:
     """Return the shards of a range that no node of `there` holds, in order."""
     held = {shard for lo, hi in there for shard in range(max(lo, wanted[0]), min(hi, wanted[1]))}
