@@ -168,7 +168,7 @@ class Slot:
         """Publish the gradients' layout again when there are gradients but it is gone: its file was torn."""
         store = self.context.store
         if not self.exchange.knows_layout() and (store.names("nodes") or store.names("sums")):
-            arrays, *_ = self.rounds.gradient(self.round, self._part()[0], self.weights)
+            arrays, *_ = self.rounds.gradient(self.round, self._part()[0], without_outer(self.weights))
             self.exchange.settle_layout(arrays)
 
     def _mend_layout(self) -> None:
