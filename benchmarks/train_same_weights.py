@@ -14,9 +14,9 @@ until 2 W + 2 were killed or the run is over, and started again with the same ev
 Cost: one worker, the handler in a process of its own with a store in the default place for temporary files, against a plain
 loop in another: gradient of the whole batch in one call, update, nothing else; one BLAS thread both; 8 shards of 32 samples;
 20 rounds (--quick: 8) after 2 that warm up; 7 interleaved repeats (--quick: 3) in new processes; the mean round of each,
-the median over repeats of the ratio (and of CPU time's, which is told, not judged). Programs: a network 784-512-512-10 in NumPy; the conv net of `train_vs_ddp` without batch
-normalisation (whose statistics are of a shard, so that a plain loop makes other updates) on CIFAR-10, when torch and the data
-are there: else it says why not. The value is the larger ratio of those measured.
+the median over repeats of the ratio (and of CPU time's, which is told, not judged). Programs: a network 784-512-512-10 in
+NumPy; the conv net of `train_vs_ddp` without batch normalisation (whose statistics are of a shard, so that a plain loop makes
+other updates) on CIFAR-10, when torch and the data are there: else it says why not. The value is the larger ratio measured.
 Checked: the largest number of both contenders' weights agrees within 1e-3 (their bits differ: another order of adding).
 Bars: all hashes equal; cost <= 1.3 for each program.
 Control: a plain loop that adds each worker's shards in order and then the workers' sums: its weights after 6 rounds must differ

@@ -171,13 +171,6 @@ class Slot:
             arrays, *_ = self.rounds.gradient(self.round, self._part()[0], without_outer(self.weights))
             self.exchange.settle_layout(arrays)
 
-    def _mend_layout(self) -> None:
-        """Publish the gradients' layout again when there are gradients but it is gone: its file was torn."""
-        store = self.context.store
-        if not self.exchange.knows_layout() and (store.names("nodes") or store.names("sums")):
-            arrays, *_ = self.rounds.gradient(self.round, self._part()[0], self.weights)
-            self.exchange.settle_layout(arrays)
-
     def _apply(self, total: Sum) -> None:
         if not total.finite or not total.n:
             self._fail(total)
