@@ -97,7 +97,8 @@ class KerasModel:
         y = torch.tensor(np.asarray(batch["y"]))
         n = len(y)
         with seeded(seed):
-            outputs = live.outputs(self._input(batch["x"], rng), training=True, on_features=self.on_features)
+            given = self._input(batch["x"], rng, on_features=self.on_features)
+            outputs = live.outputs(given, training=True, on_features=self.on_features)
             loss = live.loss(outputs, y) * n
             loss.backward()
         found: Arrays = {}
@@ -127,9 +128,9 @@ class KerasModel:
         """See Program."""
         return share_right(self._labels_of(weights, held_out["x"], self.on_features), np.asarray(held_out["y"]))
 
-    def predict(self, weights: Arrays, x: Any) -> NDArray[Any]:
-        """Return the label of each example of x."""
-        return self._labels_of(weights, x, False)
+    def predict(self, weights: Arrays, x: Any, *, on_features: bool = False) -> NDArray[Any]:
+        """Return the label of each example of x, or of each row of what `features` gave."""
+        return self._labels_of(weights, x, on_features)
 
     def export(self, weights: Arrays, path: Path) -> None:
         """Write ONNX: input ``x`` as in ``x_test.npy`` but float32; outputs ``label`` and ``probabilities``.
@@ -152,10 +153,10 @@ class KerasModel:
 
         write_onnx([part for part in (live.frozen, live.head) if part is not None], answers, self._shown, path, self.reference)
 
-    def features(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Return what the frozen part gives for examples x, without augmentation: the head's input."""
+    def features(self, x: NDArray[Any], rng: np.random.Generator | None = None) -> NDArray[Any]:
+        """Return what the frozen part gives for examples x, augmented when there is an rng: the head's input."""
         with torch.inference_mode():
-            found: NDArray[Any] = self._frozen()(self._input(x, None), training=False).numpy()
+            found: NDArray[Any] = self._frozen()(self._input(x, rng), training=False).numpy()
         return found
 
     def identity(self) -> bytes:
@@ -189,21 +190,19 @@ class KerasModel:
             )
         return self._live.frozen
 
-    def _input(self, x: Any, rng: np.random.Generator | None) -> torch.Tensor:
+    def _input(self, x: Any, rng: np.random.Generator | None, *, on_features: bool = False) -> torch.Tensor:
         transform = self._method("transform")
-        if transform and not self.on_features:
+        if transform and not on_features:
             x = transform(np.array(x), rng)
         return x if isinstance(x, torch.Tensor) else torch.tensor(as_floats(np.ascontiguousarray(x)))
 
     def _labels_of(self, weights: Arrays, x: Any, on_features: bool) -> NDArray[Any]:
         live = self._loaded(weights)
+        parts = []
         with torch.inference_mode():
-            parts = [
-                live.labels(
-                    live.outputs(self._input(x[at : at + EVALUATED_AT_ONCE], None), training=False, on_features=on_features)
-                ).numpy()
-                for at in range(0, len(x), EVALUATED_AT_ONCE)
-            ]
+            for at in range(0, len(x), EVALUATED_AT_ONCE):
+                given = self._input(x[at : at + EVALUATED_AT_ONCE], None, on_features=on_features)
+                parts.append(live.labels(live.outputs(given, training=False, on_features=on_features)).numpy())
         return np.concatenate(parts)
 
     def _loaded(self, weights: Arrays) -> _Trained:

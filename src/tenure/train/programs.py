@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from tenure.errors import MissingExtra, SpecError
 from tenure.train.records import Arrays as Arrays  # part of the protocol: programs import it from here
 
-TRAINING_OPTIONS = ("optimizer", "rate", "momentum", "decay", "cut")
+CACHE_OPTIONS = ("cache", "augment", "passes")
+"""Of the features of a model that is cut."""
+TRAINING_OPTIONS = ("optimizer", "rate", "momentum", "decay", "cut", *CACHE_OPTIONS)
 """Options for the adapters of torch and Keras, unless the model's constructor takes them itself."""
 _METHODS = ("data", "build", "gradient", "update", "evaluate")
 _EXTRAS = {"torch": "torch", "keras": "keras", "sklearn": "demo"}
@@ -154,13 +156,27 @@ def _is_model(made: Any) -> bool:
 
 def _adapt_model(made: Any, make: Callable[[], Any], reference: str, options: Mapping[str, Any]) -> Program:
     # Heavy, and only for programs that have loaded their library already. A Keras model on torch is a torch module too.
+    kept = {key: value for key, value in options.items() if key in CACHE_OPTIONS}
+    options = {key: value for key, value in options.items() if key not in kept}
+    program: Any
     if "keras" in sys.modules and isinstance(made, sys.modules["keras"].Model):
         from tenure.train.keras_model import KerasModel
 
-        return KerasModel(made, make, reference=reference, **options)
-    from tenure.train.torch_module import TorchModule
+        program = KerasModel(made, make, reference=reference, **options)
+    else:
+        from tenure.train.torch_module import TorchModule
 
-    return TorchModule(made, make, reference=reference, **options)
+        program = TorchModule(made, make, reference=reference, **options)
+    if not options.get("cut") and kept:
+        raise SpecError(
+            f'program "{reference}": {", ".join(kept)} is about the features of a frozen part; name its end with cut'
+        )
+    within_a_stage = os.environ.get("TENURE_HOME") or os.environ.get("TENURE_RUN_DIR")
+    if options.get("cut") and kept.pop("cache", True) and within_a_stage:
+        from tenure.train.features import Frozen
+
+        return Frozen.of(program, **kept)
+    return cast(Program, program)
 
 
 def _map(inputs: Mapping[str, str], part: str) -> NDArray[Any]:

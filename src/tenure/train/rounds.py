@@ -36,10 +36,13 @@ class Rounds:
     """Seconds, for the figures in records."""
     train: Arrays = field(default_factory=dict)
     held_out: Arrays = field(default_factory=dict)
+    passes: int = 1
+    """Copies of the training set, one after the other, that the arrays hold: pass p over the data reads copy p modulo these."""
     _order: tuple[int, NDArray[Any]] = (-1, np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         self.train, self.held_out = self.program.data(self.spec.inputs)
+        self.passes = int(getattr(self.program, "passes", 1))
         lengths = {name: len(values) for name, values in self.train.items()}
         if len(set(lengths.values())) != 1 or self.examples < self.spec.shards:
             raise SpecError(
@@ -49,8 +52,8 @@ class Rounds:
 
     @property
     def examples(self) -> int:
-        """Size of the training set."""
-        return len(next(iter(self.train.values()))) if self.train else 0
+        """Size of the training set, without its copies."""
+        return len(next(iter(self.train.values()))) // self.passes if self.train else 0
 
     def build(self) -> Arrays:
         """Return the weights before the first round."""
@@ -88,7 +91,7 @@ class Rounds:
         while at < edges[1]:
             passes, inside = divmod(at, self.examples)
             part = self._permutation(passes)[inside : inside + edges[1] - at]
-            parts.append(part)
+            parts.append(part + self.examples * (passes % self.passes))
             at += len(part)
         return np.concatenate(parts)
 

@@ -27,7 +27,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tenure.errors import CorruptData, StaleFence
 from tenure.train.files import Files
@@ -201,6 +201,18 @@ class Store:
             )
 
 
+class Documents(Protocol):
+    """Small documents in folders that several processes share, as `Claims` needs them."""
+
+    def publish_json(self, name: str, data: Any) -> bool:
+        """Publish a document; False when the name is taken."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """Return the finished files of a folder, sorted."""
+        ...
+
+
 class Claims:
     """Who does a piece of work that one suffices for.
 
@@ -210,7 +222,7 @@ class Claims:
     create-exclusive publishing keeps that to one effect.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Documents) -> None:
         self._store = store
         self._seen: dict[str, tuple[int, float]] = {}
 

@@ -142,9 +142,9 @@ class TorchModule:
         """See Program."""
         return share_right(self._labels_of(weights, held_out["x"], self.on_features), np.asarray(held_out["y"]))
 
-    def predict(self, weights: Arrays, x: Any) -> NDArray[Any]:
-        """Return the label of each example of x."""
-        return self._labels_of(weights, x, False)
+    def predict(self, weights: Arrays, x: Any, *, on_features: bool = False) -> NDArray[Any]:
+        """Return the label of each example of x, or of each row of what `features` gave."""
+        return self._labels_of(weights, x, on_features)
 
     def export(self, weights: Arrays, path: Path) -> None:
         """Write ONNX: input ``x`` as in ``x_test.npy`` but float32; outputs ``label``, and ``probabilities`` of scores.
@@ -175,11 +175,11 @@ class TorchModule:
 
         write_onnx([part for part in (self._frozen, self._live) if part is not None], answers, shown, path, self.reference)
 
-    def features(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Return what the frozen part gives for examples x, without augmentation: the head's input."""
+    def features(self, x: NDArray[Any], rng: np.random.Generator | None = None) -> NDArray[Any]:
+        """Return what the frozen part gives for examples x, augmented when there is an rng: the head's input."""
         frozen = self._need_frozen()
         with torch.inference_mode():
-            found: NDArray[Any] = frozen(self._input(x, None)).numpy()
+            found: NDArray[Any] = frozen(self._input(x, rng)).numpy()
         return found
 
     def identity(self) -> bytes:
