@@ -247,7 +247,7 @@ class Frozen:
             which = "frozen part" if join is None else "head"
             raise Unsupported("ONNX export", f"the {which} is Python code that gives no ONNX model")
         export(weights, path)
-        join(path, self.held_out_images())
+        join(path)
 
     def _tiled(self, labels: NDArray[Any]) -> Path:
         """Return a folder with the labels of all passes, for a head that reads its arrays from files."""
