@@ -21,6 +21,9 @@ class Digits:
     copies: how many differently moved copies of each image a round sees. rate: Adam's step size.
     """
 
+    picture = (SIDE, SIDE)
+    """How the report shows an example."""
+
     def __init__(self, hidden: int = 160, copies: int = 8, rate: float = 0.001, decay: float = 1e-4) -> None:
         self.hidden, self.copies, self.rate, self.decay = hidden, copies, rate, decay
 

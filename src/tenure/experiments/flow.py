@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from tenure.broker.client import BrokerClient
 from tenure.errors import Conflict, NotFound, SpecError, TenureError, Unsupported
 from tenure.experiments.context import RunContext
 from tenure.experiments.report import ReportData, write_report
+from tenure.experiments.report_predictions import ARTEFACT, read_predictions
 from tenure.experiments.stage_serve import run_serve
 from tenure.experiments.stage_task import run_task
 from tenure.experiments.stage_train import run_train
@@ -270,6 +272,13 @@ def _run_stage(context: RunContext, job: Job) -> None:
     context.set_stage(job.name, state=RunState.DONE)
 
 
+def _predictions(files: RunFiles, run: Run) -> dict[str, dict[str, Any]]:
+    found = {
+        stage.name: read_predictions(files.artefacts(stage.name) / ARTEFACT) for stage in run.stages if stage.kind == "train"
+    }
+    return {name: arrays for name, arrays in found.items() if arrays is not None}
+
+
 def report_run(
     client: BrokerClient,
     files: RunFiles,
@@ -299,6 +308,7 @@ def report_run(
         trials=(*(trial for trial in older if trial.id in cited and trial.run_id != run_id), *own),
         recommendations=recommendations,
         usage=tuple(point for lease in leases for point in client.usage(lease.id)),
+        predictions=_predictions(files, run),
         jobs={job.name: job for job in parse_job_file(run.job_file, source=run.source).stages},
         notes=notes,
         at_s=now_s,

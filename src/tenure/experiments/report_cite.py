@@ -11,6 +11,7 @@ Nothing in a report holds a measured number that did not come through `Rows`, so
     {"event": seq, "field": "at_s"}                   when something happened
     {"usage": lease id, "index": i, "field": name}    a rollup of one lease's consumption
     {"job": stage, "field": "train_goal.accuracy"}    what the job file asked for
+    {"artefact": "train/predictions.npz", "array": name, "index": i}    an element of an array that a stage left
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class ReportData:
     """Rollups, in order of time, for memory over time."""
     jobs: Mapping[str, Job] = field(default_factory=dict)
     """Stage -> its job, for the goal lines of the plots."""
+    predictions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stage -> arrays of its artefact predictions.npz, for the grid of pictures."""
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Closing lines and warnings, as shown while the run went on."""

@@ -1,6 +1,6 @@
 """The words and tables of a report: what was measured, recommended, ruled out, leased, and how well it was predicted.
 
-A section is a list of blocks, each ``{"kind": "text" | "warning" | "table" | "figure" | "heading", …}``; table cells cite
+A section is a list of blocks, each ``{"kind": "text" | "warning" | "table" | "figure" | "pictures" | …}``; table cells cite
 their ledger rows (`report_cite`). Figures are made in `report_figures`, pages in `report`.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from tenure.experiments.report_cite import Cell, Rows, label, metrics_present, show, text_cell, words
 from tenure.experiments.report_figures import comparison_figures, serving_figures, training_figures
+from tenure.experiments.report_predictions import prediction_blocks
 from tenure.leases import Lease
 from tenure.recommend import observe
 from tenure.runs import RunState, Stage
@@ -42,6 +43,8 @@ def stage_blocks(rows: Rows, stage: Stage) -> list[Block]:
         mine = [figure for figure in costs if figure["id"].endswith(recommendation.id)]
         blocks += _recommended(rows, recommendation) + _as_blocks(mine)
     blocks += _compared(rows, stage, trials, recommendations)
+    if found := rows.data.predictions.get(stage.name):
+        blocks += prediction_blocks(stage.name, dict(found))
     if leases:
         blocks += [{"kind": "heading", "text": "Leases granted"}, lease_table(rows, leases)]
     if not blocks:

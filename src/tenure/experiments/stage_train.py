@@ -326,7 +326,7 @@ def _compare(context: RunContext, job: Job, chosen: Candidate, observed: Trial) 
 
 
 def _export(context: RunContext, job: Job) -> None:
-    context.step(job.name, "export", "ONNX")
+    context.step(job.name, "export", "weights, predictions, ONNX")
     envelope = Envelope(cpus=1, memory_bytes=job.probe.memory_bytes, slot_s=120, total_s=120)
     command = Command(argv=(sys.executable, "-m", "tenure.train.export"), expects_result=True)
     launched = context.launch(job.name)(LaunchRequest(name="export", command=command, envelope=envelope))
@@ -338,6 +338,6 @@ def _export(context: RunContext, job: Job) -> None:
     context.artefacts[job.name] = left
     context.set_stage(job.name, artefacts=left)
     held = format_duration(round(ended.ended_at_s - ended.started_at_s, 1))
-    context.close_step(
-        job.name, "export", f"{', '.join(left)} in {held}; same labels on {ended.result['equal']:.2%} of held-out data"
-    )
+    equal = ended.result["equal"]
+    note = ended.result["note"] if equal is None else f"same labels on {equal:.2%} of held-out data"
+    context.close_step(job.name, "export", f"{', '.join(left)} in {held}; {note}")

@@ -1,7 +1,11 @@
-"""Turns a stage's result into ``artefacts/model.onnx`` and checks it: ``python -m tenure.train.export``.
+"""Turns a stage's result into artefacts, and checks them: ``python -m tenure.train.export``.
 
-Runs as a task under its own lease (needs ONNX, so more memory than a worker). Its ``result.json`` tells the share of
-held-out examples on which ONNX Runtime's label equals the program's, and both accuracies.
+    weights.npz        what was trained, always
+    predictions.npz    what the program says of held-out examples (`predictions`), if it has predict(weights, x)
+    model.onnx         if it has export(weights, path) too; its labels are compared with the program's
+
+Runs as a task under its own lease (ONNX needs more memory than a worker). Its ``result.json`` tells what was made, and the
+share of held-out examples on which ONNX Runtime's label equals the program's.
 """
 
 from __future__ import annotations
@@ -10,50 +14,78 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tenure.errors import NotFound, SpecError, TenureError
 from tenure.train.files import Files
+from tenure.train.predictions import predictions
 from tenure.train.programs import Arrays, load_program
 from tenure.train.records import read_arrays
 from tenure.train.spec import read_spec
 
+T = TypeVar("T")
+
 
 def export(stage_dir: Path, *, min_equal: float = 0.999) -> dict[str, Any]:
-    """Write the model of a stage's result and compare it with the program on the held-out examples.
+    """Write the artefacts of a stage's result; compare the ONNX model with the program on the held-out examples.
 
-    min_equal: least share of equal labels. Returns path, equal, accuracy, examples, note.
-    Raises NotFound without a result, SpecError when the program can't export or the labels differ too often, CorruptData.
+    min_equal: least share of equal labels. Returns path (of the ONNX model, else of the weights), equal (None without ONNX),
+    accuracy, examples, note. Raises NotFound without a result, SpecError when the labels differ too often, CorruptData.
     """
     spec = read_spec(stage_dir)
     if not (stage_dir / "store" / "result").exists():
         raise NotFound(f"{stage_dir / 'store'} has no result yet; export after the training stage is done")
     header, weights = read_arrays(stage_dir / "store" / "result")
     program: Any = load_program(spec.program, Path(spec.folder), spec.options)
-    if not callable(getattr(program, "export", None)) or not callable(getattr(program, "predict", None)):
-        raise SpecError(f'program "{spec.program}" has no export(weights, path) and predict(weights, x); give it both')
     _, held_out = program.data(spec.inputs)
-    path = stage_dir / "artefacts" / "model.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_suffix(".tmp")
-    program.export(weights, temp)
-    equal = _compare(program, weights, held_out, temp)
-    if equal < min_equal:
-        raise SpecError(
-            f'program "{spec.program}": ONNX labels equal its own on {equal:.2%} of held-out; needs {min_equal:.2%}'
-        )
-    temp.replace(path)
-    examples = len(held_out["x"])
-    note = f"labels equal the program's on {equal:.2%} of {examples} held-out examples"
-    return {"path": str(path), "equal": equal, "examples": examples, "accuracy": header.meta["accuracy"], "note": note}
+    folder = stage_dir / "artefacts"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "weights.npz"
+    _write(path, lambda temp: _save(temp, weights))
+    made = {"examples": len(held_out["x"]), "accuracy": header.meta["accuracy"], "equal": None}
+    if not callable(getattr(program, "predict", None)):
+        return {**made, "path": str(path), "note": "the program has no predict(weights, x): its weights only"}
+    if (found := predictions(program, weights, held_out, spec.inputs)) is not None:
+        _write(folder / "predictions.npz", lambda temp: _save(temp, found))
+    if not callable(getattr(program, "export", None)):
+        return {**made, "path": str(path), "note": "the program has no export(weights, path): no ONNX model"}
+    path = folder / "model.onnx"
+    equal = _write(path, lambda temp: _onnx(program, weights, held_out, temp, spec.program, min_equal))
+    note = f"labels equal the program's on {equal:.2%} of {made['examples']} held-out examples"
+    return {**made, "path": str(path), "equal": equal, "note": note}
 
 
 def export_command() -> tuple[str, ...]:
     """Return the argv of the task that exports the stage of TENURE_RUN_DIR."""
     return (sys.executable, "-m", "tenure.train.export")
+
+
+def _write(path: Path, make: Callable[[Path], T]) -> T:
+    """Have `path` made at once or not at all; return what making gave."""
+    temp = path.with_suffix(".tmp")
+    try:
+        made = make(temp)
+        temp.replace(path)
+    finally:
+        temp.unlink(missing_ok=True)
+    return made
+
+
+def _save(path: Path, arrays: Arrays) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _onnx(program: Any, weights: Arrays, held_out: Arrays, path: Path, name: str, min_equal: float) -> float:
+    program.export(weights, path)
+    equal = _compare(program, weights, held_out, path)
+    if equal < min_equal:
+        raise SpecError(f'program "{name}": ONNX labels equal its own on {equal:.2%} of held-out; needs {min_equal:.2%}')
+    return equal
 
 
 def _compare(program: Any, weights: Arrays, held_out: Arrays, path: Path) -> float:
