@@ -67,6 +67,31 @@ def test_a_program_without_export_leaves_weights_and_predictions(tmp_path):
     assert found["confusion"].tolist() == [[67, 0, 0], [0, 67, 0], [0, 66, 0]]
 
 
+def test_a_model_that_onnx_cannot_hold_is_told_and_ends_well(tmp_path):
+    text = (
+        "        from tenure.errors import Unsupported\n        raise Unsupported('ONNX export', 'the head is Python code')\n"
+    )
+    root = trained(stage(tmp_path, PREDICT + "    def export(self, weights, path):\n" + text))
+    made = export(root)
+    assert made["note"] == "no ONNX model: ONNX export is not supported here: the head is Python code."
+    assert made["equal"] is None
+    assert sorted(path.name for path in (root / "artefacts").iterdir()) == ["predictions.npz", "weights.npz"]
+
+
+def test_a_program_on_features_shows_the_pictures_they_were_made_of(tmp_path):
+    class OnFeatures:
+        def predict(self, weights, x):
+            return x.argmax(axis=1)
+
+        def held_out_images(self):
+            return np.full((4, 8, 8, 3), 7, np.uint8)
+
+    found = predictions(OnFeatures(), {}, {"x": np.eye(4), "y": np.arange(4)}, {})
+    assert found is not None
+    assert found["pictures"].shape == (4, 8, 8, 3)
+    assert found["confusion"].tolist() == np.eye(4).tolist()
+
+
 def test_before_there_is_a_result_nothing_is_made(tmp_path):
     with pytest.raises(NotFound, match="no result yet"):
         export(stage(tmp_path, PREDICT))

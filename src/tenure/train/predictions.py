@@ -29,11 +29,10 @@ MAX_CLASSES = 1000
 def predictions(program: Any, weights: Arrays, held_out: Arrays, inputs: Mapping[str, str]) -> Arrays | None:
     """Return what the module's docstring lists; None where labels are not classes 0, 1, 2, …
 
-    held_out: as the program's `data` gave it. A program whose `data` gives something else than the examples has
-    `labels(weights, held_out)` and `examples(inputs)` (`features.Frozen`).
+    held_out: as the program's `data` gave it. Where that is not what people look at (features of a frozen part), the program's
+    `held_out_images()` gives the pictures.
     """
-    own = getattr(program, "labels", None)
-    predicted = _classes(own(weights, held_out) if callable(own) else program.predict(weights, held_out["x"]))
+    predicted = _classes(program.predict(weights, held_out["x"]))
     expected = _classes(held_out["y"]) if "y" in held_out else None
     if predicted is None or expected is None or len(predicted) != len(expected) or not len(expected):
         return None
@@ -49,9 +48,15 @@ def predictions(program: Any, weights: Arrays, held_out: Arrays, inputs: Mapping
         "confusion": confusion,
         "classes": np.array(names),
     }
-    examples = program.examples(inputs) if callable(getattr(program, "examples", None)) else held_out
-    pictures = as_pictures(examples["x"], index, getattr(program, "picture", None))
+    pictures = as_pictures(held_out_examples(program, held_out), index, getattr(program, "picture", None))
     return found if pictures is None else {**found, "pictures": pictures}
+
+
+def held_out_examples(program: Any, held_out: Arrays) -> NDArray[Any]:
+    """Return the held-out examples as they are: pictures, where `data` gave features of them."""
+    own = getattr(program, "held_out_images", None)
+    examples: NDArray[Any] = own() if callable(own) else held_out["x"]
+    return examples
 
 
 def class_names(inputs: Mapping[str, str], count: int) -> list[str]:
