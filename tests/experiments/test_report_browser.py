@@ -3,12 +3,15 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from tenure.experiments.report import build_report, figures, render_html, write_report
+from tenure.experiments.report import ReportData, build_report, figures, render_html, write_report
 
 from .synthetic import full_run
+from .test_report_predictions import made
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = [
@@ -69,3 +72,16 @@ def test_the_browser_paints_every_plot(tmp_path):
             coloured = sum(count for count, (r, g, b) in colours if max(r, g, b) - min(r, g, b) > 40)
             assert len(colours) > 20, figure["id"]
             assert coloured > 150, figure["id"]
+
+
+def test_the_browser_paints_the_predicted_pictures(tmp_path):
+    from PIL import Image
+
+    red = np.zeros((12, 8, 8, 3), np.uint8)
+    red[..., 0] = 250
+    data = replace(ReportData(run=full_run().run), predictions={"train": made(pictures=red)})
+    page, _ = write_report(data, tmp_path)
+    chromium(tmp_path, "--window-size=1000,1600", f"--screenshot={tmp_path / 'page.png'}", page.as_uri())
+    with Image.open(tmp_path / "page.png") as shot:
+        painted = sum(count for count, colour in shot.convert("RGB").getcolors(1000 * 1600) if colour == (250, 0, 0))
+    assert painted == 12 * 64 * 64

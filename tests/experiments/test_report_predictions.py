@@ -62,7 +62,7 @@ def test_right_and_wrong_are_told_by_sign_word_and_frame_and_each_picture_has_a_
     page = render_html(report(made()))
     assert page.count('<li class="right"') == page.count("✓</span>") == page.count("<span>right</span>") == 9
     assert page.count('<li class="wrong"') == page.count("✗</span>") == 3
-    assert page.count("<span>is ") == 3
+    assert page.count("<span>true: ") == 3
     assert re.findall(r'alt="([^"]*)"', page)[0] == "held-out picture 0, a cat"
     assert "dashed" in page
     assert "<b>ship" not in page, "names are text"
