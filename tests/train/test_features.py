@@ -204,7 +204,7 @@ class _Slow:
 def test_a_preparation_that_gets_nowhere_is_given_up_with_its_reason(tmp_path, images):
     from tenure.errors import JobFailed
 
-    driver = Driver(tmp_path / "stage", program=frozen(tmp_path), inputs=images, slot_s=0.1, max_idle_slots=2)
+    driver = Driver(tmp_path / "stage", program=frozen(tmp_path), inputs=images, slot_s=0.05, max_idle_slots=2)
     with pytest.raises(JobFailed, match="0 of 9 pieces"):
         driver.run(1)
 

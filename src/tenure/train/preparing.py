@@ -15,8 +15,12 @@ from tenure.errors import JobFailed
 from tenure.train.context import Context
 from tenure.train.events import Work
 from tenure.train.programs import Program
-from tenure.train.slot import LEAVE_S, MARGIN
+from tenure.train.slot import LEAVE_SHARE
 
+LEAVE_S = 0.1
+"""Kept of a slot for the next slot's event and the end of the process, beside the share of its start that `slot` keeps."""
+MARGIN = 1.5
+"""A step is begun only when so many times what it may take is left."""
 POLL_S = 0.05
 """Between two looks while others do what is left."""
 
@@ -60,7 +64,7 @@ def prepare(event: Work, program: Program, context: Context, *, ready: Callable[
 
 
 def _over(context: Context, startup_s: float, step_s: float) -> bool:
-    return context.stopping() or context.remaining_s() < LEAVE_S + startup_s / 4 + step_s * MARGIN
+    return context.stopping() or context.remaining_s() < LEAVE_S + LEAVE_SHARE * startup_s + MARGIN * step_s
 
 
 def _following(event: Work, context: Context, step: Step, *, advanced: bool) -> Work:
