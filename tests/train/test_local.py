@@ -124,11 +124,24 @@ def test_a_round_left_between_two_steps_is_gone_on_with_there() -> None:
         except InterruptedError:
             kept = LocalSteps(rounds)
             kept.begin(3, local.inner)
-            kept.go_on(local.step, local.loss, local.n, local.took_s)
+            kept.go_on(local.step, local.names, local.loss, local.n, local.took_s)
             local = kept
     assert seen > 5
     assert part.flats["<f4"].tobytes() == whole.flats["<f4"].tobytes()
     assert (part.loss, part.n) == (whole.loss, whole.n)
+
+
+def test_a_layout_that_can_not_be_told_after_the_last_step_is_asked_for_again() -> None:
+    rounds = rounds_of()
+    weights = rounds.build()
+    local, whole = LocalSteps(rounds), go(LocalSteps(rounds), 0, (0, 4), weights)
+
+    def torn(arrays: Arrays) -> Layout:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        local.contribute(0, (0, 4), weights, torn, lambda step_s: None)
+    assert go(local, 0, (0, 4), weights).flats["<f4"].tobytes() == whole.flats["<f4"].tobytes()
 
 
 def test_the_weights_handed_in_are_left_as_they_are() -> None:
@@ -140,10 +153,31 @@ def test_the_weights_handed_in_are_left_as_they_are() -> None:
     assert checksum(weights) == before
 
 
-def test_gradients_that_are_no_floats_or_no_weights_are_refused() -> None:
-    class Whole(Tiny):
+def test_what_is_exchanged_has_the_type_of_the_weights_whatever_the_gradients_have() -> None:
+    class Double(Momentum):
         def gradient(self, weights: Arrays, batch: Arrays, rng: np.random.Generator) -> tuple[Arrays, float, int]:
-            return {"w": np.ones((4, 2), dtype=np.int64)}, 1.0, 1
+            summed, loss, n = super().gradient(weights, batch, rng)
+            return {name: values.astype(np.float64) for name, values in summed.items()}, loss, n
+
+        def update(self, weights: Arrays, summed: Arrays, n: int, round_: int) -> Arrays:
+            return {name: values.astype(np.float32) for name, values in super().update(weights, summed, n, round_).items()}
+
+    rounds = rounds_of(Double())
+    seen: list[Arrays] = []
+
+    def settle(arrays: Arrays) -> Layout:
+        seen.append(arrays)
+        return Layout.of(arrays)
+
+    part = LocalSteps(rounds).contribute(0, (0, 4), rounds.build(), settle, lambda step_s: None)
+    assert set(part.flats) == {"<f4"}
+    assert [{values.dtype.str for values in arrays.values()} for arrays in seen] == [{"<f4"}]
+
+
+def test_weights_that_are_no_floats_and_gradients_of_no_weights_are_refused() -> None:
+    class Whole(Tiny):
+        def build(self, seed: int) -> Arrays:
+            return {**super().build(seed), "w": np.ones((4, 2), dtype=np.int64)}
 
     class Strange(Tiny):
         def gradient(self, weights: Arrays, batch: Arrays, rng: np.random.Generator) -> tuple[Arrays, float, int]:
@@ -151,5 +185,5 @@ def test_gradients_that_are_no_floats_or_no_weights_are_refused() -> None:
 
     with pytest.raises(SpecError, match="'w' is of dtype int64"):
         go(LocalSteps(rounds_of(Whole())), 0, (0, 4), Whole().build(0))
-    with pytest.raises(SpecError, match="'v' is not in the weights"):
+    with pytest.raises(SpecError, match="'v' is not among the weights"):
         go(LocalSteps(rounds_of(Strange())), 0, (0, 4), Strange().build(0))

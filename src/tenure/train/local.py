@@ -44,6 +44,8 @@ class LocalSteps:
     """Steps of it that are done."""
     inner: Arrays = field(default_factory=dict)
     """The worker's own arrays; while a round is under way its parameters too. Empty: as the program built them."""
+    names: tuple[str, ...] = ()
+    """Of the parameters, once a step told them."""
     loss: float = 0.0
     """Sum over the examples of the steps done."""
     n: int = 0
@@ -58,52 +60,49 @@ class LocalSteps:
     ) -> Part:
         """Train on the shards of `node` for what is left of the round; return the difference it makes.
 
-        settle: told each gradient, gives the layout. stay: called before each step with the seconds it may take; what it
+        settle: told the difference, gives its layout. stay: called before each step with the seconds it may take; what it
         raises leaves this object such that the next call goes on there.
         """
         if self.round != round_:
             self.begin(round_)
         start = without_outer(weights)
         steps = self.rounds.spec.local_steps
-        names: list[str] = []
         while self.step < steps:
             stay(self.pace.next_s)
-            names = self._step(round_ * steps + self.step, node, {**start, **self.inner}, settle)
-        arrays = {name: (start[name] - self.inner[name]) * start[name].dtype.type(self.n) for name in names}
+            self._step(round_ * steps + self.step, node, {**start, **self.inner})
+        kinds = {name: start[name].dtype.type for name in self.names}  # of the weights, whatever the gradients have
+        arrays = {name: np.asarray((start[name] - self.inner[name]) * kind(self.n), kind) for name, kind in kinds.items()}
         shards = node[1] - node[0]
         part = Part(node, settle(arrays).flatten(arrays), self.loss, self.n, (self.took_s / shards,) * shards)
-        self.begin(round_ + 1, {name: values for name, values in self.inner.items() if name not in names})
+        self.begin(round_ + 1, {name: values for name, values in self.inner.items() if name not in self.names})
         return part
 
     def begin(self, round_: int, inner: Arrays | None = None) -> None:
         """Stand before a round with these arrays of one's own; without any: as the program built them."""
         self.round, self.step, self.inner = round_, 0, inner or {}
-        self.loss, self.n, self.took_s = 0.0, 0, 0.0
+        self.names, self.loss, self.n, self.took_s = (), 0.0, 0, 0.0
 
-    def go_on(self, step: int, loss: float, n: int, took_s: float) -> None:
+    def go_on(self, step: int, names: tuple[str, ...], loss: float, n: int, took_s: float) -> None:
         """Stand after so many steps of the round, with what they gave."""
-        self.step, self.loss, self.n, self.took_s = step, loss, n, took_s
+        self.step, self.names, self.loss, self.n, self.took_s = step, names, loss, n, took_s
 
-    def _step(self, step: int, node: Node, weights: Arrays, settle: Callable[[Arrays], Layout]) -> list[str]:
+    def _step(self, step: int, node: Node, weights: Arrays) -> None:
         began = self.rounds.timer()
         total, loss, n = self._gradient(step, node, weights)
-        for name, values in total.items():
-            if name not in weights or not np.issubdtype(values.dtype, np.floating):
+        for name in total:
+            if name not in weights or not np.issubdtype(weights[name].dtype, np.floating):
                 raise SpecError(
-                    f"local_steps need a gradient of floats for arrays of the weights; {name!r} is "
-                    f"{f'of dtype {values.dtype}' if name in weights else 'not in the weights'}"
+                    f"local_steps exchange weights of floats, those that occur in the gradient; {name!r} is "
+                    f"{f'of dtype {weights[name].dtype}' if name in weights else 'not among the weights'}"
                 )
-        settle(total)
-        names = list(total)
         following = self.rounds.update(step, weights, Sum(total, loss, n, True, ()))
-        self.inner = following
+        self.inner, self.names = following, tuple(total)
         self.step += 1
         self.loss += loss
         self.n += n
         seconds = self.rounds.timer() - began
         self.took_s += seconds
         self.pace.note(seconds)
-        return names
 
     def _gradient(self, step: int, node: Node, weights: Arrays) -> tuple[Arrays, float, int]:
         total, loss, n, _ = self.rounds.gradient(step, node[0], weights)
@@ -130,6 +129,11 @@ def outer_step(weights: Arrays, total: Sum, *, rate: float, momentum: float, ave
         following[name] = np.asarray(weights[name] - rate * (mean + momentum * after))
         following[OUTER + name] = np.asarray(after)
     return following
+
+
+def differences_of(gradient: Arrays, weights: Arrays) -> Arrays:
+    """Return arrays that look like the differences that are exchanged where the gradient has these names."""
+    return {name: weights[name] for name in gradient}
 
 
 def without_outer(weights: Arrays) -> Arrays:

@@ -87,7 +87,7 @@ class OwnState:
         arrays, local = self._arrays(), self.local
         if local is not None and local.round == node_round:
             loss = local.loss if math.isfinite(local.loss) else None
-            meta |= {"step": local.step, "loss": loss, "n": local.n, "took_s": local.took_s}
+            meta |= {"step": local.step, "names": local.names, "loss": loss, "n": local.n, "took_s": local.took_s}
         else:  # of a round that others finished: only what was left out still counts
             arrays = {name: values for name, values in arrays.items() if not name.startswith("inner/")}
         name = f"{self._prefix}{node_round:08d}-{meta['step']:06d}-{slice_round:08d}"
@@ -116,7 +116,7 @@ class OwnState:
                 self.local.begin(wanted[0], parts["inner"])
                 if meta["step"]:
                     loss = math.nan if meta["loss"] is None else meta["loss"]
-                    self.local.go_on(meta["step"], loss, meta["n"], meta["took_s"])
+                    self.local.go_on(meta["step"], tuple(meta["names"]), loss, meta["n"], meta["took_s"])
         elif wanted[0] > 0:
             self.note(wanted[0], why)
         self.exchange.node_round, self.exchange.slice_round = wanted

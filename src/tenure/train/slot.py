@@ -22,7 +22,7 @@ from tenure.train.checkpoints import Checkpoints
 from tenure.train.context import Context, Outcome
 from tenure.train.events import Work
 from tenure.train.exchange import Exchange, Sum
-from tenure.train.local import outer_step, without_outer
+from tenure.train.local import differences_of, outer_step, without_outer
 from tenure.train.own_state import OwnState, open_exchange
 from tenure.train.pace import Pace
 from tenure.train.programs import averaged
@@ -169,7 +169,7 @@ class Slot:
         store = self.context.store
         if not self.exchange.knows_layout() and (store.names("nodes") or store.names("sums")):
             arrays, *_ = self.rounds.gradient(self.round, self._part()[0], without_outer(self.weights))
-            self.exchange.settle_layout(arrays)
+            self.exchange.settle_layout(differences_of(arrays, self.weights) if self.context.spec.local_steps else arrays)
 
     def _apply(self, total: Sum) -> None:
         if not total.finite or not total.n:
@@ -220,9 +220,8 @@ class Slot:
     def _contribute(self, round_: int, wanted: tree.Node) -> None:
         """Publish the nodes of a range of shards that are not there, each as soon as it is whole."""
         exchange = self.exchange
-        if (
-            not self.shards.longest_s and not self.context.spec.local_steps
-        ):  # a slot that goes on in the middle of the first round
+        if not self.shards.longest_s and not self.context.spec.local_steps:
+            # a slot that goes on in the middle of the first round
             self.shards.begin_with(exchange.seconds(round_))
         for run in tree.runs(tree.missing(wanted, exchange.nodes_there(round_))):
             for node in exchange.pieces(run):

@@ -34,7 +34,7 @@ from tenure.train.files import Files
 from tenure.train.records import BLOCK_BYTES, Arrays, Header, Record, pack
 
 FOLDERS = ("events", "plans", "weights", "nodes", "sums", "rounds", "claims", "fences", "starts", "local", "anew", "quarantine")
-_EXPECTED_TWICE = ("claims", "layout.json", "failure.json")
+_EXPECTED_TWICE = ("claims", "layout.json", "failure.json", "local", "anew")
 """What several publish by design: no lost work."""
 
 
