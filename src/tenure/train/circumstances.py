@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tenure.errors import JobFailed, SpecError
-from tenure.meter.machine import cpu
+from tenure.meter.cpu import cpu
 from tenure.train.records import Arrays
 
 MAX_FILES = 1000
