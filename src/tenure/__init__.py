@@ -16,7 +16,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("doctor", "down", "gc", "logs", "release", "report", "run", "up")
+_VERBS = ("dataset", "doctor", "down", "gc", "logs", "release", "report", "run", "up")
 _LISTS = ("events", "leases", "nodes", "runs", "trials")
 _HOMES = {
     **{name: ("tenure.verbs", name) for name in _VERBS},

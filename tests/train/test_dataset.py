@@ -4,11 +4,13 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -266,6 +268,7 @@ def test_sources_that_make_no_data_set_are_refused_by_name(tmp_path, names, spec
         (np.zeros((4, 8, 8, 3), np.float32), "must be uint8 .* found float32"),
         (np.zeros((4, 3, 8, 8), np.uint8), "transpose"),
         (np.zeros((5, 8, 8, 3), np.uint8), "has 5 images and labels"),
+        (np.zeros((4, 0, 8, 3), np.uint8), "must be uint8"),
         (np.array([None]), "cannot be mapped|not an array file"),
     ],
 )
@@ -274,6 +277,54 @@ def test_arrays_that_are_no_pictures_are_refused(tmp_path, x, text):
     np.save(tmp_path / "y.npy", np.arange(4))
     with pytest.raises(SpecError, match=text):
         make([tmp_path / "x.npy"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("y", "classes"),
+    [
+        (np.array([1.0, 10.0, 9.0, 1.0, 9.0, 10.0]), ("1", "9", "10")),
+        (np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]], ("0", "1", "2")),
+        (np.array([["cat"], ["dog"]] * 3), ("cat", "dog")),
+        (np.array([0.5, 1, 2, 0.5, 1, 2]), None),
+        (np.array([np.nan, 1, 2, 1, 1, 2]), None),
+    ],
+)
+def test_labels_may_be_numbers_texts_or_rows_of_one(tmp_path, y, classes):
+    np.savez(tmp_path / "set.npz", x=np.zeros((6, 8, 8), np.uint8), y=y)
+    if classes:
+        assert make([tmp_path / "set.npz"], tmp_path / "out").classes == classes
+    else:
+        with pytest.raises(SpecError, match="labels are classes, as whole numbers"):
+            make([tmp_path / "set.npz"], tmp_path / "out")
+
+
+def test_names_that_are_no_text_stay_told_apart(tmp_path):
+    source = tmp_path / "in"
+    for name in (b"kl\xe4sse", b"kl\xf6sse"):
+        folder(source / os.fsdecode(name), ["0.png", "1.png"])
+    made = make([source], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == list(made.classes)
+    assert [os.fsencode(name) for name in made.classes] == [b"kl\xe4sse", b"kl\xf6sse"]
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(2)])
+    two, met, plain = threading.Barrier(2), [], images._fit
+
+    def fit(image, size):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(two.wait(0.2))
+        return plain(image, size)
+
+    monkeypatch.setattr(images, "_fit", fit)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 8 * 8 - 1)
+    monkeypatch.setattr(dataset_module, "BATCH", 1)
+    make([source], tmp_path / "out", threads=2)
+    assert not met
+    monkeypatch.setattr(images, "LARGE_PIXELS", 8 * 8)
+    two.reset()
+    make([source], tmp_path / "others", threads=2)
+    assert met, "two small ones at a time"
 
 
 def test_what_is_there_is_never_written_over(tmp_path):

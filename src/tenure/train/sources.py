@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -182,10 +183,8 @@ class ArraySource:
         _bound(sum(len(pixels) for _, pixels, _ in self._arrays), self._path)
         for number, (name, _, labels) in enumerate(self._arrays):
             part = next((part for x, _, part in _PAIRS if x == name), "")
-            one_hot = labels.ndim == 2 and labels.shape[1] > 1
-            values = np.asarray(labels.argmax(axis=1) if one_hot else labels.reshape(-1))
-            for row, value in enumerate(values.tolist()):
-                yield Example(self, (number, row), f"{name}[{row:09d}]", str(value), part)
+            for row, value in enumerate(_names_of(f"{self._path}: {name}", labels)):
+                yield Example(self, (number, row), f"{name}[{row:09d}]", sys.intern(value), part)
 
     def load(self, key: Any, size: Size) -> NDArray[np.uint8]:
         """See Source."""
@@ -240,16 +239,27 @@ def _map(path: Path) -> NDArray[Any]:
 
 
 def _check_pixels(what: str, pixels: NDArray[Any], labels: NDArray[Any]) -> None:
-    fits = pixels.dtype == np.uint8 and (pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] in (1, 3, 4)))
-    if not fits:
+    shaped = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] in (1, 3, 4))
+    if pixels.dtype != np.uint8 or not shaped or 0 in pixels.shape[1:]:
         raise SpecError(
             f"{what} must be uint8 [images, height, width] or [images, height, width, 1, 3 or 4]; found {pixels.dtype} "
             f"{list(pixels.shape)}. Scale floats by 255; move channels to the end with x.transpose(0, 2, 3, 1)."
         )
-    if len(labels) != len(pixels) or labels.ndim > 2 or labels.dtype.kind not in "iufUb":
+    if labels.ndim not in (1, 2) or len(labels) != len(pixels) or labels.dtype.kind not in "iufUb":
         raise SpecError(
             f"{what} has {len(pixels)} images and labels {labels.dtype} {list(labels.shape)}; one for each is needed"
         )
+
+
+def _names_of(what: str, labels: NDArray[Any]) -> list[str]:
+    """Return the class of each row: its number, its text, or the place of the largest where there are several columns."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        labels = labels.argmax(axis=1)
+    if labels.dtype.kind == "f":
+        if not np.array_equal(labels, np.rint(labels)):
+            raise SpecError(f"{what}: labels are classes, as whole numbers, texts or one-hot rows; found {labels.flat[0]:g}, …")
+        labels = labels.astype(np.int64)
+    return [str(value) for value in labels.reshape(-1).tolist()]
 
 
 def _placed(source: Source, found: list[tuple[str, Any]], report: Report) -> Iterator[Example]:
