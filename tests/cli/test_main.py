@@ -89,6 +89,14 @@ def test_train_and_serve_are_run_restricted_to_that_stage(verbs):
     assert seen == ["train", "serve"]
 
 
+def test_a_run_is_gone_on_with_without_its_job_file(verbs):
+    seen = []
+    verbs.run = lambda file, **options: seen.append((file, options["resume"], options["workers"])) or an_outcome()
+    assert cli.run(["run", "--resume", "r-1"]) == 0
+    assert cli.run(["train", "--resume", "r-1", "--workers", "2"]) == 0
+    assert seen == [(None, "r-1", 0), (None, "r-1", 2)]
+
+
 def test_a_failed_stage_ends_with_the_code_of_its_reason(verbs):
     verbs.run = lambda *_args, **_options: an_outcome(failed="no room", error=errors.NoPlacement("no room"))
     assert cli.run(["run", "x.toml"]) == 3
@@ -155,6 +163,7 @@ def test_interrupting_ends_with_130_and_says_how_to_go_on(verbs, capsys):
     ("argv", "says"),
     [
         (["run"], "name a job file"),
+        (["train"], "name a job file"),
         (["frobnicate"], "frobnicate"),
         (["runs", "--frob"], "--frob"),
         (["release"], "LEASE"),

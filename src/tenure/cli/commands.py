@@ -81,6 +81,9 @@ def _show(value: Any, as_text: Callable[[Any], str], json: bool) -> None:
     _print(output.as_json(value) if json else as_text(value))
 
 
+JobFileOrResume = Annotated[
+    Path | None, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one; not needed with --resume.")
+]
 ResumeOption = Annotated[str, typer.Option("--resume", metavar="RUN", help="Go on with a run that was interrupted or failed.")]
 WorkersOption = Annotated[
     int,
@@ -97,6 +100,8 @@ def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", 
     """Run a job file with a live display, print where the report is, and end with the failure's code when a stage failed."""
     from tenure import verbs
 
+    if file is None and not resume:
+        raise SpecError("nothing to run: name a job file, or a run to go on with (--resume RUN)")
     with make_display(sys.stdout, sys.stderr, json=json) as display:
         outcome = verbs.run(file, home=home, resume=resume, only=only, workers=workers, display=display)
     code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
@@ -113,23 +118,23 @@ def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", 
 
 @app.command("run")
 def run_command(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Job file (TOML), or a folder that has one; not needed with --resume.")
-    ] = None,
+    file: JobFileOrResume = None,
     resume: ResumeOption = "",
     workers: WorkersOption = 0,
     home: Home = None,
     json: Json = False,
 ) -> None:
     """Take a job file all the way: measure, recommend, lease, enforce, report."""
-    if file is None and not resume:
-        raise SpecError("nothing to run: name a job file, or a run to go on with (tenure run --resume RUN)")
     _run(file, home, json, resume=resume, workers=workers)
 
 
 @app.command()
 def train(
-    file: JobFileArgument, resume: ResumeOption = "", workers: WorkersOption = 0, home: Home = None, json: Json = False
+    file: JobFileOrResume = None,
+    resume: ResumeOption = "",
+    workers: WorkersOption = 0,
+    home: Home = None,
+    json: Json = False,
 ) -> None:
     """Run a job file's training stage, and what it needs; or go on with a run of it, with other workers if asked."""
     _run(file, home, json, resume=resume, only="train", workers=workers)
