@@ -24,7 +24,7 @@ from PIL import Image
 from tenure.cli import exits, main
 from tenure.errors import Conflict, SpecError
 from tenure.train import dataset as dataset_module
-from tenure.train import images
+from tenure.train import dataset_files, images
 from tenure.train.dataset import DatasetSpec, make_dataset, parse_size
 from tenure.train.images import BadImage, decode
 from tenure.train.programs import load_arrays
@@ -252,6 +252,7 @@ def test_too_many_bad_pictures_are_taken_for_a_mistake_and_nothing_stays(tmp_pat
         (["train/a/0.png", "test/b/0.png"], {"split": 0.5}, "leave --split away"),
         (["a/0.png", "a/1.png"], {}, "all pictures are of one class, 'a'"),
         (["train/a/0.png", "test/a/0.png", "b/0.png"], {}, "b/0.png lies neither in train nor in test"),
+        (["test/a/0.png", "b/0.png"], {}, "b/0.png lies neither in train nor in test"),
     ],
 )
 def test_sources_that_make_no_data_set_are_refused_by_name(tmp_path, names, spec, text):
@@ -360,7 +361,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path):
 
 def test_two_that_make_the_same_folder_do_not_mix(tmp_path):
     source = folder(tmp_path / "in", [f"{c}/{n}.png" for c in "ab" for n in range(4)])
-    with dataset_module._scratch(tmp_path / "out"), pytest.raises(Conflict, match="another process is making"):
+    with dataset_files.scratch(tmp_path / "out"), pytest.raises(Conflict, match="another process is making"):
         make([source], tmp_path / "out")
 
 
@@ -371,14 +372,14 @@ def test_a_command_that_is_ended_half_way_leaves_no_folder_of_that_name(tmp_path
     halting = f"""
 import sys
 from tenure.cli import main
-from tenure.train import dataset
-plain = dataset._Writer.add
+from tenure.train.dataset import Writer
+plain = Writer.add
 def add(self, pixels, label):
     plain(self, pixels, label)
     if self.counts == [16, 8]:
         print("half", flush=True)
         sys.stdin.read()
-dataset._Writer.add = add
+Writer.add = add
 main.main({argv!r})
 """
     with subprocess.Popen([sys.executable, "-c", halting], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -397,7 +398,7 @@ def test_a_full_disk_is_told_with_the_folder_and_nothing_stays(tmp_path, monkeyp
     def full(self, values):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dataset_module._Growing, "append", full)
+    monkeypatch.setattr(dataset_files.Growing, "append", full)
     assert main.run(["dataset", str(source), "--out", str(tmp_path / "out")]) == exits.REFUSED
     assert f"the disk is full at {tmp_path / 'out'}" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]

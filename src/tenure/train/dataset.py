@@ -6,16 +6,14 @@ Pictures stream through: two batches per decoding thread are in memory at most, 
 appears whole under its name or not at all; Ctrl-C leaves nothing behind, and what a killed run left goes with the next one.
 The same sources, size, split and seed give the same bytes.
 
-One file per array, weighed against many of equal size (shards): a mapped file of any size costs a reader only the pages it
-touches, `np.load(mmap_mode="r")` is all a program needs, and sets that do not fit one disk do not fit this design anyway.
-Not here: where pictures come from (`sources`), how one is decoded (`images`).
+One mapped file per array, weighed against several shards: a map may be as large as the disk and costs a reader only the pages
+it touches, `np.load(mmap_mode="r")` is all a program needs, and the shards of a round are ranges of indexes into it anyway.
+Not here: where pictures come from (`sources`), how one is decoded (`images`), how the folder is written (`dataset_files`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
@@ -26,13 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tenure.errors import Conflict, SpecError
+from tenure.errors import SpecError
+from tenure.train.dataset_files import Skipped, Writer, publish, scratch
 from tenure.train.images import BadImage, Size
 from tenure.train.sources import Example, open_sources
 
@@ -43,8 +42,6 @@ BATCH_BYTES = 4 << 20
 MAX_SIZE = 1024
 """Pixels of width or height."""
 DEFAULT_SPLIT = 0.2
-SHOWN = 3
-"""Bad pictures that an error message names."""
 
 Progress = Callable[[int, int, int], None]
 """Told of pictures looked at, all pictures, pictures skipped."""
@@ -113,11 +110,11 @@ def make_dataset(sources: Sequence[Path], out: Path, spec: DatasetSpec, *, progr
     """
     if not sources:
         raise SpecError("nothing to make a data set of: name a folder, a zip or arrays")
-    with _scratch(out) as draft, warnings.catch_warnings(), contextlib.ExitStack() as open_:
+    with scratch(out) as draft, warnings.catch_warnings(), contextlib.ExitStack() as open_:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         unpacked = draft / "unpacked"
         unpacked.mkdir()
-        bad = open_.enter_context(_Skipped(draft / "skipped.tsv"))
+        bad = open_.enter_context(Skipped(draft / "skipped.tsv"))
         found: list[Example] = []
         for source in open_sources(sources, unpacked):
             open_.callback(source.close)
@@ -140,7 +137,7 @@ def make_dataset(sources: Sequence[Path], out: Path, spec: DatasetSpec, *, progr
         (draft / "classes.json").write_text(json.dumps(list(classes)) + "\n")
         (draft / "dataset.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
         bad.close()
-        _publish(draft, out)
+        publish(draft, out)
     return made
 
 
@@ -149,14 +146,14 @@ def _write_parts(
     parts: dict[str, list[Example]],
     classes: dict[str, int],
     spec: DatasetSpec,
-    bad: _Skipped,
+    bad: Skipped,
     progress: Progress | None,
 ) -> dict[str, list[int]]:
     """Decode and write all examples; return for each part how many there are of each class."""
     seen, count = 0, sum(map(len, parts.values()))
     counts = {}
     for part, examples in parts.items():
-        with _Writer(draft, part, classes, spec) as writer:
+        with Writer(draft, part, classes, spec.size, one_hot=spec.one_hot) as writer:
             for example, row in _decoded(examples, spec):
                 seen += 1
                 if isinstance(row, str):
@@ -167,155 +164,6 @@ def _write_parts(
                     progress(seen, count, bad.count)
             counts[part] = writer.counts
     return counts
-
-
-@contextlib.contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` that is this process's own, and is gone afterwards unless it was renamed."""
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise SpecError(f"{out} is there already; a data set is not changed. Name another folder, or remove it first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft, lock = (out.parent / f".{out.name}.{kind}" for kind in ("partial", "lock"))
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(held.fileno()).st_nlink == 0:  # its holder removed the file between our open and our lock
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise Conflict(f"another process is making {out}; wait for its end, or name another folder") from error
-        try:
-            if draft.exists():
-                shutil.rmtree(draft)  # left by a process that was killed
-            draft.mkdir()
-            yield draft
-        except OSError as error:
-            error.filename = error.filename or str(out)  # a write says nothing of where
-            raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-
-
-def _publish(draft: Path, out: Path) -> None:
-    """Give the folder its name, once its files are on disk: a power cut leaves no set that only looks whole."""
-    for path in (*draft.iterdir(), draft):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    try:
-        os.rename(draft, out)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise SpecError(f"{out} appeared while it was being made; it was left as it is. Name another folder.") from error
-        raise
-
-
-class _Skipped:
-    """The list of bad pictures, on disk. Raises SpecError as soon as there are too many."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
-        self._file.write("source\tname\treason\n")
-        self._first: list[str] = []
-        self._all = 0
-        self._limit_bad = 1.0
-        self.count = 0
-
-    def __enter__(self) -> _Skipped:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def expect(self, pictures: int, limit_bad: float) -> None:
-        """Say how many pictures there are, and which share of them may be bad."""
-        self._all, self._limit_bad = pictures, limit_bad
-        self._check()
-
-    def note(self, source: str, name: str, reason: str) -> None:
-        """Keep one line; control characters, which a name may hold, are written out."""
-        self.count += 1
-        texts = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in (source, name, reason)]
-        if len(self._first) < SHOWN:
-            self._first.append(f"\n  {texts[0]}: {texts[1]}: {texts[2]}")
-        self._file.write("\t".join(texts) + "\n")
-        self._check()
-
-    def examples(self) -> str:
-        """Return the first ones, for an error message."""
-        return f". The first of {self.count} that were skipped:{''.join(self._first)}" if self.count else ""
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._file.close()
-
-    def _check(self) -> None:
-        if self._all and self.count > self._limit_bad * self._all:
-            raise SpecError(
-                f"{self.count} of the {self._all} pictures are bad so far; at most {self._limit_bad:.3g} of all may be. Mend "
-                f"or remove them, or allow more with --limit-bad{self.examples()}"
-            )
-
-
-class _Writer:
-    """Appends rows to one part's two files. Their headers are written last, when the number of rows is known."""
-
-    def __init__(self, folder: Path, part: str, classes: dict[str, int], spec: DatasetSpec) -> None:
-        self._classes = classes
-        self._one_hot = np.zeros(len(classes), np.float32) if spec.one_hot else None
-        width, height = spec.size
-        self._x = _Growing(folder / f"x_{part}.npy", np.dtype(np.uint8), (height, width, 3))
-        label = () if self._one_hot is None else self._one_hot.shape
-        self._y = _Growing(folder / f"y_{part}.npy", np.dtype(np.float32 if spec.one_hot else np.int64), label)
-        self.counts = [0] * len(classes)
-        """Rows of each class."""
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._x.close()
-        self._y.close()
-
-    def add(self, pixels: NDArray[np.uint8], label: str) -> None:
-        """Append one example."""
-        number = self._classes[label]
-        self._x.append(pixels)
-        if self._one_hot is None:
-            self._y.append(number)
-        else:
-            self._one_hot[number] = 1
-            self._y.append(self._one_hot)
-            self._one_hot[number] = 0
-        self.counts[number] += 1
-
-
-class _Growing:
-    """An .npy file whose first dimension is written at the end."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
-        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
-        self._dtype, self._row, self._rows = dtype, row, 0
-        self._write_header()
-        self._data_at = self._file.tell()
-
-    def append(self, values: Any) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
-        self._rows += 1
-
-    def close(self) -> None:
-        try:
-            self._file.seek(0)
-            self._write_header()
-            assert self._file.tell() == self._data_at, "NumPy leaves room for any length of the first dimension"
-        finally:
-            self._file.close()
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows, *self._row)}
-        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def _classes(found: Sequence[Example]) -> dict[str, int]:
@@ -332,12 +180,15 @@ def _classes(found: Sequence[Example]) -> dict[str, int]:
 def _parts(found: list[Example], spec: DatasetSpec) -> dict[str, list[Example]]:
     """Return the examples to train with and those held out, each by class and name."""
     told = {example.part for example in found}
-    if {"train", "test"} <= told:
+    if "" in told and len(told) > 1:
+        outside = next(example for example in found if not example.part)
+        raise SpecError(
+            f"{outside.source.where}: {outside.name} lies neither in train nor in test, though others do; let folders split "
+            "all or none"
+        )
+    if len(told) > 1:
         if spec.split is not None:
             raise SpecError("the sources have their own train and test parts; leave --split away, or name one part alone")
-        if "" in told:
-            outside = next(example for example in found if not example.part)
-            raise SpecError(f"{outside.name} lies neither in train nor in test, though others do; split all or none by folders")
         split = {part: [example for example in found if example.part == part] for part in ("train", "test")}
     else:
         split = _drawn(found, spec.split or DEFAULT_SPLIT, spec.seed)
@@ -393,7 +244,7 @@ def _decode_batch(batch: Sequence[Example], size: Size) -> list[_Row]:
     return rows
 
 
-def _check_left(counts: dict[str, list[int]], classes: dict[str, int], bad: _Skipped) -> None:
+def _check_left(counts: dict[str, list[int]], classes: dict[str, int], bad: Skipped) -> None:
     """Raise SpecError when there is a class without a picture to train with, or nothing to hold out."""
     empty = [name for name, number in classes.items() if not counts["train"][number]]
     if empty:
