@@ -156,7 +156,7 @@ _A_TYPE = {"int": "a whole number", "float": "a number", "str": "a text", "bool"
 
 _COMMON = ("name", "runtime", "envelope", "inputs", "env", "secrets")
 _COMMAND = ("command", "outputs", "ports", "retry")
-_EXCHANGE = ("same_result", "local_steps", "codec", "outer_rate", "outer_momentum")
+_EXCHANGE = ("same_result", "exchange", "local_steps", "codec", "outer_rate", "outer_momentum")
 _KEYS: Mapping[JobKind, tuple[str, ...]] = {
     "task": (*_COMMON, *_COMMAND),
     "workspace": (*_COMMON, *_COMMAND),

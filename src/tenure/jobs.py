@@ -13,6 +13,7 @@ from tenure.resources import Envelope
 
 JobKind = Literal["workspace", "train", "serve", "task"]
 JOB_KINDS: tuple[JobKind, ...] = ("workspace", "train", "serve", "task")
+EXCHANGES = ("sharded", "central")
 RuntimeName = Literal["process", "container", "microvm"]
 
 
@@ -139,6 +140,8 @@ class Job:
     """Handed to a training program's constructor."""
     same_result: bool = True
     """The trained weights do not depend on the number of workers, bit for bit; False: faster, or fewer bytes."""
+    exchange: str = "sharded"
+    """`sharded`: each worker adds a slice of all gradients. `central`: one adds everything."""
     local_steps: int = 0
     """Steps that each worker takes alone between two exchanges; 0: an exchange after every step."""
     codec: str = "none"
@@ -167,6 +170,7 @@ class Job:
             raise SpecError(f"evaluate_every must lie between 1 and 1,000,000 rounds; found {self.evaluate_every!r}")
         check_exchange(
             same_result=self.same_result,
+            exchange=self.exchange,
             local_steps=self.local_steps,
             codec=self.codec,
             outer_rate=self.outer_rate,
@@ -190,8 +194,12 @@ def parse_codec(codec: str) -> tuple[str, float]:
     return kind, kept
 
 
-def check_exchange(*, same_result: bool, local_steps: int, codec: str, outer_rate: float, outer_momentum: float) -> None:
+def check_exchange(
+    *, same_result: bool, exchange: str, local_steps: int, codec: str, outer_rate: float, outer_momentum: float
+) -> None:
     """Check what a training stage says of its exchange. Raises SpecError."""
+    if exchange not in EXCHANGES:
+        raise SpecError(f"exchange must be one of {', '.join(EXCHANGES)}; found {exchange!r}")
     kind, _ = parse_codec(codec)
     if not 0 <= local_steps <= 1_000_000:
         raise SpecError(f"local_steps must lie between 0 (exchange every step) and 1,000,000; found {local_steps!r}")

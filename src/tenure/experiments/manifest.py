@@ -95,7 +95,7 @@ def job_fingerprint(
         "entry": job.program.partition(":")[2],
         "command": list(job.command),
         "work": [job.shards, job.batch, job.seed, dict(job.options), job.evaluate_every],
-        "exchange": [job.same_result, job.local_steps, job.codec, job.outer_rate, job.outer_momentum],
+        "exchange": [job.same_result, job.exchange, job.local_steps, job.codec, job.outer_rate, job.outer_momentum],
         "inputs": {name: [[f.path, f.size_bytes, f.sha256] for f in input_manifest(p, hasher)] for name, p in inputs.items()},
         "versions": dict(versions),
         "machine": machine.machine_class,

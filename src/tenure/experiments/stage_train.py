@@ -55,6 +55,7 @@ def run_train(context: RunContext, job: Job) -> None:
         max_rounds=job.max_rounds,
         evaluate_every=job.evaluate_every,
         same_result=job.same_result,
+        exchange=job.exchange,
         local_steps=job.local_steps,
         codec=job.codec,
         outer_rate=job.outer_rate,

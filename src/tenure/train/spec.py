@@ -21,7 +21,6 @@ from tenure.train.files import Files
 FILE_NAME = "train.json"
 EXIT_FULL = 73
 """Exit status of a worker that could not even write why it failed, the disk being full (sysexits.h, EX_CANTCREAT)."""
-EXCHANGES = ("sharded", "central")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +77,9 @@ class TrainSpec:
         _check("claim_period_s", self.claim_period_s, 0.01, 3600)
         _check("wait_s", self.wait_s, 0.01, 7 * 86400)
         _check("max_idle_slots", self.max_idle_slots, 1, 1_000_000)
-        if self.exchange not in EXCHANGES:
-            raise SpecError(f"exchange must be one of {', '.join(EXCHANGES)}; found {self.exchange!r}")
         check_exchange(
             same_result=self.same_result,
+            exchange=self.exchange,
             local_steps=self.local_steps,
             codec=self.codec,
             outer_rate=self.outer_rate,
