@@ -9,7 +9,8 @@ Contenders, each a fresh pair of processes, in interleaved rounds (5; --quick: 2
 - ddp: two processes, torch DistributedDataParallel over gloo on the loopback, `no_sync` for the first three of four parts;
 - plain: two processes at once that know nothing of each other, each a loop over its own 4 parts and its own update.
 All read the same memory-mapped arrays, permuted anew for each pass, convert a part with the same rule (uint8 / 255, channels
-first) and call the same module and torch.optim.SGD. DDP and plain take the examples of a part by one index, as Tenure does.
+first, their order in memory kept) and call the same module and torch.optim.SGD. DDP and plain take the examples of a part
+by one index, as Tenure does.
 Counted: 24 steps (--quick: 6) after 4 to warm up: wall time from the end of the 4th step to the end of the last, and in the
 same span the CPU time of both processes, all threads. Start-up, imports, the last checkpoint and evaluation are not counted:
 the stage evaluates in its last round only and stops one step after the span. Tenure's processes are watched from outside

@@ -58,8 +58,7 @@ def train(net: nn.Module, rank: int, options: dict[str, Any], *, began: Callable
         for part in range(parts):
             first = step * batch + (rank * parts + part) * shard
             chosen = order[first : first + shard]
-            images = torch.from_numpy(x[chosen]).permute(0, 3, 1, 2)
-            images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+            images = torch.from_numpy(x[chosen]).permute(0, 3, 1, 2).to(torch.float32).div_(255)
             last = part == parts - 1
             with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
                 loss = nn.functional.cross_entropy(net(images), torch.from_numpy(y[chosen]))

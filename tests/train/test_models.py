@@ -91,6 +91,20 @@ def test_a_plain_torch_loop_ends_with_the_same_weights(images: Path) -> None:
     assert 0 <= program.evaluate(weights, held_out) <= 1
 
 
+def test_images_keep_their_layout_unless_the_module_cannot_take_it(images: Path, tmp_path: Path) -> None:
+    free, train, _ = load("torch_nets.py:Plain", images, width=6)
+    bound = load("torch_nets.py:Viewing", images)[0]
+    weights = free.build(0)
+    counted = {**weights, "calls": np.zeros(1, np.float32)}
+    found, loss, _ = free.gradient(weights, part(train, 0, 40), rng())
+    again, loss_again, n = bound.gradient(counted, part(train, 0, 40), rng())
+    assert (free._channels_last, bound._channels_last) == (True, False)
+    assert loss_again == pytest.approx(loss, rel=1e-5)
+    assert all(np.allclose(again[name], found[name], rtol=1e-3, atol=1e-4) for name in found)
+    assert again["calls"] == n  # one call; the trial left nothing behind
+    bound.export(counted, tmp_path / "model.onnx")
+
+
 def test_own_pieces_are_used(images: Path) -> None:
     program, train, held_out = load("torch_nets.py:Own", images)
     weights = trained(program, train, program.build(0), range(2))

@@ -51,6 +51,18 @@ class Scaled(Plain):
         return torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2) / 9
 
 
+class Viewing(Plain):
+    """Needs channels first in memory, too; counts even in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.classifier(self.features(x).view(len(x), -1))
+
+
 class Branching(Plain):
     """Other steps in training than in evaluation, and steps after the layer one may cut at."""
 
