@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tenure.train.pace import WINDOW, Pace
+from tenure.train.pace import LEAVE_FILES, LEAVE_SHARE, WINDOW, Leaving, Pace
 
 
 def test_nothing_is_expected_of_steps_that_were_never_seen() -> None:
@@ -30,3 +30,11 @@ def test_others_steps_serve_until_there_are_own_ones() -> None:
     pace.begin_with([3.0, 4.0])
     pace.begin_with([9.0])
     assert pace.longest_s == 4.0
+
+
+def test_leaving_takes_the_longer_the_slower_the_start_and_the_files_were() -> None:
+    leaving = Leaving(3.2)
+    assert leaving.next_s == 3.2 * LEAVE_SHARE
+    leaving.files.note(0.02)
+    leaving.files.note(0.01)
+    assert leaving.next_s == 3.2 * LEAVE_SHARE + LEAVE_FILES * 0.02

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 
 WINDOW = 16
 """Steps looked back at: a slow phase that is over shall not shorten every slot to come."""
+LEAVE_SHARE = 1 / 32
+"""Of what the process took to start, leaving takes no more than this: it adapts to the CPU share and to a busy machine."""
+LEAVE_FILES = 3
+"""Files that leaving may write: sums of shards added so far, the next slot's event, ``result.json``."""
 UNCERTAIN = 0.5
 """The next step may take the longest of n and UNCERTAIN / n of it more: few steps tell little about the longest to come."""
 
@@ -35,3 +39,18 @@ class Pace:
     def next_s(self) -> float:
         """What the next step may take."""
         return (1 + UNCERTAIN / max(1, len(self._last))) * self.longest_s
+
+
+class Leaving:
+    """Of handing over to the next slot and ending the process."""
+
+    def __init__(self, startup_s: float = 0.0) -> None:
+        """startup_s: what this process took from its order until it could begin."""
+        self._startup_s = startup_s
+        self.files = Pace()
+        """Each one published in this slot."""
+
+    @property
+    def next_s(self) -> float:
+        """What leaving may take."""
+        return LEAVE_SHARE * self._startup_s + LEAVE_FILES * self.files.longest_s

@@ -14,11 +14,11 @@ from typing import Any
 from tenure.errors import JobFailed
 from tenure.train.context import Context
 from tenure.train.events import Work
+from tenure.train.pace import LEAVE_SHARE
 from tenure.train.programs import Program
-from tenure.train.slot import LEAVE_SHARE
 
 LEAVE_S = 0.1
-"""Kept of a slot for the next slot's event and the end of the process, beside the share of its start that `slot` keeps."""
+"""Kept of a slot for the next slot's event and the end of the process, beside the share of its start that `pace` keeps."""
 MARGIN = 1.5
 """A step is begun only when so many times what it may take is left."""
 POLL_S = 0.05

@@ -24,18 +24,14 @@ from tenure.train.events import Work
 from tenure.train.exchange import Exchange, Sum
 from tenure.train.local import differences_of, outer_step, without_outer
 from tenure.train.own_state import OwnState, open_exchange
-from tenure.train.pace import Pace
+from tenure.train.pace import Leaving, Pace
 from tenure.train.programs import averaged
 from tenure.train.records import Arrays
 from tenure.train.rounds import Rounds
 from tenure.train.store import Claims, read_result, round_name
 
-LEAVE_SHARE = 1 / 32
-"""Of what the process took to start, leaving takes no more than this: it adapts to the CPU share and to a busy machine."""
 SHORT_SLOTS = 3
 """Slots in a row in which a worker finished none of its own shards, after which one more is its last."""
-LEAVE_FILES = 3
-"""Files that leaving may write: sums of shards added so far, the next slot's event, ``result.json``."""
 
 
 class _Leave(Exception):
@@ -85,11 +81,9 @@ class Slot:
     """What ends a round: adding, reading the sum, updating, records and checkpoints."""
     looks: Pace = field(default_factory=Pace)
     """At the held-out examples."""
-    files: Pace = field(default_factory=Pace)
-    """Of a round, published."""
     advanced: bool = False
     """Whether this worker published anything of a round, or the run finished one, in this slot."""
-    startup_s: float = 0.0
+    leaving: Leaving = field(default_factory=Leaving)
     claims: Claims = field(init=False)
     exchange: Exchange = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -427,7 +421,7 @@ class Slot:
 
     def _stay(self, step_s: float) -> None:
         """Raise _Leave when no step of so many seconds fits into the slot, or the process was told to leave."""
-        leave_s = LEAVE_SHARE * self.startup_s + LEAVE_FILES * self.files.longest_s
+        leave_s = self.leaving.next_s
         if self.own is not None:
             leave_s += self.own.save_s
         if self.context.stopping() or self.context.remaining_s() < leave_s + step_s:
@@ -488,13 +482,14 @@ class Slot:
     def _publish(self, round_: int, part: Part) -> None:
         began = self.context.timer()
         self.exchange.publish(round_, part)
-        self.files.note(self.context.timer() - began)
+        self.leaving.files.note(self.context.timer() - began)
         self.advanced = True
 
     def _record_start(self) -> None:
         event, context = self.event, self.context
-        self.startup_s, began = context.since_start_s(), context.timer()
+        startup_s, began = context.since_start_s(), context.timer()
         name = f"starts/{event.generation:04d}-{event.workerno:04d}-{event.slot:06d}.json"
         if not context.store.exists(name):
-            context.store.publish_json(name, {"worker": event.workerno, "startup_s": self.startup_s})
-        self.files.note(context.timer() - began)
+            context.store.publish_json(name, {"worker": event.workerno, "startup_s": startup_s})
+        self.leaving = Leaving(startup_s)
+        self.leaving.files.note(context.timer() - began)
