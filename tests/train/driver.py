@@ -1,4 +1,7 @@
-"""A stage's processes, simulated in one: events from a queue, a clock that only sleeping moves, deaths at file operations."""
+"""A stage's processes, one after the other in this one, on a real folder: events from a queue, a clock that only sleeping moves.
+
+Not here: processes that go on side by side, in any order (`explorer`).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from tenure.train.programs import Arrays, Program
 from tenure.train.records import read_arrays
 from tenure.train.spec import TrainSpec
 from tenure.train.store import Store
+
+from .explorer import Killed
 
 SHARDS = 6
 
@@ -51,10 +56,6 @@ class Tiny:
 
     def evaluate(self, weights: Arrays, held_out: Arrays) -> float:
         return float(np.mean(np.argmax(held_out["x"] @ weights["w"] + weights["b"], axis=1) == held_out["y"]))
-
-
-class Killed(BaseException):
-    """SIGKILL, as far as the code under test can tell."""
 
 
 class KillingFiles(Files):

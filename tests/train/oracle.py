@@ -103,6 +103,8 @@ class Oracle:
             return wrong + self._judge_failure(run, failed)
         wrong += [f"a process failed: {text}" for text in failed]
         store = MemoryFiles(run.disk)
+        if "result" in run.rotten:
+            return wrong  # whoever reads it says so; nobody is left to make it again
         if not store.exists(ROOT / "result"):
             return [*wrong, "there is no result"]
         header, _ = read_arrays(ROOT / "result", store)  # verified
