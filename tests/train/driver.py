@@ -1,4 +1,4 @@
-"""A stage's processes, one after the other in this one, on a real folder: events from a queue, a clock that only sleeping moves.
+"""A stage's processes, one after the other, on a real folder: events from a queue, a clock that only sleeping moves.
 
 Not here: processes that go on side by side, in any order (`explorer`).
 """
