@@ -53,6 +53,13 @@ def test_the_first_stage_leaves_what_the_second_reads(arrays):
     assert (train["x"].shape, held_out["x"].shape) == ((80, 32, 32, 3), (20, 32, 32, 3))
 
 
+def test_both_examples_prepare_the_same_pictures_in_the_same_way():
+    prepare, train = parse_job_file((EXAMPLES / "cifar10_frozen.toml").read_text()).stages
+    assert prepare == PREPARE
+    assert train.inputs["pictures"] == TRAIN.inputs["pictures"]
+    assert train.inputs["model"] == train.options["model"], "so that a missing one is named before anything is leased"
+
+
 def test_the_net_learns_with_the_options_of_the_job_file(arrays, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
