@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ def test_images_keep_their_layout_unless_the_module_cannot_take_it(images: Path,
     assert all(np.allclose(again[name], found[name], rtol=1e-3, atol=1e-4) for name in found)
     assert again["calls"] == n  # one call; the trial left nothing behind
     bound.export(counted, tmp_path / "model.onnx")
+
+
+def test_a_step_does_not_ask_the_system_again_for_the_memory_of_the_one_before(images: Path) -> None:
+    program, train, _ = load("torch_nets.py:Plain", images, width=64)
+    weights, batch = program.build(0), part(train, 0, 180)  # 3 MB per layer: over glibc's own threshold
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        program.gradient(weights, batch, rng())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    for _ in range(3):
+        faults()
+    assert sum(faults() for _ in range(5)) < 1000  # thousands each, otherwise
 
 
 def test_own_pieces_are_used(images: Path) -> None:

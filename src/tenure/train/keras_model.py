@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tenure.errors import SpecError
 from tenure.train.programs import Arrays, as_floats, load_arrays, share_right
-from tenure.train.torch_cpu import EVALUATED_AT_ONCE, obey_threads, seeded
+from tenure.train.torch_cpu import EVALUATED_AT_ONCE, keep_memory, obey_threads, seeded
 
 OPTIMIZERS: Mapping[str, tuple[Any, float]] = {
     "adam": (keras.optimizers.Adam, 0.001),
@@ -63,6 +63,7 @@ class KerasModel:
                 f"Unset KERAS_BACKEND (it is {os.environ.get('KERAS_BACKEND', '')!r}) or set it to torch."
             )
         obey_threads()
+        keep_memory()
         self._make, self._cut = make, cut
         self._model = model
         self._options = (optimizer, rate, momentum, decay)

@@ -23,7 +23,7 @@ from torch import nn
 
 from tenure.errors import SpecError
 from tenure.train.programs import Arrays, load_arrays, share_right
-from tenure.train.torch_cpu import EVALUATED_AT_ONCE, obey_threads, seeded
+from tenure.train.torch_cpu import EVALUATED_AT_ONCE, keep_memory, obey_threads, seeded
 from tenure.train.torch_cut import split
 
 OPTIMIZERS: Mapping[str, tuple[Any, float]] = {
@@ -57,6 +57,7 @@ class TorchModule:
         cut: str = "",
     ) -> None:
         obey_threads()
+        keep_memory()
         self.reference = reference or type(module).__name__
         self._make, self._cut = make, cut
         with seeded(0):  # the frozen part is no part of the weights: it must be the same in every process
