@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,6 +103,7 @@ class Driver:
         self.program = program or Tiny()
         self.slot_s = slot_s
         self.now_s = 0.0
+        self.timer = time.perf_counter
         self.queue: deque[dict[str, Any]] = deque()
         self.names: set[str] = set()
         self.outcomes: list[Outcome] = []
@@ -132,6 +134,7 @@ class Driver:
                 remaining_s=lambda: ends_s - self.now_s,
                 monotonic=lambda: self.now_s,
                 sleep=self.sleep,
+                timer=self.timer,
                 poll_s=0.5,
             )
             outcome = handle(parse(event), context)

@@ -29,7 +29,7 @@ def test_others_steps_serve_until_there_are_own_ones() -> None:
     pace = Pace()
     pace.begin_with([3.0, 4.0])
     pace.begin_with([9.0])
-    assert pace.longest_s == 4.0
+    assert (pace.shortest_s, pace.longest_s) == (3.0, 4.0)
 
 
 def test_leaving_takes_the_longer_the_slower_the_start_and_the_files_were() -> None:

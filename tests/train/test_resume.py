@@ -126,3 +126,30 @@ def test_a_worker_or_a_resume_on_another_kind_of_machine_is_refused(tmp_path: Pa
     loose.step()
     monkeypatch.setattr(circumstances, "_cpu", lambda: ("another CPU", ("sse4_2",)))
     loose.step()
+
+
+class Sleeping(Tiny):
+    """Has steps of one second, but for one of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths = [1.0, 3.0]
+        self.sleep: Any = None
+
+    def gradient(self, weights: Arrays, batch: Arrays, rng: np.random.Generator) -> tuple[Arrays, float, int]:
+        self.sleep(self.lengths.pop(0) if self.lengths else 1.0)
+        return super().gradient(weights, batch, rng)
+
+
+def test_one_slow_step_does_not_keep_all_later_slots_from_trying(tmp_path: Path) -> None:
+    program = Sleeping()
+    driver = Driver(tmp_path, program=program, slot_s=4.5, max_rounds=1)
+    program.sleep = driver.sleep
+    driver.timer = lambda: driver.now_s
+    start(driver, workers=1)
+    driver.step()
+    driver.slot_s = 2.0  # less than the slow step, which the store tells of
+    while driver.queue:
+        driver.step()
+    assert driver.sha256()
+    assert any(outcome.why == "slot nearly over" for outcome in driver.outcomes)

@@ -36,6 +36,11 @@ class Pace:
         return max(self._last, default=0.0)
 
     @property
+    def shortest_s(self) -> float:
+        """Of the last steps; 0 before the first."""
+        return min(self._last, default=0.0)
+
+    @property
     def next_s(self) -> float:
         """What the next step may take."""
         return (1 + UNCERTAIN / max(1, len(self._last))) * self.longest_s

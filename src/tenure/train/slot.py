@@ -225,7 +225,9 @@ class Slot:
                 adder = exchange.adder()
                 try:
                     for shard in range(*node):
-                        self._stay(self.shards.next_s)
+                        # After a slot that did nothing: else one slow step, never tried again, would end a run.
+                        chance = self.event.idle and not self.advanced
+                        self._stay(self.shards.shortest_s if chance else self.shards.next_s)
                         arrays, loss, n, shard_s = self.rounds.gradient(round_, shard, self.weights)
                         self.check_inputs()  # before anything that was computed from other data is published
                         layout = exchange.settle_layout(arrays)
