@@ -53,6 +53,8 @@ class MemoryFiles(Files):
     def replace(self, path: Path, content: bytes) -> None:
         """See Files."""
         folder, name = self.disk.at(path)
+        if (old := folder.get(name)) is not None:
+            old.links -= 1
         folder[name] = Inode(content)
 
     def link(self, temp: Path, path: Path) -> bool:
