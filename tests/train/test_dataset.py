@@ -174,7 +174,7 @@ BAD = {
     "empty": (b"", "no picture that can be read"),
     "text": (b"<html>not found</html>", "no picture that can be read"),
     "animated": (animated(), "animated"),
-    "large": (absurd(9_000, 9_000), "9000 x 9000 pixels; at most 64,000,000"),
+    "large": (absurd(9_000, 9_000), "9000 x 9000 pixels; at most 32,000,000 of PNG"),
     "huge": (absurd(1 << 30, 1 << 30), "exceeds limit of .* pixels"),
     "program": (postscript(), "no picture that can be read"),
 }

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 64_000_000
-"""Of a picture before it is made smaller: 192 MB while it is decoded."""
+MAX_PIXELS = 32_000_000
+"""Of a picture before it is made smaller: up to 13 bytes for each while it is decoded, 416 MB."""
+MAX_JPEG_PIXELS = 48_000_000
+"""Of a JPEG, which is made smaller while it is decoded: up to 10 bytes for each, where it is progressive."""
 MAX_FILE_BYTES = 64 << 20
 """Of one picture's file."""
 LARGE_PIXELS = 4_000_000
@@ -41,7 +42,7 @@ def decode(content: bytes, size: Size) -> NDArray[np.uint8]:
     """Return the middle of a picture, shrunk or grown to `size` (bilinear): uint8 [height, width, 3], red first.
 
     Turned as its EXIF says; what is transparent becomes white; 16 bits become 8; gray and CMYK become colours.
-    Raises BadImage: not a picture, torn, animated, or larger than MAX_PIXELS.
+    Raises BadImage: not a picture, torn, animated, or too large.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -64,32 +65,28 @@ def from_array(pixels: NDArray[Any], size: Size) -> NDArray[np.uint8]:
 
 def _pixels(image: Image.Image, size: Size) -> NDArray[np.uint8]:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+    most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+    if width * height > most:
+        raise BadImage(f"{width} x {height} pixels; at most {most:,} of {image.format} are decoded")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # cameras append a preview as a second picture
         raise BadImage(f"animated or of several pages ({getattr(image, 'n_frames', 0)})")
-    most = 2 * max(size)
-    image.draft("RGB", (most, most))  # JPEG alone: decodes at an eighth where that is enough
-    with _turn(image):
+    image.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG alone: decodes at an eighth where that is enough
+    with _one_large if width * height > LARGE_PIXELS else contextlib.nullcontext():
         image.load()
-        return _fit(_colours(ImageOps.exif_transpose(image)), size)
-
-
-def _turn(image: Image.Image) -> AbstractContextManager[Any]:
-    width, height = image.size
-    return _one_large if width * height > LARGE_PIXELS else contextlib.nullcontext()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _fit(_colours(image), size)
 
 
 def _colours(image: Image.Image) -> Image.Image:
     if image.mode in _WIDE:
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise BadImage("pixels of floating point, whose range nobody says")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        under = Image.new("RGBA", over.size, (255, 255, 255, 255))
-        return Image.alpha_composite(under, over).convert("RGB")
+        over = image if image.mode == "RGBA" else image.convert("RGBA")
+        under = Image.new("RGB", over.size, (255, 255, 255))
+        under.paste(over, mask=over.getchannel("A"))
+        return under
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
