@@ -10,8 +10,8 @@ from unittest import mock
 from tenure.train import tree
 from tenure.train.adder import Adder
 from tenure.train.exchange import Exchange
-from tenure.train.slot import Slot
 from tenure.train.store import Store, node_name
+from tenure.train.turns import Turns
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def count_equals_workers() -> Iterator[None]:
         self.files.replace(self.root / name, b"".join(pieces))
         return True
 
-    with mock.patch.object(Store, "_publish", overwrite), mock.patch.object(Slot, "_falls_to_us", return_value=True):
+    with mock.patch.object(Store, "_publish", overwrite), mock.patch.object(Turns, "falls_to_us", return_value=True):
         yield
 
 

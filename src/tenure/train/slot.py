@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tenure.errors import CorruptData, JobFailed, Unavailable
@@ -27,8 +27,10 @@ from tenure.train.own_state import OwnState, open_exchange
 from tenure.train.pace import Leaving, Pace
 from tenure.train.programs import averaged
 from tenure.train.records import Arrays
+from tenure.train.round_records import Figures, Finished, RoundRecords
 from tenure.train.rounds import Rounds
-from tenure.train.store import Claims, read_result, round_name
+from tenure.train.store import read_result, round_name
+from tenure.train.turns import Turns
 
 SHORT_SLOTS = 3
 """Slots in a row in which a worker finished none of its own shards, after which one more is its last."""
@@ -43,24 +45,6 @@ class _Over(Exception):
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """What a round's record tells of its sum."""
-
-    loss: float
-    n: int
-    shard_s: tuple[float, ...]
-
-
-@dataclass(slots=True)
-class _Figures:
-    """Of the round under way, in seconds."""
-
-    began: float = 0.0
-    wait_s: float = 0.0
-    combine_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -84,21 +68,22 @@ class Slot:
     advanced: bool = False
     """Whether this worker published anything of a round, or the run finished one, in this slot."""
     leaving: Leaving = field(default_factory=Leaving)
-    claims: Claims = field(init=False)
+    turns: Turns = field(init=False)
+    records: RoundRecords = field(init=False)
     exchange: Exchange = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     own: OwnState | None = field(init=False)
     """Where bytes are to be few: what this worker alone keeps from round to round."""
-    _figures: _Figures = field(default_factory=_Figures)
-    _last: _Finished | None = None
+    _figures: Figures = field(default_factory=Figures)
+    _last: Finished | None = None
     """The round that gave `weights`."""
-    _due_since: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         slices = 1 if self._central else self.event.workers
-        self.claims = Claims(self.context.store)
+        self.turns = Turns(self.event, self.context)
         self.checkpoints = Checkpoints(self.context.store, timer=self.context.timer)
         self.exchange, self.own = open_exchange(self.context.store, self.rounds, self.event, slices=slices)
+        self.records = RoundRecords(self.context, self.exchange)
 
     # --- roles --------------------------------------------------------------------------------------------------------
 
@@ -151,10 +136,10 @@ class Slot:
                 raise CorruptData("no sound weights in the store")  # all were torn: they are built again
             rounds, self.weights, meta = found
             if rounds != self.round:
-                self.round, self._figures = rounds, _Figures()
-                self._last = _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])) if rounds else None
+                self.round, self._figures = rounds, Figures()
+                self._last = Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])) if rounds else None
         self._mend_layout()
-        while not self._undecided() and (slices := self.exchange.complete(self.round)):
+        while not self.records.undecided(self.round) and (slices := self.exchange.complete(self.round)):
             self._apply(self.exchange.gather(self.round, slices))
         self.shards.begin_with(self._last.shard_s if self._last else ())
 
@@ -175,7 +160,7 @@ class Slot:
         else:
             self.weights = self.rounds.update(self.round, self.weights, total)
         self.round += 1
-        self._last = _Finished(total.loss, total.n, total.shard_s)
+        self._last = Finished(total.loss, total.n, total.shard_s)
         self.advanced = self.advanced or self.round > self.event.round
 
     def _fail(self, total: Sum) -> None:
@@ -195,7 +180,7 @@ class Slot:
 
     def _round(self) -> None:
         context, round_ = self.context, self.round
-        self._figures = figures = _Figures(began=context.timer())
+        self._figures = figures = Figures(began=context.timer())
         if self.own is not None:
             self.own.enter(round_, self.weights, self._part())
         self._contribute(round_, self._to_make(round_))
@@ -276,7 +261,7 @@ class Slot:
         did = False
         for number in self.exchange.due(round_):
             name = f"sum-{round_:08d}-{self.exchange.slices:04d}-{number:04d}"
-            if self._claim(name) if self._central else self._falls_to_us(name, turn=number == self.event.workerno):
+            if self.turns.claim(name) if self._central else self.turns.falls_to_us(name, ours=number == self.event.workerno):
                 self.exchange.add(round_, number, nodes)
                 did = self.advanced = True
         return did
@@ -288,12 +273,12 @@ class Slot:
         if self.round == 0:
             return
         turn = (self.round - 1) % self.event.workers == self.event.workerno
-        if self._looks_at(self.round):
+        if self.records.looks_at(self.round):
             self._evaluate(turn=turn)
         elif turn and not self.context.store.exists(round_name(self.round)):
-            self._record(self.round, self._last, None)
+            self._record(None)
         if turn and self.checkpoints.due(self.round, self._round_s(), seldom=self.own is not None):
-            self._fill_records()
+            self.records.fill(self.round)
             self._checkpoint()
         if turn:
             self.checkpoints.forget(self.round)
@@ -301,14 +286,14 @@ class Slot:
     def _evaluate(self, *, turn: bool) -> None:
         """Wait until the round is evaluated, by this worker if it falls to it; publish the result if training ends there."""
         context, name, pause_s = self.context, f"evaluate-{self.round:08d}", 0.001
-        while (record := context.store.read_json(round_name(self.round))) is None or self._why_last(record):
+        while (record := context.store.read_json(round_name(self.round))) is None or self.records.why_last(record):
             self._look(self.looks.next_s)
-            if self._falls_to_us(name, turn=turn):
+            if self.turns.falls_to_us(name, ours=turn):
                 if record is None:
                     began = context.timer()
                     accuracy = self.rounds.evaluate(without_outer(self.weights))
                     self.looks.note(context.timer() - began)
-                    self._record(self.round, self._last, accuracy, evaluate_s=context.timer() - began)
+                    self._record(accuracy, evaluate_s=context.timer() - began)
                 else:
                     self._finish(record)
                 continue
@@ -316,49 +301,26 @@ class Slot:
             pause_s = min(pause_s * 1.3, context.poll_s)
 
     def _finish(self, record: dict[str, Any]) -> None:
-        self._fill_records()
+        self.records.fill(self.round)
         meta = {
             "rounds": self.round,
             "accuracy": record["accuracy"],
             "loss": record["loss"],
-            "why": self._why_last(record),
+            "why": self.records.why_last(record),
             "at_s": record["at_s"],
         }
         self.context.store.publish_arrays("result", without_outer(self.weights), meta, durable=True)
 
-    def _record(self, rounds: int, seen: _Finished | None, accuracy: float | None, *, evaluate_s: float = 0.0) -> None:
-        """Publish a round's record. Its times are 0 when this worker did not take part in it."""
-        assert seen is not None, "only rounds that are finished have a record"
-        figures = self._figures if rounds == self.round else _Figures()
-        record = {
-            "round": rounds,
-            "loss": seen.loss / seen.n,
-            "accuracy": accuracy,
-            "examples": seen.n,
-            "by": self.context.store.worker,
-            "shard_s": seen.shard_s,
-            "wait_s": figures.wait_s,
-            "combine_s": figures.combine_s + evaluate_s,
-            "evaluate_s": evaluate_s,
-            "round_s": self._round_s() if figures.began else 0.0,
-            "at_s": self.context.utc(),
-        }
-        self.context.store.publish_json(round_name(rounds), record)
+    def _record(self, accuracy: float | None, *, evaluate_s: float = 0.0) -> None:
+        """Publish the newest round's record."""
+        assert self._last is not None, "only rounds that are finished have a record"
+        figures = replace(self._figures, evaluate_s=evaluate_s, round_s=self._round_s() if self._figures.began else 0.0)
+        self.records.publish(self.round, self._last, accuracy, figures)
 
     def _checkpoint(self) -> None:
         seen = self._last
         assert seen is not None
         self.checkpoints.write(self.round, self.weights, {"loss": seen.loss, "n": seen.n, "shard_s": seen.shard_s})
-
-    def _fill_records(self) -> None:
-        """Publish the records that a worker who died owed, before the sums they are made of are forgotten.
-
-        A look at the held-out examples that such a record told of is lost when the record was torn.
-        """
-        there = {int(name.split(".")[0]) for name in self.context.store.names("rounds")}
-        for rounds in (round_ + 1 for round_ in self.context.store.summed_rounds()):
-            if rounds < self.round and rounds not in there and (meta := self.exchange.describe(rounds - 1)) is not None:
-                self._record(rounds, _Finished(meta["loss"], meta["n"], tuple(meta["shard_s"])), None)
 
     # --- small decisions ----------------------------------------------------------------------------------------------
 
@@ -374,42 +336,6 @@ class Slot:
         store = self.context.store
         ahead = max(store.newest_sum(), store.newest_node()) > round_
         return (0, self.context.spec.shards) if ahead else self._part()
-
-    def _looks_at(self, rounds: int) -> bool:
-        return rounds >= self.context.spec.last_round or rounds % self.context.spec.evaluate_every == 0
-
-    def _undecided(self) -> bool:
-        """Whether training may end with the weights at hand, so that nobody may go on before that is known."""
-        if self.round == 0 or not self._looks_at(self.round):
-            return False
-        record = self.context.store.read_json(round_name(self.round))
-        return record is None or bool(self._why_last(record))
-
-    def _why_last(self, record: dict[str, Any]) -> str:
-        """Return why training ends with this round, or nothing."""
-        spec = self.context.spec
-        if spec.goal_accuracy and record["accuracy"] is not None and record["accuracy"] >= spec.goal_accuracy:
-            return "goal"
-        if record["round"] < spec.last_round:
-            return ""
-        return "stop_at_round" if record["round"] == spec.stop_at_round else "max_rounds"
-
-    def _falls_to_us(self, name: str, *, turn: bool) -> bool:
-        """Return whether to do now what one suffices for: at once in our turn, else when it was due for a claim period."""
-        if turn:
-            return True
-        now_s = self.context.monotonic()
-        if now_s - self._due_since.setdefault(name, now_s) < self.context.spec.claim_period_s:
-            return False
-        return self._claim(name)
-
-    def _claim(self, name: str) -> bool:
-        return self.claims.claim(
-            name,
-            f"worker {self.event.workerno}, generation {self.event.generation}, slot {self.event.slot}",
-            now_s=self.context.monotonic(),
-            period_s=self.context.spec.claim_period_s,
-        )
 
     def _round_s(self) -> float:
         return self.context.timer() - self._figures.began
