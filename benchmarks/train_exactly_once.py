@@ -129,9 +129,11 @@ def _explored(pool: Any, starts: Iterable[int], progress: Path | None) -> Iterat
     """Yield what came of each chunk, from the progress file where an earlier run had it."""
     done: dict[int, dict[str, Any]] = {}
     if progress is not None and progress.exists():
-        for line in progress.read_text().splitlines():
-            row = json.loads(line)
-            done[row["first"]] = row
+        for line in progress.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else it was being written when the run ended
+                row = json.loads(line)
+                done[row["first"]] = row
+        progress.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
         print(f"{len(done)} chunks of {CHUNK} are in {progress}", flush=True)
     yield from done.values()
     for row in pool.imap_unordered(_explore, [start for start in starts if start not in done]):

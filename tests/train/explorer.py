@@ -25,7 +25,7 @@ from unittest import mock
 from greenlet import getcurrent, greenlet
 
 from tenure.errors import JobFailed, StaleFence
-from tenure.train import handler
+from tenure.train import handler, slot
 from tenure.train.events import parse
 from tenure.train.handler import Context, Outcome, handle
 from tenure.train.programs import Program
@@ -362,7 +362,10 @@ class Run:
         # Circumstances are the same for all here, and noting them for each process would take a sixth of the time.
         if not _noted:
             _noted.update(handler.circumstances(Path(self.spec.folder), {}, self.program.data({})))
-        with mock.patch.object(handler, "circumstances", return_value=_noted):
+        noted = mock.patch.object(handler, "circumstances", return_value=_noted)
+        # Stalls here are longer than slots: who makes no progress in several slots is to go on all the same.
+        patient = mock.patch.object(slot, "SHORT_SLOTS", self.spec.max_idle_slots)
+        with noted, patient:
             while self._processes or self._timers:
                 ready = [process for process in self._processes if process.wake_s <= self.now_s]
                 if not ready or (self._timers and self._timers[0][0] <= self.now_s):
