@@ -67,6 +67,14 @@ def test_a_program_without_export_leaves_weights_and_predictions(tmp_path):
     assert found["confusion"].tolist() == [[67, 0, 0], [0, 67, 0], [0, 66, 0]]
 
 
+def test_a_library_that_export_lacks_is_told_and_ends_well(tmp_path):
+    text = "    def export(self, weights, path):\n        import a_library_that_is_not_here\n"
+    root = trained(stage(tmp_path, PREDICT + text))
+    made = export(root)
+    assert "a_library_that_is_not_here" in made["note"]
+    assert sorted(path.name for path in (root / "artefacts").iterdir()) == ["predictions.npz", "weights.npz"]
+
+
 def test_a_model_that_onnx_cannot_hold_is_told_and_ends_well(tmp_path):
     text = (
         "        from tenure.errors import Unsupported\n        raise Unsupported('ONNX export', 'the head is Python code')\n"
