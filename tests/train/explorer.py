@@ -12,6 +12,7 @@ What must hold afterwards is in `oracle`. Not here: real processes (tests/train/
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import random
@@ -88,6 +89,8 @@ class Schedule:
     exchange: str = "sharded"
     policy: str = "walk"
     """`walk`: any worker that can goes on. `pct`: the one of the highest priority, which changes at random points."""
+    preempt_at: tuple[int, ...] = ()
+    """With `pct`: the operations after which the running process falls behind all others; (): drawn."""
     kill_every: float = 0.0
     """Mean number of operations between two deaths; 0: none."""
     stall_every: float = 0.0
@@ -191,10 +194,11 @@ class SteppedFiles(MemoryFiles):
             temp, pieces, durable = args
             whole = b"".join(pieces)
             operation(temp, [whole[: self._run.rng.randrange(len(whole) + 1)]], durable)
-        elif not kill or kill == "after":
-            answer = operation(*args, **options)
-            if not kill:
-                return answer
+        elif kill == "after":
+            with contextlib.suppress(OSError):  # it dies before it learns of it
+                operation(*args, **options)
+        elif not kill:
+            return operation(*args, **options)
         self._process.dead = True
         self._run.died_at.append(str(args[0]))
         raise Killed
@@ -341,7 +345,7 @@ class Run:
         plan, rng = self.schedule, self.rng
         self._hub = getcurrent()
         if plan.policy == "pct":
-            self._changes = {rng.randrange(1500) for _ in range(rng.randrange(1, 5))}
+            self._changes = set(plan.preempt_at) or {rng.randrange(1500) for _ in range(rng.randrange(1, 5))}
         self._begin(plan.workers)
         if plan.second:
             self._after(rng.uniform(0, 1.5), lambda: self._begin(plan.second))

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import pytest
 
-from .explorer import Run, Schedule
+from .explorer import Process, Run, Schedule
 from .floats import Floats
 from .mutants import MUTANTS
 from .oracle import Oracle
@@ -34,6 +35,35 @@ def test_no_interleaving_has_a_double_effect_or_a_missing_one(oracle: Oracle, fi
         schedule = Schedule.draw(seed)
         _, wrong = oracle.explore(schedule)
         assert not wrong, f"{wrong[0]}\nreplay with Oracle().explore({schedule})"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_single_preemption_of_a_small_training_does_harm(oracle: Oracle, seed: int) -> None:
+    """All of them: whoever goes on falls behind the other, after each operation in turn."""
+    small = Schedule(seed=seed, shards=3, rounds=1, policy="pct", preempt_at=(-1,))
+    runs = {}
+    slow = {"operation_s": 0.02}  # two processes seldom sleep at the same time
+    for at in range(oracle.explore(small, **slow)[0].steps):
+        schedule = dataclasses.replace(small, preempt_at=(at,))
+        run, wrong = oracle.explore(schedule, **slow)
+        assert not wrong, f"{wrong[0]}\nreplay with Oracle().explore({schedule}, **{slow})"
+        runs[digest(run)] = at
+    assert len(runs) > 10, "hardly any preemption changed the run"
+
+
+@pytest.mark.parametrize("how", ["before", "after", "torn"])
+def test_no_single_death_in_a_small_training_does_harm(oracle: Oracle, how: str) -> None:
+    """All of them: whoever goes on dies at each operation in turn."""
+    small = Schedule(seed=1, shards=3, rounds=1)
+
+    for at in range(1, oracle.explore(small)[0].steps + 1):
+
+        def die(run: Run, process: Process, at: int = at) -> str:
+            return how if run.steps == at else ""
+
+        run, wrong = oracle.explore(small, on_point=die)
+        assert run.deaths == 1
+        assert not wrong, f"{wrong[0]}, after a death {how} operation {at} of {small}"
 
 
 def test_interleavings_hold_all_that_may_happen(oracle: Oracle) -> None:
