@@ -10,7 +10,8 @@ with what was not forced to disk torn; a loss that becomes NaN; LINKs whose answ
 An effect, a double effect, a double start: as `tests/train/oracle.py` defines them. Missing: no result, no record of a round, a
 failure that nobody names, a run that does not end within 40,000 operations and 900 s of its time.
 Raced: 1,000 times (--quick: 20) eight real processes publish the same claim, slices, record, checkpoint and result of a real
-store at the same time (`tests/train/races.py`), in a new folder of the default place for temporary files.
+store at the same time (`tests/train/races.py`), in new folders: by turns of at most 100 (--quick: 10) in the default place for
+temporary files and on /dev/shm (memory), where there is one.
 Replaced: in 500 runs (--quick: 20) of three workers whoever is to add a slice, by turn or claim, dies at any operation from
 when it is due until it is published, and then, in half of them, whoever claimed it too (`tests/train/replacement.py`).
 Measured: claim periods from the last death to the takeover, in the run's time. An observer looks every 0.02 periods and a few
@@ -29,6 +30,7 @@ Not counted: power cuts on a real disk, NFS, more than three workers at once (ra
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,6 +57,7 @@ QUICK = (400, 20, 20)
 CHUNK = 100
 MUTANT_SCHEDULES = 200
 RACES_AT_ONCE = 100
+MEMORY = Path("/dev/shm")
 RESULTS = Path(__file__).resolve().parent / "results"
 _COUNTED = ("steps", "deaths", "zombies", "double_starts")
 _oracle = Oracle()
@@ -176,9 +179,11 @@ def _notice(mutant: str) -> tuple[str, int]:
 
 def _race(races: int) -> Tally:
     total = Tally()
+    places = itertools.cycle([None, MEMORY] if MEMORY.is_dir() else [None])
+    at_once = min(RACES_AT_ONCE, -(-races // 2))
     while total.races < races:
-        with tempfile.TemporaryDirectory() as folder:
-            tally = compete(Path(folder), min(RACES_AT_ONCE, races - total.races))
+        with tempfile.TemporaryDirectory(dir=next(places)) as folder:
+            tally = compete(Path(folder), min(at_once, races - total.races))
         for name in ("races", "publications", "double_starts", "several_starters", "wall_s"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
         total.wrong += tally.wrong
