@@ -22,7 +22,10 @@ from benchmarks.harness import ROOT, Options, Result, Skip, data_folder
 from tenure.meter.machine import machine, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_VERSIONED = ("tenure", "numpy", "scipy", "scikit-learn", "onnx", "onnxruntime", "skl2onnx", "psutil", "grpcio", "sqlalchemy")
+_VERSIONED = (
+    *("tenure", "numpy", "scipy", "scikit-learn", "onnx", "onnxruntime", "skl2onnx", "psutil", "grpcio", "sqlalchemy"),
+    *("torch", "keras"),
+)
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,8 @@ Contenders, each a fresh pair of processes, in interleaved rounds (5; --quick: 2
 - tenure: two `python -m tenure.train.worker`, started by this module as a broker would (no broker, no lease: their costs are
   other benchmarks'), `shards = 8, batch = 512, same_result = false`, exchange in its fast mode, the folder on this machine;
 - ddp: two processes, torch DistributedDataParallel over gloo on the loopback, `no_sync` for the first three of four parts;
+- ddp with memory kept: the same with malloc's thresholds as Tenure sets them in its workers, told beside the bars: what is left
+  of the difference is not malloc's;
 - plain: two processes at once that know nothing of each other, each a loop over its own 4 parts and its own update.
 All read the same memory-mapped arrays, permuted anew for each pass, convert a part with the same rule (uint8 / 255, channels
 first, their order in memory kept) and call the same module and torch.optim.SGD. DDP and plain take the examples of a part
@@ -49,6 +51,7 @@ BATCH, SHARDS, WARM_UP = 512, 8, 4
 FINE_SHARDS = 256
 RATE, MOMENTUM = 0.02, 0.9
 PATIENCE_S = 240.0
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -72,6 +75,7 @@ def run(options: Options) -> Result:
         contenders: dict[str, Callable[[], Span]] = {
             "tenure": lambda: world.tenure(SHARDS),
             "ddp": lambda: world.torch("ddp"),
+            "ddp_memory_kept": lambda: world.torch("ddp", keep_memory=True),
             "plain": lambda: world.torch("plain"),
             "fine": lambda: world.tenure(FINE_SHARDS),
         }
@@ -95,6 +99,8 @@ def run(options: Options) -> Result:
         details={
             "samples_per_s_over_ddp": median(speed),
             "samples_per_s_over_ddp_spread": spread(speed),
+            "samples_per_cpu_s_over_ddp_memory_kept": median(ratios(found, "tenure", "ddp_memory_kept", "samples_per_cpu_s")),
+            "samples_per_s_over_ddp_memory_kept": median(ratios(found, "tenure", "ddp_memory_kept", "samples_per_s")),
             "samples_per_s_over_plain": median(plain),
             "samples_per_s_over_plain_spread": spread(plain),
             "samples_per_cpu_s_over_plain": median(ratios(found, "tenure", "plain", "samples_per_cpu_s")),
@@ -179,14 +185,15 @@ class World:
         samples = self._steps * BATCH
         return Span(samples / wall_s, samples / (marks[1][1] - marks[0][1]), tuple(record["loss"] for record in records))
 
-    def torch(self, mode: str) -> Span:
-        """Train with two processes of `torch_pair`."""
+    def torch(self, mode: str, *, keep_memory: bool = False) -> Span:
+        """Train with two processes of `torch_pair`. keep_memory: malloc keeps what a step frees, as in Tenure's workers."""
+        env = {**self._env, **(_KEEP_MEMORY if keep_memory else {})}
         folder = self._fresh()
         told = {"arrays": str(self._arrays), "seed": self._seed, "shard": BATCH // SHARDS, "parts": SHARDS // 2}
         told |= {"warm_up": WARM_UP, "steps": self._steps, "rate": RATE, "momentum": MOMENTUM}
         argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.programs.torch_pair", mode]
         pair = [
-            subprocess.Popen([*argv, str(rank), str(folder), json.dumps(told)], env=self._env, cwd=ROOT, stdout=subprocess.PIPE)
+            subprocess.Popen([*argv, str(rank), str(folder), json.dumps(told)], env=env, cwd=ROOT, stdout=subprocess.PIPE)
             for rank in range(2)
         ]
         try:

@@ -72,9 +72,9 @@ class Rounds:
     def update(self, round_: int, weights: Arrays, total: Sum) -> Arrays:
         """Return the weights after a round from those before it. They share no memory with the sum."""
         following = self.program.update(weights, total.arrays, total.n, round_)
-        views = list(total.arrays.values())
+        vectors = list({id(view.base): view.base for view in total.arrays.values()}.values())
         return {
-            name: np.array(values) if any(np.may_share_memory(values, view) for view in views) else values
+            name: np.array(values) if any(np.may_share_memory(values, vector) for vector in vectors) else values
             for name, values in following.items()
         }
 

@@ -4,7 +4,7 @@ Parameters and buffers are copied into one live module, and the optimizer's stat
 are used: a few memory copies beside a whole backward pass, and no result depends on what was computed before. The
 optimizer's state is handed out with the weights (``optimizer/<parameter>/<part>``), so that any process goes on with
 the same bits. Memory is always torch's own: kernels may round differently for arrays that are aligned differently.
-Weighed and rejected: `torch.use_deterministic_algorithms`, which loads the compiler (100 MB) and changes nothing on one
+Weighed and rejected: `torch.use_deterministic_algorithms`, which loads the compiler and changes nothing on one
 CPU thread. Not here: cutting a module in two (`torch_cut`), writing ONNX (`torch_onnx`). CPU only.
 """
 
@@ -242,7 +242,7 @@ class TorchModule:
     def _takes(self, images: torch.Tensor) -> bool:
         """Return whether the module runs on images laid out with channels last; one that calls `view` may not.
 
-        Tried once: convolutions and pooling on a CPU are about 1.5 times as fast so (the net of benchmarks/programs).
+        Tried once: convolutions and pooling on a CPU are 1.3 to 1.5 times as fast so (the net of benchmarks/programs).
         """
         modules = [module for module in (self._frozen, self._live) if module is not None]
         before = [[buffer.clone() for buffer in module.buffers()] for module in modules]
