@@ -30,10 +30,11 @@ class Counting:
     """A frozen part that knows how many images it was given."""
 
     def __init__(self, scale: float = 1.0) -> None:
-        self.scale, self.seen = scale, 0
+        self.scale, self.seen, self.sizes = scale, 0, []
 
     def __call__(self, images: Any) -> Any:
         self.seen += len(images)
+        self.sizes.append(len(images))
         flat = images.reshape(len(images), -1).astype(np.float32) / 255 * self.scale
         return np.stack([flat.mean(axis=1), flat.max(axis=1), flat.min(axis=1), flat.std(axis=1)], axis=1)
 
@@ -59,9 +60,15 @@ def images(tmp_path: Path) -> dict[str, str]:
 
 
 def frozen(tmp_path: Path, features: Any = None, identity: Any = "weights 1", **options: Any) -> Frozen:
-    return Frozen(
-        features or Counting(), identity, options.pop("head", Head()), folder=tmp_path / "cache", batch=BATCH, **options
-    )
+    given = {"folder": tmp_path / "cache", "batch": BATCH, "batches_per_piece": 1, **options}
+    return Frozen(features or Counting(), identity, given.pop("head", Head()), **given)
+
+
+def test_a_piece_of_several_batches_holds_what_each_batch_gave(tmp_path, images):
+    features = Counting()
+    train, _ = frozen(tmp_path, features, batches_per_piece=3).data(images)
+    assert np.array_equal(train["x"], frozen(tmp_path / "single").data(images)[0]["x"])
+    assert max(features.sizes) == BATCH
 
 
 def entry_of(tmp_path: Path) -> Path:
@@ -90,9 +97,8 @@ def test_other_weights_images_or_batches_are_another_key(tmp_path, images, chang
         other = IMAGES[:24].copy()
         other[7, 2, 2, 1] ^= 1
         np.save(Path(images["images"]) / "x_train.npy", other)
-    program = frozen(tmp_path, counting, "weights 2" if change == "weights" else "weights 1")
-    program._batch = 5 if change == "batch" else BATCH
-    train, _ = program.data(images)
+    identity, batch = "weights 2" if change == "weights" else "weights 1", 5 if change == "batch" else BATCH
+    train, _ = frozen(tmp_path, counting, identity, batch=batch).data(images)
     assert counting.seen == 34
     assert np.array_equal(train["x"][:7], Counting(2.0)(IMAGES[:7]))
 
@@ -259,7 +265,8 @@ SCRIPT = """
 
     print("ready", flush=True)
     sys.stdin.readline()
-    train, _ = Frozen(features, "weights 1", Head(), folder=folder / "cache", batch=2).data({"images": images})
+    program = Frozen(features, "weights 1", Head(), folder=folder / "cache", batch=2, batches_per_piece=1)
+    train, _ = program.data({"images": images})
     print(float(train["x"].sum()), flush=True)
 """
 

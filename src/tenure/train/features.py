@@ -48,7 +48,8 @@ class Frozen:
     head: a program, or an estimator with `partial_fit`. Its `data` finds features as ``x_train.npy`` and ``x_test.npy`` in the
     first of its inputs, where `load_arrays` looks.
     images: (inputs) -> training and held-out arrays; "x" goes through `features`.
-    batch: images that are handed over at once; a worker that is killed loses so many.
+    batch: images that are handed over at once.
+    batches_per_piece: what is kept as one file; a worker that is killed, or whose slot ends, loses so many.
     augment: `refuse`, or `per-pass`: `passes` differently augmented copies of the training features are kept, and pass p over
     the data uses copy p modulo `passes`. seed: for them.
     folder: where features are kept; below TENURE_HOME unless given. limit_bytes: of all that is kept there.
@@ -62,6 +63,7 @@ class Frozen:
         *,
         images: Callable[[Mapping[str, str]], tuple[Arrays, Arrays]] = load_arrays,
         batch: int = 64,
+        batches_per_piece: int = 4,
         augment: str = "refuse",
         passes: int = 1,
         seed: int = 0,
@@ -70,13 +72,16 @@ class Frozen:
     ) -> None:
         if augment not in AUGMENTS:
             raise SpecError(f"augment must be one of {', '.join(AUGMENTS)}; found {augment!r}")
-        if batch < 1 or passes < 1 or (passes > 1 and augment == "refuse"):
-            raise SpecError(f'batch and passes must be >= 1, and passes 1 unless augment = "per-pass"; found {batch}, {passes}')
+        if min(batch, batches_per_piece) < 1 or passes < 1 or (passes > 1 and augment == "refuse"):
+            raise SpecError(
+                'batch, batches_per_piece and passes must be >= 1, and passes 1 unless augment = "per-pass"; '
+                f"found {batch}, {batches_per_piece}, {passes}"
+            )
         self.passes = passes
         """Copies of the training set that the features hold (see `rounds`)."""
         self.head: Any = head if isinstance(head, Program) else PartialFit(head)
         self._features, self._identity, self._load = features, identity, images
-        self._batch, self._augment, self._seed = batch, augment, seed
+        self._batch, self._piece, self._augment, self._seed = batch, batch * batches_per_piece, augment, seed
         self._folder, self._limit_bytes = folder, limit_bytes
         self._images: tuple[Arrays, Arrays] = ({}, {})
         self._entry: Entry | None = None
@@ -129,15 +134,7 @@ class Frozen:
         began = time.perf_counter()
         part, n = self._images[name == "x_test"]["x"], edges[number + 1] - edges[number]
         pass_, first = divmod(edges[number], len(part))
-        images = np.array(part[first : first + n])
-        if not self._takes_rng:
-            found = np.asarray(self._features(images))
-        elif name == "x_test":
-            found = np.asarray(self._features(images, None))
-        else:
-            found = np.asarray(self._features(images, np.random.default_rng((self._seed, pass_, first))))
-        if found.shape[:1] != (n,) or found.dtype.hasobject:
-            raise SpecError(f"the frozen part gave an array of shape {found.shape} for {n} images; it must give a row for each")
+        found = np.concatenate([self._batch_of(part, pass_, at, name) for at in range(first, first + n, self._batch)])
         if not np.all(np.isfinite(found)):
             raise SpecError(f"the frozen part gave NaN or infinity for images {first} to {first + n - 1} of {name}")
         if not entry.longest_s:
@@ -145,9 +142,19 @@ class Frozen:
         entry.publish(name, number, found)
         entry.longest_s = max(entry.longest_s, time.perf_counter() - began)
 
+    def _batch_of(self, part: NDArray[Any], pass_: int, first: int, name: str) -> NDArray[Any]:
+        """Return the features of the batch that begins at image `first`, a multiple of the batch."""
+        images = np.array(part[first : first + self._batch])
+        drawn = () if name == "x_test" else (self._seed, pass_, first)
+        more = (np.random.default_rng(drawn) if drawn else None,) if self._takes_rng else ()
+        found, n = np.asarray(self._features(images, *more)), len(images)
+        if found.shape[:1] != (n,) or found.dtype.hasobject:
+            raise SpecError(f"the frozen part gave an array of shape {found.shape} for {n} images; it must give a row for each")
+        return found
+
     def _edges(self, examples: int, passes: int) -> list[int]:
         """Return where pieces begin, and the number of rows. A piece lies within one pass."""
-        starts = [p * examples + at for p in range(passes) for at in range(0, examples, self._batch)]
+        starts = [p * examples + at for p in range(passes) for at in range(0, examples, self._piece)]
         return [*starts, passes * examples]
 
     def _key(self, root: Path) -> str:
@@ -157,7 +164,7 @@ class Frozen:
             "format": _FORMAT,
             "identity": identity if isinstance(identity, str) else hashlib.sha256(identity).hexdigest(),
             "images": [content_hash(part["x"], root) for part in self._images],
-            "batch": self._batch,
+            "batch": [self._batch, self._piece],
             "augment": [self.passes, self._seed] if self._takes_rng and self._augment != "refuse" else [],
             "machine": [found["cpu_model"], found["cpu_features"], found["choices"], np.__version__],
         }
