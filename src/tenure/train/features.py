@@ -122,6 +122,8 @@ class Frozen:
             missing = [number for number in order if number not in there]
             number = next((n for n in missing or [-1] if entry.claim(name, n, time.monotonic())), None)
             yield Step(len(there), count, entry.longest_s, wait=number is None)
+            if entry.files.exists(entry.folder / f"{name}.npy"):
+                break  # another assembled it since we looked, and took the claims away
             if number == -1:
                 try:
                     entry.assemble(name, edges)
