@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -36,9 +37,10 @@ def main() -> None:
     if mode == "ddp":
         distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    print(json.dumps(train(net, rank, options, began=lambda: meet(folder, rank))))
+    print(json.dumps(train(net, rank, options, began=lambda: meet(folder, rank))), flush=True)
     if mode == "ddp":
-        distributed.destroy_process_group()
+        distributed.barrier()
+    os._exit(0)  # gloo's threads now and then end a process that takes itself apart with "terminate called"
 
 
 def train(net: nn.Module, rank: int, options: dict[str, Any], *, began: Callable[[], None]) -> dict[str, Any]:
