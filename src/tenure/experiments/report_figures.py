@@ -148,7 +148,7 @@ def _memory_peaks(rows: Rows, stage: Stage, trials: Sequence[Trial], leases: Seq
         for trial in trials
         if "peak_memory_bytes" in trial.metrics
     ]
-    gang = [lease for lease in leases if lease.gang_id and lease.starts_at_s]
+    gang = [lease for lease in _workers(leases) if lease.starts_at_s]
     granted = rows.lease(gang[-1], "envelope.memory_bytes") if gang else None
     return _figure(
         f"{stage.name}-memory",
@@ -161,9 +161,15 @@ def _memory_peaks(rows: Rows, stage: Stage, trials: Sequence[Trial], leases: Seq
     )
 
 
+def _workers(leases: Sequence[Lease]) -> list[Lease]:
+    """Return the leases that trained: those of a gang whose command is started by events, not that of the export."""
+    gang = [lease for lease in leases if lease.gang_id]
+    return [lease for lease in gang if lease.command.on_event] or gang or list(leases)
+
+
 def _memory_over_time(rows: Rows, stage: Stage, leases: Sequence[Lease]) -> Figure:
     series: list[dict[str, Any]] = []
-    gang = [lease for lease in leases if lease.gang_id] or list(leases)
+    gang = _workers(leases)
     for lease in gang[-8:]:
         points = [_point(at_s, cell) for at_s, cell in rows.usage(lease, "memory_bytes")]
         series.append({"name": f"worker {lease.worker}", "points": points})
