@@ -445,6 +445,15 @@ def test_a_failed_run_goes_on_once_its_program_is_mended(tenure, tmp_path):
     assert sorted(set(combined(log))) == list(range(12))  # who starts repeats the updates since the newest checkpoint
 
 
+def test_a_result_that_rots_is_told_and_made_again_by_a_resumed_run(tenure, tmp_path):
+    outcome = tenure.run(tenure.train(rounds=6, rot=str(tmp_path / "rotten")))
+    assert "losing bits" in failed(outcome)
+    again = tenure.run(resume=outcome.run.id)
+    assert "does not match its checksum. It was put into quarantine: resume the run" in failed(again)
+    once_more = tenure.run(resume=outcome.run.id)
+    assert once_more.run.state == "done", once_more.failed
+
+
 def test_a_second_ctrl_c_does_not_disturb_the_cleaning_up(tenure, tmp_path):
     begun = tmp_path / "begun"
     code = (

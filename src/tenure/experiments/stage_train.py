@@ -66,7 +66,7 @@ def run_train(context: RunContext, job: Job) -> None:
         return
     chosen = _asked_for(context, chosen)
     kept = [t for t in context.client.trials(run_id=context.run.id) if t.stage == job.name and t.source == "observed"]
-    if not kept:  # else an interrupted run had trained already, and only the export is missing
+    if not kept or not (context.files.store(job.name) / "result").exists():  # else only the export is missing
         observed = _train(context, job, spec, fingerprint, chosen)
         _compare(context, job, chosen, observed)
     _export(context, job)

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tenure.errors import MissingExtra, NotFound, SpecError, TenureError, Unsupported
+from tenure.errors import CorruptData, MissingExtra, NotFound, SpecError, TenureError, Unsupported
 from tenure.train.files import Files
 from tenure.train.predictions import held_out_examples, predictions
 from tenure.train.programs import Arrays, load_program
-from tenure.train.records import read_arrays
+from tenure.train.records import Header, read_arrays
 from tenure.train.spec import read_spec
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def export(stage_dir: Path, *, min_equal: float = 0.999) -> dict[str, Any]:
     spec = read_spec(stage_dir)
     if not (stage_dir / "store" / "result").exists():
         raise NotFound(f"{stage_dir / 'store'} has no result yet; export after the training stage is done")
-    header, weights = read_arrays(stage_dir / "store" / "result")
+    header, weights = _result(stage_dir / "store")
     program: Any = load_program(spec.program, Path(spec.folder), spec.options)
     _, held_out = program.data(spec.inputs)
     folder = stage_dir / "artefacts"
@@ -63,6 +63,16 @@ def export(stage_dir: Path, *, min_equal: float = 0.999) -> dict[str, Any]:
         return {**made, "path": str(path), "note": f"no ONNX model: {error}"}
     note = f"labels equal the program's on {equal:.2%} of {compared} held-out examples"
     return {**made, "path": str(onnx), "equal": equal, "examples": compared, "note": note}
+
+
+def _result(store: Path) -> tuple[Header, Arrays]:
+    """Return the stage's result. A torn or rotten one is put into quarantine, so that a resumed stage makes it again."""
+    try:
+        return read_arrays(store / "result")
+    except CorruptData as error:
+        files = Files()
+        files.move(store / "result", store / "quarantine" / f"result.{len(files.names(store / 'quarantine'))}")
+        raise CorruptData(f"{error}. It was put into quarantine: resume the run, which makes the result again") from error
 
 
 def export_command() -> tuple[str, ...]:

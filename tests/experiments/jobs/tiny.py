@@ -1,6 +1,7 @@
 """A training program of a few milliseconds a round, and the ways in which one goes wrong.
 
 fault: what `gradient` does from round `fault_round` on. rounds_log: file that each combined round is appended to.
+rot: file that tells whether the first export has spoilt the stage's result already; none: it does not.
 needed: rounds until the accuracy is told in full; before, its share.
 """
 
@@ -16,9 +17,9 @@ import numpy as np
 class Tiny:
     """Which half of the plane a point lies in, by logistic regression on 200 made-up points."""
 
-    def __init__(self, fault="", fault_round=0, pause_s=0.0, rounds_log="", needed=1):
+    def __init__(self, fault="", fault_round=0, pause_s=0.0, rounds_log="", needed=1, rot=""):
         self.fault, self.fault_round, self.pause_s = fault, fault_round, pause_s
-        self.rounds_log, self.needed = rounds_log, needed
+        self.rounds_log, self.needed, self.rot = rounds_log, needed, rot
 
     def data(self, inputs):
         x = np.random.default_rng(0).standard_normal((240, 2)).astype(np.float32)
@@ -52,6 +53,13 @@ class Tiny:
         return np.argmax(np.asarray(x) @ weights["w"], axis=1)
 
     def export(self, weights, path):
+        if self.rot and not os.path.exists(self.rot):
+            Path(self.rot).touch()
+            result = Path(os.environ["TENURE_RUN_DIR"], "store", "result")
+            content = bytearray(result.read_bytes())
+            content[-1] ^= 1
+            result.write_bytes(content)
+            raise OSError("the disk is losing bits")
         write_model(path, np.asarray(weights["w"]))
 
 
