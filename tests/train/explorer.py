@@ -268,7 +268,7 @@ class WatchedStore(Store):
         created = super()._publish(name, pieces, durable=durable)
         if newest > self.fence:
             self.run.stale.append(f"{name} by fence {self.fence} of worker {self.worker} after fence {newest}")
-        if not created and name.split("/")[0] not in ("claims", "layout.json", "failure.json"):
+        if not created and name.split("/")[0] not in ("claims", "layout.json", "failures"):
             self.refused += 1
         return created
 

@@ -38,7 +38,7 @@ def effect(name: str, content: bytes) -> Effect | None:
     if folder == "rounds":
         data = json.loads(content)["data"]
         return tuple(data[key] for key in ("round", "loss", "accuracy", "examples"))
-    if folder in ("plans", "layout.json", "failure.json"):
+    if folder in ("plans", "layout.json", "failures"):
         return (repr(json.loads(content)["data"]),)
     return None
 
@@ -124,7 +124,7 @@ class Oracle:
         store = MemoryFiles(run.disk)
         if store.exists(ROOT / "result"):
             wrong.append("there is a result although the loss is NaN")
-        if not failed or not store.exists(ROOT / "failure.json"):
+        if not failed or not store.names(ROOT / "failures"):
             wrong.append("nobody says that the loss is NaN")
         return wrong
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tenure.errors import CorruptData
 from tenure.train import tree
 from tenure.train.adder import Adder, Part
 from tenure.train.layout import Cut, Flats, Layout
@@ -176,11 +177,18 @@ class Exchange:
         )
 
     def describe(self, round_: int) -> Mapping[str, Any] | None:
-        """Return loss, n and shard_s of a round from its sum alone, None when it is not complete (any more)."""
-        slices = self.complete(round_)
-        if not slices:
-            return None
-        return self.store.record(sum_name(round_, slices, self._wanted(slices)[0])).header.meta
+        """Return loss, n and shard_s of a round from its sum alone, None when that is not complete, or nothing of it is sound.
+
+        Torn slices go to quarantine; the others tell the same, without the shards' seconds.
+        """
+        for number in self._wanted(slices) if (slices := self.complete(round_)) else ():
+            name = sum_name(round_, slices, number)
+            try:
+                with self.store.quarantining(name):
+                    return self.store.record(name).header.meta
+            except (CorruptData, FileNotFoundError):
+                continue
+        return None
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tenure.errors import CorruptData
 from tenure.train.files import Files
-from tenure.train.store import read_document, read_result
+from tenure.train.store import failure_name, read_document, read_result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +98,15 @@ class ProgressReader:
     def _state(self) -> tuple[str, str]:
         try:
             result = read_result(self._root)
-            failure = read_document(self._root / "failure.json")
+            plans = self._files.names(self._root / "plans")
+            failure = read_document(self._root / failure_name(int(plans[-1][:4]) if plans else 0))
         except CorruptData as error:
             return "running", str(error)
         if result is not None:
             return "done", str(result.meta["why"])
         if failure is not None:
             return "failed", str(failure["error"])
-        return ("running" if self._files.names(self._root / "plans") else "waiting"), ""
+        return ("running" if plans else "waiting"), ""
 
 
 def read_progress(store_dir: Path) -> TrainProgress:

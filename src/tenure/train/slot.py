@@ -29,7 +29,7 @@ from tenure.train.programs import averaged
 from tenure.train.records import Arrays
 from tenure.train.round_records import Figures, Finished, RoundRecords
 from tenure.train.rounds import Rounds
-from tenure.train.store import read_result, round_name
+from tenure.train.store import failure_name, read_result, round_name
 from tenure.train.turns import Turns
 
 SHORT_SLOTS = 3
@@ -173,7 +173,7 @@ class Slot:
         )
         if self._last is not None:
             self._checkpoint()
-        store.publish_json("failure.json", {"error": error, "round": self.round}, durable=True)
+        store.publish_json(failure_name(self.event.generation), {"error": error, "round": self.round}, durable=True)
         raise JobFailed(error)
 
     # --- one round ----------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ class Slot:
             result = None
         if result is not None:
             return Outcome("done", int(result.meta["rounds"]), str(result.meta["why"]))
-        failure = store.read_json("failure.json")
+        failure = store.read_json(failure_name(self.event.generation))
         if failure is not None:
             raise JobFailed(failure["error"])
         if store.latest_generation() > self.event.generation:

@@ -11,7 +11,7 @@
       claims/…                        who does what one suffices for; fences/… newest grant of each worker
       starts/…                        start-up seconds of each slot
       local/…, anew/…                 what is a worker's own (`own_state`), and where it began without
-      result, failure.json            the end, at most one of each
+      result                          the end; failures/0000.json that of a generation that could not go on
       quarantine/…                    files that were not what was written
 
 Each file appears whole and once (create-exclusive); two who publish the same name have one effect. A writer whose fence
@@ -33,8 +33,11 @@ from tenure.errors import CorruptData, StaleFence
 from tenure.train.files import Files
 from tenure.train.records import BLOCK_BYTES, Arrays, Header, Record, pack
 
-FOLDERS = ("events", "plans", "weights", "nodes", "sums", "rounds", "claims", "fences", "starts", "local", "anew", "quarantine")
-_EXPECTED_TWICE = ("claims", "layout.json", "failure.json", "local", "anew")
+FOLDERS = (
+    *("events", "plans", "weights", "nodes", "sums", "rounds", "claims", "fences", "starts", "local", "anew", "failures"),
+    "quarantine",
+)
+_EXPECTED_TWICE = ("claims", "layout.json", "failures", "local", "anew")
 """What several publish by design: no lost work."""
 
 
@@ -163,19 +166,21 @@ class Store:
     # --- beginning again ----------------------------------------------------------------------------------------------
 
     def begin_again(self, generation: int, *, changed: bool) -> None:
-        """Let the stage go on after a failure that ended it; drop what the round under way has that no longer fits.
+        """Drop what the round under way has that no longer fits, before a generation publishes its plan.
 
-        That is the sum of a failed round with its nodes, and, when program or data `changed`, the nodes of a round without a
-        sum. Only when nobody else works: a generation begins.
+        That is the sum of a round that failed the generation before with its nodes, and, when program or data `changed`, the
+        nodes of a round without a sum. Nobody else works then; should this process have been slow, and the plan be there, it
+        leaves at once. Failures are told by generation, so that nothing is in the way of the next one.
         """
-        failure = self.read_json("failure.json")
-        if failure is not None or changed:
-            first = self.newest_sum() + 1 if failure is None else int(failure["round"])
-            for kind in ("nodes", "sums"):
-                for name in self.names(kind):
-                    if int(name[:8]) >= first:
-                        self.files.remove(self.root / kind / name)
-        self.files.move(self.root / "failure.json", self.root / f"failure-before-{generation:04d}.json")
+        failed = max((int(name[:4]) for name in self.names("plans") if int(name[:4]) < generation), default=0)
+        failure = self.read_json(failure_name(failed))
+        if failure is None and not changed:
+            return
+        first = self.newest_sum() + 1 if failure is None else int(failure["round"])
+        for kind in ("nodes", "sums"):
+            for name in self.names(kind):
+                if int(name[:8]) >= first and self.latest_generation() < generation:
+                    self.files.remove(self.root / kind / name)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -271,6 +276,11 @@ def read_result(store_dir: Path, files: Files | None = None) -> Header | None:
         return Record(store_dir / "result", files).header
     except FileNotFoundError:
         return None
+
+
+def failure_name(generation: int) -> str:
+    """Return the name of what a generation could not go on for."""
+    return f"failures/{generation:04d}.json"
 
 
 def weights_name(rounds: int) -> str:
