@@ -40,6 +40,7 @@ def test_no_interleaving_has_a_double_effect_or_a_missing_one(oracle: Oracle, fi
 FOUND = {
     17814: "a slow start of a generation moved the failure of the next one away",
     26206: "the same, with files that rot",
+    15191: "a power cut took the last round's record, after the result was there",
     17922: "a torn slice of an earlier round kept the last one from its result",
 }
 """Schedules that did harm once; what they find depends on the protocol, so that a change may make them harmless."""

@@ -47,7 +47,10 @@ class RoundRecords:
     exchange: Exchange
 
     def publish(self, rounds: int, finished: Finished, accuracy: float | None, figures: Figures) -> None:
-        """Publish the record of the round that finished as the `rounds`-th. accuracy: None when nobody looked."""
+        """Publish the record of the round that finished as the `rounds`-th. accuracy: None when nobody looked.
+
+        The last one is forced to disk, as the result is that it tells of: nobody makes it again afterwards.
+        """
         record = {
             "round": rounds,
             "loss": finished.loss / finished.n,
@@ -61,7 +64,7 @@ class RoundRecords:
             "round_s": figures.round_s,
             "at_s": self.context.utc(),
         }
-        self.context.store.publish_json(round_name(rounds), record)
+        self.context.store.publish_json(round_name(rounds), record, durable=bool(self.why_last(record)))
 
     def fill(self, before: int) -> None:
         """Publish the records that workers who died owed, before the sums they are made of are forgotten.
