@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from tenure.errors import SpecError
-from tenure.train.programs import Arrays, as_floats, load_arrays, share_right
+from tenure.train.programs import Arrays, as_floats, draws_random, load_arrays, share_right
 from tenure.train.torch_cpu import EVALUATED_AT_ONCE, keep_memory, obey_threads, seeded
 
 OPTIMIZERS: Mapping[str, tuple[Any, float]] = {
@@ -173,11 +173,7 @@ class KerasModel:
 
     def augments(self, x: NDArray[Any]) -> bool:
         """Return whether `transform` draws random numbers for examples x in training."""
-        transform, rng = self._method("transform"), np.random.default_rng(0)
-        before = rng.bit_generator.state
-        if transform:
-            transform(np.array(x), rng)
-        return rng.bit_generator.state != before
+        return draws_random(self._method("transform"), x)
 
     def _method(self, name: str) -> Callable[..., Any] | None:
         found = getattr(self._model, name, None)

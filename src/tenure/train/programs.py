@@ -113,6 +113,15 @@ def averaged(program: Program) -> frozenset[str]:
     return frozenset(getattr(program, "averaged", ()))
 
 
+def draws_random(transform: Callable[..., Any] | None, x: NDArray[Any]) -> bool:
+    """Return whether a model's transform(x, rng) draws random numbers for examples x in training."""
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    if transform is not None:
+        transform(np.array(x), rng)
+    return rng.bit_generator.state != before
+
+
 def load_arrays(inputs: Mapping[str, str]) -> tuple[Arrays, Arrays]:
     """Return ``x_train.npy y_train.npy x_test.npy y_test.npy``, found in the input folders, memory-mapped.
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tenure.errors import SpecError
-from tenure.train.programs import Arrays, load_arrays, share_right
+from tenure.train.programs import Arrays, draws_random, load_arrays, share_right
 from tenure.train.torch_cpu import EVALUATED_AT_ONCE, keep_memory, obey_threads, seeded
 from tenure.train.torch_cut import split
 
@@ -197,11 +197,7 @@ class TorchModule:
 
     def augments(self, x: NDArray[Any]) -> bool:
         """Return whether `transform` draws random numbers for examples x in training."""
-        transform, rng = self._method("transform"), np.random.default_rng(0)
-        before = rng.bit_generator.state
-        if transform:
-            transform(np.array(x), rng)
-        return rng.bit_generator.state != before
+        return draws_random(self._method("transform"), x)
 
     def _method(self, name: str) -> Callable[..., Any] | None:
         """Return the user's method; an attribute of the name that is no method means something else to the module."""
