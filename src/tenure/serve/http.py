@@ -19,6 +19,9 @@ from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.serve import codec_http
 from tenure.serve.dataplane import EXTENSIONS, SERVER_NAME, DataPlane
 from tenure.serve.faults import InputRefused, Overloaded, TooLarge
+from tenure.serve.messages import InferAnswer, InferRequest
+from tenure.serve.plane import Answer, Output
+from tenure.serve.tensors import datatype_of, from_raw, to_raw
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -111,16 +114,15 @@ class HttpDoor:
         try:
             header_length = _read_headers(scope["headers"], held)
             body = await self._read(receive, held)
-            request, binary = codec_http.decode_request(body, header_length, model=name, version=version)
-            answer = await self._plane.infer(request)
-            parts, length = codec_http.encode_answer(answer, binary)
+            request, template = _request(body, header_length, name, version)
+            content, raw = _answer_parts(await self._plane.infer(request), template)
         finally:
             held.release()
-        if length is None:
-            await _answer(send, 200, parts[0])
+        if not raw:
+            await _answer(send, 200, content)
         else:
-            headers = ((b"content-type", b"application/octet-stream"), (_HEADER_LENGTH, str(length).encode()))
-            await _answer(send, 200, b"".join(parts), headers)
+            headers = ((b"content-type", b"application/octet-stream"), (_HEADER_LENGTH, str(len(content)).encode()))
+            await _answer(send, 200, b"".join((content, *raw)), headers)
 
     async def _read(self, receive: Receive, held: _Held) -> bytes:
         """Return the whole body, its bytes accounted for. Raises TooLarge, Overloaded, Unavailable when it does not come."""
@@ -164,6 +166,33 @@ class _Held:
 
     def release(self) -> None:
         self._plane.release(self._held)
+
+
+def _request(body: bytes, header_length: int | None, model: str, version: str) -> tuple[InferRequest, codec_http.Template]:
+    content, raw = codec_http.split(memoryview(body), header_length)
+    found = codec_http.decode_request(content)
+    template = found.template if isinstance(found, codec_http.TypedRequest) else found
+    if any(ref.region for ref in template.inputs) or any(wanted.region for wanted in template.outputs):
+        raise InputRefused("shared memory is not offered")
+    if raw.nbytes != template.raw_bytes:
+        raise InputRefused(f"the raw inputs take {template.raw_bytes} bytes; {raw.nbytes} follow the JSON")
+    if isinstance(found, codec_http.TypedRequest):
+        filled = memoryview(bytearray(found.nbytes))
+        found.write(filled, raw)
+        raw = filled
+    inputs = {
+        ref.name: from_raw(raw[ref.offset : ref.offset + ref.nbytes], ref.datatype, ref.shape, tensor=ref.name)
+        for ref in template.inputs
+    }
+    outputs = tuple(wanted.name for wanted in template.outputs)
+    return InferRequest(model=model, version=version, id=template.id, inputs=inputs, outputs=outputs), template
+
+
+def _answer_parts(answer: InferAnswer, template: codec_http.Template) -> tuple[bytes, list[memoryview]]:
+    outputs = tuple(
+        Output(name, datatype_of(array), array.shape, memoryview(to_raw(array))) for name, array in answer.outputs.items()
+    )
+    return codec_http.answer_json(Answer(answer.model, answer.version, outputs), answer.id, template.raw_outputs)
 
 
 def _read_headers(headers: list[tuple[bytes, bytes]], held: _Held) -> int | None:

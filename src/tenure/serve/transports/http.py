@@ -13,7 +13,6 @@ from urllib.parse import quote
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve import codec_http
 from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
-from tenure.serve.messages import InferRequest
 from tenure.serve.tensors import Array, ModelMetadata
 from tenure.serve.transports import Stages
 
@@ -150,7 +149,7 @@ def _path(name: str) -> str:
 
 
 def _request(name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> tuple[_Parts, dict[str, str]]:
-    parts, length = codec_http.encode_request(InferRequest(model=name, inputs=inputs, outputs=outputs))
+    parts, length = codec_http.encode_request(inputs, outputs)
     headers = {
         "Content-Type": "application/octet-stream",
         codec_http.HEADER_LENGTH: str(length),
@@ -162,7 +161,7 @@ def _request(name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> 
 def _outputs(status: int, headers: Any, body: bytes) -> dict[str, Array]:
     _check(status, headers, body)
     length = headers.get(codec_http.HEADER_LENGTH)
-    return dict(codec_http.decode_answer(body, int(length) if length else None).outputs)
+    return codec_http.decode_answer(body, int(length) if length else None).outputs
 
 
 def _check(status: int, headers: Any, body: bytes) -> None:
