@@ -194,7 +194,7 @@ def test_a_full_batch_and_a_request_in_a_hurry_do_not_wait_for_company():
     queue.add(patient)
     assert queue.plan(1, 0.0).batches == []
     pair = [Waiting(number, 0.001, kind="b") for number in range(2)]
-    hurried = Waiting("hurried", 0.001, kind="c", deadline_s=0.011)
+    hurried = Waiting("hurried", 0.001, kind="c", deadline_s=0.0205)
     for waiting in (*pair, hurried):
         queue.add(waiting)
     plan = queue.plan(3, 0.001)
