@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tenure.errors import TenureError
 from tenure.serve.dataplane import Limits
+from tenure.serve.plane import ModelOptions
 from tenure.serve.processes import leased_threads, worker_dir, write_json
 from tenure.serve.server import serve
 
@@ -31,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"listening": endpoints}) + "\n")
         sys.stdout.flush()
 
-    limits = Limits(max_request_bytes=options.max_request_bytes, max_queue=options.max_queue, timeout_s=options.timeout_s)
+    limits = Limits(
+        max_request_bytes=options.max_request_bytes,
+        threads=options.threads or leased_threads(os.environ),
+        options=ModelOptions(max_queue=options.max_queue, timeout_s=options.timeout_s),
+    )
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             drained = runner.run(
@@ -41,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     host=options.host,
                     http_port=options.http_port,
                     grpc_port=options.grpc_port,
-                    threads=options.threads or leased_threads(os.environ),
                     limits=limits,
                     grace_s=options.grace_s,
                     on_listening=listening,
@@ -52,10 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if folder is not None:
         write_json(folder / "result.json", {"state": "done", "drained": drained})
-    if not drained:  # a model that hangs holds its thread, and the interpreter would wait for it without end
+    if not drained:
         sys.stderr.write("tenure.serve: some accepted requests were not answered within the grace\n")
-        sys.stderr.flush()
-        os._exit(1)
+        return 1
     return 0
 
 
@@ -83,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--http-port", type=_port, default=0, help="0: any free one; off: no HTTP")
     parser.add_argument("--grpc-port", type=_port, default=0, help="0: any free one; off: no gRPC")
     parser.add_argument("--threads", type=int, default=0, help="threads per model (default: the lease's CPU share)")
-    parser.add_argument("--max-queue", type=int, default=Limits().max_queue, help="requests waiting per model")
+    parser.add_argument("--max-queue", type=int, default=ModelOptions().max_queue, help="requests waiting per model")
     parser.add_argument("--max-request-bytes", type=int, default=Limits().max_request_bytes)
-    parser.add_argument("--timeout-s", type=float, default=Limits().timeout_s, help="from acceptance to answer")
+    parser.add_argument("--timeout-s", type=float, default=ModelOptions().timeout_s, help="from acceptance to answer")
     parser.add_argument("--grace-s", type=float, default=5.0, help="to answer what was accepted, after SIGTERM")
     return parser
 

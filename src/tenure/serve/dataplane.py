@@ -1,29 +1,28 @@
-"""The one data plane behind both doors: checks a request, queues it within bounds, runs it, counts it.
+"""The one data plane behind all doors: memory for requests, models, queues, counters. Implements `plane.Plane`.
 
-    http door ┐                          ┌ model a: one thread, at most `max_queue` requests in it
-              ├─► DataPlane.infer ──────►┤
-    grpc door ┘   checks, bound, timeout └ model b: …
-
-One call at a time runs in an instance; batching across requests is a policy of `decide/`, not of this module.
-Doors hand in arrays and get arrays: nothing here knows JSON, protobuf or status codes.
+It runs on one event loop and does no work on tensors itself: models run in processes of their own (`served`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from tenure import __version__
-from tenure.errors import TenureError, Unavailable
-from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
-from tenure.serve.messages import InferAnswer, InferRequest
-from tenure.serve.repository import LoadedModel, Repository
-from tenure.serve.tensors import Array, ModelMetadata, check_inputs, check_outputs
+from tenure.errors import NotFound, TenureError, Unavailable
+from tenure.serve.arena import Arena
+from tenure.serve.faults import Overloaded
+from tenure.serve.instances import LOADER, InstanceSpec
+from tenure.serve.lane import Lane
+from tenure.serve.modelconfig import model_config
+from tenure.serve.plane import Buffer, Call, IndexEntry, ModelOptions, ModelStatistics, RegionStatus
+from tenure.serve.regions import Regions
+from tenure.serve.repository import ModelFiles, version_order
+from tenure.serve.served import Served, Shared
+from tenure.serve.tensors import ModelMetadata
 
-SERVER_NAME = "tenure"
-EXTENSIONS = ("binary_tensor_data",)
+DEFAULT_BUDGET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,163 +30,281 @@ class Limits:
     """Bounds of one server."""
 
     max_request_bytes: int = 64 << 20
-    """Largest body of one request."""
-    max_held_bytes: int = 512 << 20
+    memory_budget_bytes: int = DEFAULT_BUDGET_BYTES
     """Request bodies held at once, all together."""
-    max_queue: int = 256
-    """Requests waiting or running per model."""
-    timeout_s: float = 60.0
-    """From acceptance to answer; also how long a body may take to arrive."""
-
-
-@dataclass(slots=True)
-class Statistics:
-    """Counters of one model since the server started. Times in seconds."""
-
-    outcomes: dict[str, int] = field(default_factory=dict)
-    """Requests by how they ended: ok, refused, overloaded, failed, timed_out."""
-    rows: int = 0
-    """First dimensions of the first inputs, added up over answered requests."""
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-
-    def count(self, outcome: str) -> None:
-        """Count one request."""
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-
-
-class _Lane:
-    """One model's thread and queue. The place is given back when the call has really ended, not when its caller left."""
-
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
-        self.statistics = Statistics()
-        self.pending = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{model.name}")
-
-    def submit(self, request: InferRequest) -> Future[dict[str, Array]]:
-        return self._thread.submit(self._run, request, time.perf_counter())
-
-    def _run(self, request: InferRequest, accepted_at_s: float) -> dict[str, Array]:
-        started_at_s = time.perf_counter()
-        found = self.model.engine.infer(request.inputs, request.outputs)
-        self.statistics.queue_s += started_at_s - accepted_at_s
-        self.statistics.compute_s += time.perf_counter() - started_at_s
-        return found
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    max_answer_bytes: int = 64 << 20
+    """Outputs of one call, and of one batch."""
+    options: ModelOptions = field(default_factory=ModelOptions)
+    """Of models that name none of their own."""
+    threads: int = 1
+    """Of all instances of a model together, where its options name none."""
 
 
 class DataPlane:
-    """Answers requests of all doors. Its coroutines belong to one event loop."""
+    """See Plane. `open` before anything else, `close` at the end."""
 
-    def __init__(self, repository: Repository, limits: Limits | None = None) -> None:
-        self.repository = repository
+    def __init__(self, files: ModelFiles, limits: Limits | None = None, *, loader: str = LOADER) -> None:
+        """loader: ``module:function`` that loads an engine in an instance."""
+        self.files = files
         self.limits = limits or Limits()
         self.draining = False
-        """Set when the server is about to leave: not ready any more, but what was accepted is answered."""
-        self.held_bytes = 0
-        self._lanes = {(m.name, m.version): _Lane(m) for m in repository.all()}
+        self._loader = loader
+        self._arena = Arena(self.limits.memory_budget_bytes, max_request_bytes=self.limits.max_request_bytes)
+        self._regions = Regions()
+        self._shared = Shared(self._arena, self._regions, self._arena.release)
+        self._models: dict[str, dict[str, Served]] = {}
+        """name → version → what answers; versions in order, the default one last."""
+        self._routes: dict[tuple[str, str], Served] = {}
+        self._changing: dict[str, asyncio.Lock] = {}
+        self._states: dict[str, tuple[str, str]] = {}
+        """Of models that are not served: state and reason."""
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._old: list[Served] = []
+
+    async def open(self) -> None:
+        """Load every model. Raises NotFound, SpecError, MissingExtra, Unavailable; nothing runs then."""
+        names = sorted(self.files.scan())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in names:
+                    group.create_task(self.load(name))
+        except* TenureError as errors:
+            await self.close()
+            first: BaseException = errors
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
+
+    # ---- memory
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory held by requests now."""
+        return self._arena.held_bytes
+
+    @property
+    def memory(self) -> Arena:
+        """The memory for requests: its size, what is held by which door, the peak."""
+        return self._arena
+
+    def reserve(self, nbytes: int, door: str) -> Buffer:
+        """See Plane."""
+        try:
+            return self._arena.reserve(nbytes, door)
+        except Overloaded as error:
+            error.retry_after_s = max((s.lane.retry_after_s() for s in self._routes.values()), default=1.0)
+            raise
+
+    def release(self, buffer: Buffer) -> None:
+        """See Plane."""
+        self._arena.release(buffer)
+
+    # ---- calls
+
+    def submit(self, call: Call) -> None:
+        """See Plane."""
+        served: Served | None = None
+        try:
+            if self.draining:
+                raise Unavailable("the server is about to leave; try another")
+            served = self._routes.get((call.model, call.version)) or self._find(call.model, call.version)
+            served.lane.submit(call, served.signature.form(call))
+        except TenureError as error:
+            if call.buffer is not None:
+                self._arena.release(call.buffer)
+            if served is not None:
+                served.lane.refused(error)
+            raise
+
+    def cancel(self, call: Call) -> None:
+        """See Plane."""
+        ticket = call.ticket
+        if ticket is not None:
+            ticket.lane.cancel(ticket)
+
+    # ---- what there is
 
     @property
     def ready(self) -> bool:
-        """Whether requests are welcome."""
-        return not self.draining
-
-    @property
-    def version(self) -> str:
-        """The server's version."""
-        return __version__
+        """See Plane."""
+        return not self.draining and all(served.ready for served in self._routes.values())
 
     def model_ready(self, name: str, version: str = "") -> bool:
-        """Return whether a model can answer. Raises NotFound."""
-        self.repository.find(name, version)
-        return self.ready
+        """See Plane."""
+        served = self._routes.get((name, version))
+        if served is None:
+            try:
+                self._find(name, version)
+            except Unavailable:
+                return False
+        return served is not None and served.ready and not self.draining
 
     def metadata(self, name: str, version: str = "") -> ModelMetadata:
-        """Return what a model takes and gives. Raises NotFound."""
-        return self.repository.metadata(name, version)
+        """See Plane."""
+        found = self._find(name, version).lane.metadata
+        return ModelMetadata(
+            name=name,
+            versions=tuple(self._models[name]),
+            platform=found.platform,
+            inputs=found.inputs,
+            outputs=found.outputs,
+        )
 
-    def statistics(self) -> dict[tuple[str, str], Statistics]:
-        """Return the counters by model name and version."""
-        return {key: lane.statistics for key, lane in self._lanes.items()}
+    def config(self, name: str, version: str = "") -> Mapping[str, Any]:
+        """See Plane."""
+        served = self._find(name, version)
+        return model_config(served.lane.metadata, served.options, stackable=served.lane.stackable)
 
-    def hold(self, size_bytes: int) -> None:
-        """Account for request bytes in memory; `release` gives them back. Raises TooLarge, Overloaded."""
-        if size_bytes > self.limits.max_request_bytes:
-            raise TooLarge(f"a request may have {self.limits.max_request_bytes} bytes; this one has {size_bytes} or more")
-        if self.held_bytes + size_bytes > self.limits.max_held_bytes:
-            raise Overloaded(f"requests of {self.limits.max_held_bytes} bytes are held already; try again")
-        self.held_bytes += size_bytes
+    def statistics(self, name: str = "", version: str = "") -> Mapping[tuple[str, str], ModelStatistics]:
+        """See Plane."""
+        if name:
+            served = self._find(name, version)
+            if version:
+                return {(name, version): served.lane.statistics}
+        return {
+            (model, each): served.lane.statistics
+            for model, versions in self._models.items()
+            for each, served in versions.items()
+            if name in ("", model)
+        }
 
-    def release(self, size_bytes: int) -> None:
-        """Give back what `hold` took."""
-        self.held_bytes -= size_bytes
+    def index(self, *, ready_only: bool = False) -> Sequence[IndexEntry]:
+        """See Plane."""
+        entries = []
+        for name, versions in {**{name: list(found) for name, found in self.files.scan().items()}, **self._models}.items():
+            state, reason = self._states.get(name, ("UNAVAILABLE", "not loaded"))
+            for version in versions:
+                served = self._routes.get((name, version))
+                if served is None:
+                    entries.append(IndexEntry(name, version, state, reason))
+                elif served.ready:
+                    entries.append(IndexEntry(name, version, "READY"))
+                else:
+                    entries.append(IndexEntry(name, version, "UNAVAILABLE", served.reason))
+        entries.sort(key=lambda entry: (entry.name, version_order(entry.version)))
+        return [entry for entry in entries if entry.state == "READY"] if ready_only else entries
 
-    async def infer(self, request: InferRequest) -> InferAnswer:
-        """Check, queue and run one request.
+    def _find(self, name: str, version: str) -> Served:
+        served = self._routes.get((name, version))
+        if served is not None:
+            return served
+        versions = self._models.get(name)
+        if versions is not None:
+            raise NotFound(f'model "{name}" has no version "{version[:80]}"; there are: {", ".join(versions)}')
+        if name in self._states:
+            state, reason = self._states[name]
+            raise Unavailable(f'model "{name}" is not served: {state.lower()}{", " + reason if reason else ""}')
+        raise NotFound(f'there is no model "{name[:80]}"; served here: {", ".join(self._models)}')
 
-        Raises NotFound, InputRefused, Overloaded, ModelFailed, and Unavailable after `limits.timeout_s`.
-        """
-        model = self.repository.find(request.model, request.version)
-        lane = self._lanes[(model.name, model.version)]
-        try:
-            check_inputs(request.inputs, model.engine.inputs)
-            check_outputs(request.outputs, model.engine.outputs)
-            outputs = await self._run(lane, request)
-        except TenureError as error:
-            lane.statistics.count(_outcome(error))
-            raise
-        lane.statistics.count("ok")
-        first = next(iter(request.inputs.values()), None)
-        lane.statistics.rows += first.shape[0] if first is not None and first.ndim else 1
-        return InferAnswer(model=model.name, version=model.version, id=request.id, outputs=outputs)
+    # ---- loading
 
-    async def _run(self, lane: _Lane, request: InferRequest) -> dict[str, Array]:
-        if lane.pending >= self.limits.max_queue:
-            raise Overloaded(f'model "{lane.model.name}" has {lane.pending} requests waiting, its limit; try again')
-        lane.pending += 1
-        loop = asyncio.get_running_loop()
-        future = lane.submit(request)
-        wrapped = asyncio.wrap_future(future)
-        future.add_done_callback(lambda _: _tell(loop, lane))
-        try:
-            async with asyncio.timeout(self.limits.timeout_s):
-                return await wrapped
-        except TimeoutError as error:
-            raise Unavailable(f'model "{lane.model.name}" did not answer within {self.limits.timeout_s:g} s') from error
-        except TenureError:
-            raise
-        except Exception as error:  # an engine that breaks its contract must not take the door down
-            raise ModelFailed(f"the model failed: {type(error).__name__}: {error}") from error
+    async def load(self, name: str) -> None:
+        """See Plane."""
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            versions = self.files.scan().get(name)
+            if versions is None:
+                self._changing.pop(name, None)
+                raise NotFound(f'the repository holds no model "{name[:80]}"')
+            fresh = {version: self._made(name, version) for version in versions}
+            self._states[name] = ("LOADING", "")
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for served in fresh.values():
+                        group.create_task(served.open())
+            except* TenureError as errors:
+                for served in fresh.values():
+                    served.kill()
+                self._states[name] = ("UNAVAILABLE", str(errors.exceptions[0])[:400])
+                raise errors.exceptions[0] from None
+            self._states[name] = ("READY", "")
+            self._swap(name, fresh)
+
+    async def unload(self, name: str) -> None:
+        """See Plane."""
+        if name not in self._models and name not in self._states:
+            raise NotFound(f'there is no model "{name[:80]}"; served here: {", ".join(self._models)}')
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            self._states[name] = ("UNAVAILABLE", "unloaded")
+            gone = list(self._models.get(name, {}).values())
+            self._swap(name, {}, leave=False)
+            self._old += gone
+            await asyncio.gather(*(self._leave(served) for served in gone))
+
+    def _made(self, name: str, version: str) -> Served:
+        model = self.files.find(name, version)
+        options = self.files.options(name, self.limits.options)
+        count = options.instances or 1
+        spec = InstanceSpec(
+            path=model,
+            threads=options.threads or max(1, self.limits.threads // count),
+            max_answer_bytes=self.limits.max_answer_bytes,
+            loader=self._loader,
+        )
+        return Served(name, version, spec, options, self._shared)
+
+    def _swap(self, name: str, fresh: dict[str, Served], *, leave: bool = True) -> None:
+        """From here on requests go to what is fresh; what was served before answers what it has accepted."""
+        old = self._models.pop(name, {})
+        for key in [key for key in self._routes if key[0] == name]:
+            del self._routes[key]
+        if fresh:
+            self._models[name] = fresh
+            self._routes.update({(name, version): served for version, served in fresh.items()})
+            self._routes[(name, "")] = next(reversed(fresh.values()))
+        if leave:
+            for served in old.values():
+                self._old.append(served)
+                task = asyncio.get_running_loop().create_task(self._leave(served))
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, served: Served) -> None:
+        await served.close()
+        self._old.remove(served)
+
+    # ---- shared memory
+
+    def register_region(self, name: str, key: str, offset: int, nbytes: int) -> None:
+        """See Plane."""
+        region = self._regions.register(name, key, offset, nbytes)
+        for instance in self._instances():
+            instance.map_region(region)
+
+    def unregister_region(self, name: str = "") -> None:
+        """See Plane."""
+        for region in self._regions.unregister(name):
+            for instance in self._instances():
+                instance.drop_region(region)
+
+    def regions(self, name: str = "") -> Sequence[RegionStatus]:
+        """See Plane."""
+        return self._regions.status(name)
+
+    def _instances(self) -> list[Any]:
+        every = [*(served for versions in self._models.values() for served in versions.values()), *self._old]
+        return [instance for served in every for instance in served.each_instance()]
+
+    # ---- the end
 
     async def drain(self, grace_s: float) -> bool:
-        """Refuse readiness and wait until every accepted request has ended; False when the grace ran out first."""
+        """Refuse new requests and wait until every accepted one has ended; False when the grace ran out first."""
         self.draining = True
-        ends_at_s = time.monotonic() + grace_s
-        while any(lane.pending for lane in self._lanes.values()) and time.monotonic() < ends_at_s:
-            await asyncio.sleep(0.01)
-        return not any(lane.pending for lane in self._lanes.values())
+        lanes: list[Lane] = [served.lane for served in {*self._routes.values(), *self._old}]
+        try:
+            async with asyncio.timeout(grace_s):
+                for lane in lanes:
+                    await lane.drained()
+        except TimeoutError:
+            return False
+        return True
 
-    def close(self) -> None:
-        """End the threads and free the models."""
-        for lane in self._lanes.values():
-            lane.close()
-
-
-def _tell(loop: asyncio.AbstractEventLoop, lane: _Lane) -> None:
-    """Give the place back on the loop's thread; a loop that is closed has no use for it."""
-    try:
-        loop.call_soon_threadsafe(_give_back, lane)
-    except RuntimeError:
-        pass
-
-
-def _give_back(lane: _Lane) -> None:
-    lane.pending -= 1
-
-
-def _outcome(error: TenureError) -> str:
-    kinds = ((InputRefused, "refused"), (Overloaded, "overloaded"), (Unavailable, "timed_out"))
-    return next((name for kind, name in kinds if isinstance(error, kind)), "failed")
+    async def close(self) -> None:
+        """End every process at once, and free the memory."""
+        every = {*self._routes.values(), *self._old}
+        instances = [instance for served in every for instance in served.each_instance()]
+        for served in every:
+            served.kill()
+        for instance in instances:
+            await instance.ended.wait()
+        self._regions.unregister()
+        self._arena.close()

@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError
 
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.serve import codec_grpc, v2
-from tenure.serve.dataplane import EXTENSIONS, SERVER_NAME, DataPlane
+from tenure.serve.bridge import EXTENSIONS, SERVER_NAME
+from tenure.serve.bridge import Bridge as DataPlane
 from tenure.serve.faults import InputRefused, Overloaded, TooLarge
 
 _CODES: tuple[tuple[type[TenureError], grpc.StatusCode], ...] = (

@@ -17,7 +17,8 @@ import msgspec
 
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.serve import codec_http
-from tenure.serve.dataplane import EXTENSIONS, SERVER_NAME, DataPlane
+from tenure.serve.bridge import EXTENSIONS, SERVER_NAME
+from tenure.serve.bridge import Bridge as DataPlane
 from tenure.serve.faults import InputRefused, Overloaded, TooLarge
 from tenure.serve.messages import InferAnswer, InferRequest
 from tenure.serve.plane import Answer, Output

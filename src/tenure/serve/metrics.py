@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from tenure.serve.dataplane import DataPlane
+from tenure.serve.bridge import Bridge as DataPlane
 
 
 def render(plane: DataPlane) -> bytes:
@@ -32,9 +32,9 @@ class _Collector:
         for key, found in self._plane.statistics().items():
             for outcome, count in list(found.outcomes.items()):
                 requests.add_metric([*key, outcome], count)
-            rows.add_metric(key, found.rows)
-            queue.add_metric(key, found.queue_s)
-            compute.add_metric(key, found.compute_s)
+            rows.add_metric(key, found.inference_count)
+            queue.add_metric(key, found.queue.total_s)
+            compute.add_metric(key, found.compute_infer.total_s)
         yield from (requests, rows, queue, compute)
         held = "Request bodies held in memory now."
         yield GaugeMetricFamily("tenure_infer_held_bytes", held, value=float(self._plane.held_bytes))

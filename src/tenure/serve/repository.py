@@ -1,98 +1,67 @@
-"""The models of one server: found in a folder or given as one file, loaded once, looked up by name and version.
+"""The model files of one server: found in a folder or given as one file, by name and version. Nothing is loaded here.
 
 Layouts: FILE; DIR/NAME.onnx; DIR/NAME/model.onnx; DIR/NAME/VERSION/model.onnx (VERSION a whole number; the highest is
-served when none is asked for). Not here yet: load, unload and swap while serving.
+served when none is asked for), which is Triton's. The folder is looked at again for each load and index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 from tenure.errors import NotFound, SpecError
-from tenure.serve.engines import ENGINES, Engine, load_engine
-from tenure.serve.tensors import ModelMetadata
+from tenure.serve.engines import ENGINES
+from tenure.serve.plane import ModelOptions
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """One instance of one version of a model."""
+class ModelFiles:
+    """Where models are."""
 
-    name: str
-    version: str
-    engine: Engine
+    def __init__(self, path: Path, *, name: str = "", endings: Iterable[str] = tuple(ENGINES)) -> None:
+        """path: a model file or a folder. name: of a single file; else its stem. endings: of files that are models.
 
+        Raises NotFound for a missing path, SpecError when nothing is found there.
+        """
+        self._path = path
+        self._name = name
+        self._endings = tuple(endings)
+        if not self.scan():
+            raise SpecError(
+                f"no model in {path}: expected NAME.onnx, NAME/model.onnx or NAME/VERSION/model.onnx "
+                f"(endings known: {', '.join(self._endings)})"
+            )
 
-class Repository:
-    """Loaded models by name and version."""
+    def scan(self) -> dict[str, dict[str, Path]]:
+        """Return what is there now: name → version → file, versions in order. Raises NotFound for a missing path."""
+        path = self._path
+        if path.is_file():
+            return {self._name or path.stem: {"1": path}}
+        if not path.is_dir():
+            raise NotFound(f"there is no model file or folder {path}")
+        found: dict[str, dict[str, Path]] = {}
+        for entry in sorted(path.iterdir()):
+            if entry.is_file() and entry.suffix in self._endings:
+                found.setdefault(entry.stem, {})["1"] = entry
+            elif entry.is_dir():
+                versions = [("1", entry), *((e.name, e) for e in entry.iterdir() if e.name.isdigit())]
+                for version, folder in sorted(versions, key=lambda item: version_order(item[0])):
+                    file = next((f for f in (folder / f"model{e}" for e in self._endings) if f.is_file()), None)
+                    if file is not None:
+                        found.setdefault(entry.name, {})[version] = file
+        return found
 
-    def __init__(self, models: Mapping[str, Mapping[str, Path]], *, threads: int = 1) -> None:
-        """Load every file. models: name → version → file. Raises NotFound, SpecError, MissingExtra."""
-        self._models: dict[str, dict[str, LoadedModel]] = {}
-        for name, versions in models.items():
-            ordered = sorted(versions, key=_version_order)
-            self._models[name] = {v: LoadedModel(name, v, load_engine(versions[v], threads=threads)) for v in ordered}
+    def find(self, name: str, version: str) -> Path:
+        """Return a model's file. Raises NotFound."""
+        file = self.scan().get(name, {}).get(version)
+        if file is None:
+            raise NotFound(f'the repository holds no version {version} of model "{name[:80]}"')
+        return file
 
-    def names(self) -> list[str]:
-        """Return the names of all models."""
-        return list(self._models)
-
-    def all(self) -> list[LoadedModel]:
-        """Return every version of every model."""
-        return [model for versions in self._models.values() for model in versions.values()]
-
-    def find(self, name: str, version: str = "") -> LoadedModel:
-        """Return a model; without version the highest. Raises NotFound naming what there is."""
-        versions = self._models.get(name)
-        if versions is None:
-            raise NotFound(f'there is no model "{name[:80]}"; served here: {", ".join(self._models)}')
-        if not version:
-            return next(reversed(versions.values()))
-        if version not in versions:
-            raise NotFound(f'model "{name}" has no version "{version[:80]}"; there are: {", ".join(versions)}')
-        return versions[version]
-
-    def metadata(self, name: str, version: str = "") -> ModelMetadata:
-        """Return what a model takes and gives. Raises NotFound."""
-        model = self.find(name, version)
-        engine = model.engine
-        return ModelMetadata(
-            name=name,
-            versions=tuple(self._models[name]),
-            platform=engine.platform,
-            inputs=engine.inputs,
-            outputs=engine.outputs,
-        )
-
-    def close(self) -> None:
-        """Free all models."""
-        for model in self.all():
-            model.engine.close()
+    def options(self, name: str, default: ModelOptions) -> ModelOptions:
+        """Return how a model wants to be served."""
+        return default
 
 
-def find_models(path: Path, *, name: str = "") -> dict[str, dict[str, Path]]:
-    """Return the model files under a path: name → version → file.
-
-    name: for a single file; else its stem. Raises NotFound for a missing path, SpecError when nothing is found there.
-    """
-    if path.is_file():
-        return {name or path.stem: {"1": path}}
-    if not path.is_dir():
-        raise NotFound(f"there is no model file or folder {path}")
-    found: dict[str, dict[str, Path]] = {}
-    for entry in sorted(path.iterdir()):
-        if entry.is_file() and entry.suffix in ENGINES:
-            found.setdefault(entry.stem, {})["1"] = entry
-        elif entry.is_dir():
-            for version, folder in (("1", entry), *((e.name, e) for e in sorted(entry.iterdir()) if e.name.isdigit())):
-                file = next((folder / f"model{ending}" for ending in ENGINES if (folder / f"model{ending}").is_file()), None)
-                if file is not None:
-                    found.setdefault(entry.name, {})[version] = file
-    if not found:
-        raise SpecError(f"no model in {path}: expected NAME.onnx, NAME/model.onnx or NAME/VERSION/model.onnx (or .skops)")
-    return found
-
-
-def _version_order(version: str) -> tuple[int, str]:
+def version_order(version: str) -> tuple[int, str]:
+    """Return what versions are sorted by: as numbers."""
     return (int(version), version) if version.isdigit() else (-1, version)

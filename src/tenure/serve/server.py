@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenure.errors import SpecError, Unavailable
+from tenure.serve.bridge import Bridge
 from tenure.serve.dataplane import DataPlane, Limits
 from tenure.serve.http import HttpDoor
-from tenure.serve.repository import Repository, find_models
+from tenure.serve.repository import ModelFiles
 
 if TYPE_CHECKING:
     import uvicorn
@@ -37,7 +38,6 @@ async def serve(
     host: str = "127.0.0.1",
     http_port: int | None = 0,
     grpc_port: int | None = 0,
-    threads: int = 1,
     limits: Limits | None = None,
     grace_s: float = 5.0,
     on_listening: Callable[[Mapping[str, str]], None],
@@ -57,14 +57,16 @@ async def serve(
             doors.callback(bound.close)
         if grpc_port:
             _bind(host, grpc_port).close()
-        plane = DataPlane(Repository(find_models(model, name=name), threads=threads), limits)
-        doors.callback(plane.close)
+        plane = DataPlane(ModelFiles(model, name=name), limits)
+        doors.push_async_callback(plane.close)
+        await plane.open()
+        bridge = Bridge(plane)
         endpoints: dict[str, str] = {}
         if bound is not None:
-            await _open_http(plane, bound, doors, grace_s)
+            await _open_http(bridge, bound, doors, grace_s)
             endpoints["http"] = _address(host, bound.getsockname()[1])
         if grpc_port is not None:
-            endpoints["grpc"] = _address(host, await _open_grpc(plane, host, grpc_port, doors, grace_s))
+            endpoints["grpc"] = _address(host, await _open_grpc(bridge, host, grpc_port, doors, grace_s))
         on_listening(endpoints)
         await stop.wait()
         return await plane.drain(grace_s)
@@ -89,7 +91,7 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _open_http(plane: DataPlane, bound: socket.socket, doors: contextlib.AsyncExitStack, grace_s: float) -> None:
+async def _open_http(plane: Bridge, bound: socket.socket, doors: contextlib.AsyncExitStack, grace_s: float) -> None:
     server = _http_server(plane, grace_s)
     task = asyncio.create_task(server.serve(sockets=[bound]))
 
@@ -106,7 +108,7 @@ async def _open_http(plane: DataPlane, bound: socket.socket, doors: contextlib.A
         raise Unavailable("the HTTP door did not open within 30 s") from error
 
 
-def _http_server(plane: DataPlane, grace_s: float) -> uvicorn.Server:
+def _http_server(plane: Bridge, grace_s: float) -> uvicorn.Server:
     import uvicorn  # only where the door is really opened
 
     class _Server(uvicorn.Server):
@@ -134,7 +136,7 @@ def _http_server(plane: DataPlane, grace_s: float) -> uvicorn.Server:
     return _Server(config)
 
 
-async def _open_grpc(plane: DataPlane, host: str, port: int, doors: contextlib.AsyncExitStack, grace_s: float) -> int:
+async def _open_grpc(plane: Bridge, host: str, port: int, doors: contextlib.AsyncExitStack, grace_s: float) -> int:
     from tenure.serve.grpc import make_server  # grpc is loaded only where the door is really opened
 
     server = make_server(plane)

@@ -1,0 +1,452 @@
+"""One version of one model: its queue, the batches in its instances, and who is told what. No coroutine runs per request.
+
+    submit ─► queue (decide.batching) ─► batch ─► instance ─► done(call), once each
+                 ▲    once per loop iteration        │ dies or hangs
+                 └── calls that had company: alone ──┘
+
+When an instance dies, the batch it ran is suspect: each of its calls is tried once more, alone, so that only the one
+that kills it fails. A run that takes longer than the model's timeout is ended by killing its instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tenure.decide.batching import BatchPolicy, BatchQueue, Waiting
+from tenure.errors import TenureError, Unavailable
+from tenure.serve import batchwire as wire
+from tenure.serve.faults import InputRefused, ModelFailed, Overloaded
+from tenure.serve.plane import Answer, Buffer, Call, Durations, ModelOptions, ModelStatistics, Output
+from tenure.serve.tensors import ModelMetadata
+
+if TYPE_CHECKING:
+    from tenure.serve.instances import Instance
+    from tenure.serve.signature import Form
+
+_LOG = logging.getLogger(__name__)
+_SHORT_RUN_S = 0.002
+"""Calls that cannot be stacked share a message as long as they take less than this together."""
+_TOLD, _QUEUED, _RUNNING = range(3)
+
+
+class Ticket(Waiting):
+    """A call in a lane."""
+
+    __slots__ = ("form", "lane", "state")
+
+    def __init__(
+        self, lane: Lane, call: Call, form: Form, arrived_at_s: float, deadline_s: float, kind: object, priority: int
+    ) -> None:
+        self.lane = lane
+        self.request: Call = call
+        self.arrived_at_s = arrived_at_s
+        self.deadline_s = deadline_s
+        self.rows = form.rows
+        self.kind = kind
+        self.priority = priority
+        self.queued = False
+        self.hurried = False
+        self.form = form
+        self.state = _QUEUED
+
+
+class Batch:
+    """Calls that were sent to an instance together."""
+
+    __slots__ = ("began_at_s", "expires_at_s", "number", "slot", "tickets")
+
+    def __init__(self, number: int, slot: int, tickets: list[Ticket], began_at_s: float, expires_at_s: float) -> None:
+        self.number = number
+        self.slot = slot
+        self.tickets = tickets
+        self.began_at_s = began_at_s
+        self.expires_at_s = expires_at_s
+        """The earliest deadline of its calls that have not been told."""
+
+
+class Lane:
+    """See the module."""
+
+    def __init__(
+        self,
+        metadata: ModelMetadata,
+        version: str,
+        options: ModelOptions,
+        *,
+        stackable: bool,
+        release: Callable[[Buffer], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """options: with nothing left to choose. release: gives a buffer back to the arena."""
+        self.metadata = metadata
+        self.version = version
+        self.options = options
+        self.statistics = ModelStatistics()
+        self.accepting = True
+        self.stackable = stackable
+        self.instances: list[Instance] = []
+        """Those that are ready."""
+        self._release = release
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        rows = min(options.max_batch_rows, _max_calls(metadata)) if stackable else 1
+        self._queue = BatchQueue(
+            BatchPolicy(max_batch_rows=rows, max_delay_s=options.max_delay_s if stackable else 0, max_waiting=options.max_queue)
+        )
+        self._again: deque[Ticket] = deque()
+        self._open = 0
+        """Calls accepted and not yet ended, those that run for nobody among them."""
+        self._number = 0
+        self._scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at_s = math.inf
+        self._row_s = 0.0
+        """Mean time of the engine per row, lately."""
+        self._empty: asyncio.Future[None] | None = None
+        self._all_outputs = tuple((meta.name, meta.datatype) for meta in metadata.outputs)
+
+    # ---- what the plane calls
+
+    def submit(self, call: Call, form: Form) -> None:
+        """Queue a checked call. Raises Overloaded, Unavailable; the buffer stays the caller's then."""
+        if not self.accepting:
+            raise Unavailable(f'model "{self.metadata.name}" is not ready; try again')
+        now_s = self._clock()
+        options = self.options
+        priority = 1
+        if options.priority_levels:
+            priority = min(call.priority, options.priority_levels) if call.priority > 0 else (options.priority_levels + 1) // 2
+        ticket = Ticket(
+            self, call, form, now_s, now_s + (min(call.timeout_s, options.timeout_s) or options.timeout_s), form.kind, priority
+        )
+        if not self._queue.add(ticket):
+            raise Overloaded(
+                f'model "{self.metadata.name}" has {len(self._queue)} requests waiting, its limit; try again',
+                retry_after_s=self.retry_after_s(),
+            )
+        call.ticket = ticket
+        self._open += 1
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._scheduled_pump)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Tell nobody about a call; drop it if it still waits."""
+        if ticket.state == _TOLD:
+            return
+        self._count("cancelled")
+        if ticket.state == _QUEUED:
+            if not self._queue.drop(ticket):
+                self._again.remove(ticket)
+            self._end(ticket)
+        ticket.state = _TOLD
+
+    def retry_after_s(self) -> float:
+        """Return when a place should be free, seconds: half of what is queued at the rate measured lately."""
+        places = max(1, len(self.instances))
+        return min(10.0, max(0.01, self._queue.rows * self._row_s / places / 2))
+
+    def add(self, instance: Instance) -> None:
+        """Let a ready instance have work."""
+        self.instances.append(instance)
+        self._pump()
+
+    async def drained(self) -> None:
+        """Wait until every accepted call has ended."""
+        while self._open:
+            self._empty = self._loop.create_future()
+            await self._empty
+
+    @property
+    def open(self) -> int:
+        """Calls accepted and not yet ended."""
+        return self._open
+
+    def fail_all(self, error: TenureError) -> None:
+        """Tell every waiting call that it will not be answered."""
+        now_s = self._clock()
+        waiting = [*self._again]
+        self._again.clear()
+        self._queue.policy = BatchPolicy(max_batch_rows=1 << 60, max_waiting=self.options.max_queue)
+        while len(self._queue):
+            plan = self._queue.plan(1, now_s)
+            waiting += [*plan.expired, *(item for batch in plan.batches for item in batch)]  # type: ignore[list-item]
+        for ticket in waiting:
+            self._fail(ticket, error)
+            self._end(ticket)
+
+    # ---- scheduling
+
+    def _scheduled_pump(self) -> None:
+        self._scheduled = False
+        self._pump()
+
+    def _pump(self) -> None:
+        """Start what can start now, fail what has waited too long, and see to being woken in time."""
+        now_s = self._clock()
+        free = [instance for instance in self.instances if not instance.batches]
+        if self._again:
+            self._pump_again(free, now_s)
+        plan = self._queue.plan(len(free), now_s)
+        for batch in plan.batches:
+            self._send(free.pop(), batch, now_s)  # type: ignore[arg-type]
+        for waiting in plan.expired:
+            self._fail(waiting, self._late(waiting))  # type: ignore[arg-type]
+            self._end(waiting)  # type: ignore[arg-type]
+        self._wake_at(plan.look_again_at_s)
+
+    def _pump_again(self, free: list[Instance], now_s: float) -> None:
+        """Run calls that are tried again, each alone."""
+        late = [ticket for ticket in self._again if ticket.deadline_s <= now_s]
+        for ticket in late:
+            self._again.remove(ticket)
+            self._fail(ticket, self._late(ticket))
+            self._end(ticket)
+        while free and self._again:
+            self._send(free.pop(), [self._again.popleft()], now_s)
+        if self._again:
+            self._wake_at(min(ticket.deadline_s for ticket in self._again))
+
+    def _send(self, instance: Instance, tickets: list[Ticket], now_s: float) -> None:
+        self._number += 1
+        instance.slot = slot = (instance.slot + 1) % wire.SLOTS
+        offsets, layouts, expires_at_s, queued_s = [], [], math.inf, 0.0
+        for ticket in tickets:
+            ticket.state = _RUNNING
+            buffer = ticket.request.buffer
+            offsets.append(buffer.offset if buffer is not None else 0)
+            layouts.append(ticket.form.layout)
+            queued_s += now_s - ticket.arrived_at_s
+            if ticket.deadline_s < expires_at_s:
+                expires_at_s = ticket.deadline_s
+        self.statistics.queue.add(queued_s, len(tickets))
+        instance.batches.append(Batch(self._number, slot, tickets, now_s, expires_at_s))
+        instance.send(wire.encode(wire.Run(self._number, slot, self.stackable, offsets, layouts)))
+        self._wake_at(min(expires_at_s, now_s + self.options.timeout_s))
+
+    def _wake_at(self, at_s: float) -> None:
+        if at_s < self._wakes_at_s:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wakes_at_s = at_s
+            self._timer = self._loop.call_later(max(0.0, at_s - self._clock()), self._wake)
+
+    def _wake(self) -> None:
+        self._timer, self._wakes_at_s = None, math.inf
+        now_s = self._clock()
+        for instance in self.instances:
+            if instance.batches and instance.batches[0].began_at_s + self.options.timeout_s <= now_s:
+                instance.kill(f"a run took longer than {self.options.timeout_s:g} s")
+            for batch in instance.batches:
+                if batch.expires_at_s <= now_s:
+                    for ticket in batch.tickets:
+                        if ticket.deadline_s <= now_s:
+                            self._fail(ticket, self._late(ticket))
+                    left = [ticket.deadline_s for ticket in batch.tickets if ticket.state != _TOLD]
+                    batch.expires_at_s = min(left, default=math.inf)
+                self._wake_at(min(batch.expires_at_s, max(now_s + 0.01, batch.began_at_s + self.options.timeout_s)))
+        self._pump()
+
+    # ---- what instances report
+
+    def on_done(self, instance: Instance, report: wire.Done) -> None:
+        """A batch has ended: give its instance the next one, then tell its calls."""
+        batch = instance.batches.popleft()
+        now_s = self._clock()
+        if instance.batches:
+            instance.batches[0].began_at_s = now_s
+        rows = sum(ticket.rows for ticket in batch.tickets)
+        self._count_run(report, rows)
+        if self.stackable and not report.stackable:
+            self._stop_stacking()
+        if self._queue or self._again:
+            self._pump()
+        memory = instance.answers[batch.slot]
+        if report.rows:
+            self._tell_rows(batch.tickets, report.rows, memory, now_s)
+        else:
+            for ticket, ended in zip(batch.tickets, report.ended, strict=True):
+                self._tell_ended(ticket, ended, memory, now_s)
+
+    def on_end(self, instance: Instance, why: str) -> None:
+        """An instance is gone: fail the call that it died of, try the others again."""
+        if instance in self.instances:
+            self.instances.remove(instance)
+        for position, batch in reversed(list(enumerate(instance.batches))):
+            for ticket in reversed(batch.tickets):
+                if ticket.state == _TOLD:
+                    self._end(ticket)
+                elif position or len(batch.tickets) > 1:
+                    ticket.state = _QUEUED
+                    self._again.appendleft(ticket)
+                else:
+                    self._fail(ticket, Unavailable(f'the process of model "{self.metadata.name}" ended in this request: {why}'))
+                    self._end(ticket)
+        instance.batches.clear()
+        self._pump()
+
+    # ---- telling
+
+    def _tell_rows(self, tickets: list[Ticket], rows: list[wire.Rows], memory: memoryview, now_s: float) -> None:
+        name, version = self.metadata.name, self.version
+        outputs = [(*self._all_outputs[each.output], each.shape, each.offset, each.row_bytes) for each in rows]
+        at, told, count, total_s = 0, 0, 0, 0.0
+        for ticket in tickets:
+            length = ticket.rows
+            if ticket.state != _TOLD:
+                ticket.state = _TOLD
+                told += 1
+                count += length
+                total_s += now_s - ticket.arrived_at_s
+                call = ticket.request
+                call.answer = Answer(
+                    name,
+                    version,
+                    tuple(
+                        [
+                            Output(
+                                output,
+                                datatype,
+                                (length, *shape),
+                                memory[offset + at * width : offset + (at + length) * width],
+                                "",
+                                0,
+                                length * width,
+                            )
+                            for output, datatype, shape, offset, width in outputs
+                        ]
+                    ),
+                )
+                if call.buffer is not None:
+                    self._release(call.buffer)
+                self._call_done(call)
+            elif ticket.request.buffer is not None:
+                self._release(ticket.request.buffer)
+            at += length
+        self._closed(len(tickets))
+        self._count_ok(told, count, total_s)
+
+    def _tell_ended(self, ticket: Ticket, ended: wire.Ended, memory: memoryview, now_s: float) -> None:
+        if ticket.state == _TOLD:
+            self._end(ticket)
+            return
+        if ended.code == wire.AGAIN:
+            ticket.state = _QUEUED
+            self._again.append(ticket)
+            self._schedule()
+            return
+        if ended.code != wire.OK:
+            error = InputRefused(ended.text) if ended.code == wire.REFUSED else ModelFailed(ended.text)
+            self._fail(ticket, error)
+            self._end(ticket)
+            return
+        call = ticket.request
+        outputs = []
+        for position, found in enumerate(ended.outputs):
+            name, datatype = self._all_outputs[found.output]
+            wanted = call.outputs[position] if call.outputs else None
+            if wanted is not None and wanted.region:
+                outputs.append(Output(name, datatype, found.shape, None, wanted.region, found.offset, found.nbytes))
+            else:
+                data = memory[found.offset : found.offset + found.nbytes]
+                outputs.append(Output(name, datatype, found.shape, data, "", 0, found.nbytes))
+        ticket.state = _TOLD
+        call.answer = Answer(self.metadata.name, self.version, tuple(outputs))
+        self._count_ok(1, ticket.rows, now_s - ticket.arrived_at_s)
+        self._end(ticket)
+        self._call_done(call)
+
+    def _fail(self, ticket: Ticket, error: TenureError) -> None:
+        """Tell a call that it failed, unless it was told before; its memory is given back by `_end`."""
+        if ticket.state == _TOLD:
+            return
+        ticket.state = _TOLD
+        self._count(outcome(error))
+        self.statistics.fail.add(self._clock() - ticket.arrived_at_s)
+        ticket.request.error = error
+        self._call_done(ticket.request)
+
+    def _call_done(self, call: Call) -> None:
+        try:
+            call.done(call)
+        except Exception:
+            _LOG.exception("a door failed while it was told of an answer")
+
+    def _end(self, ticket: Ticket) -> None:
+        """Nothing reads the call's memory any more."""
+        if ticket.request.buffer is not None:
+            self._release(ticket.request.buffer)
+        self._closed(1)
+
+    def _closed(self, count: int) -> None:
+        self._open -= count
+        if not self._open and self._empty is not None and not self._empty.done():
+            self._empty.set_result(None)
+
+    def _late(self, ticket: Ticket) -> Unavailable:
+        limit_s = ticket.deadline_s - ticket.arrived_at_s
+        return Unavailable(f'model "{self.metadata.name}" did not answer within {limit_s:g} s')
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._scheduled_pump)
+
+    def _stop_stacking(self) -> None:
+        self.stackable = False
+        self._queue.policy = BatchPolicy(max_batch_rows=1, max_waiting=self.options.max_queue)
+
+    # ---- counting
+
+    def refused(self, error: TenureError) -> None:
+        """Count a call that was refused before it was queued."""
+        self._count(outcome(error))
+        self.statistics.fail.add(0.0)
+
+    def _count(self, outcome: str) -> None:
+        outcomes = self.statistics.outcomes
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+    def _count_ok(self, calls: int, rows: int, total_s: float) -> None:
+        if calls:
+            found = self.statistics
+            found.success.count += calls
+            found.success.total_s += total_s
+            found.inference_count += rows
+            found.last_inference_at_s = time.time()
+            found.outcomes["ok"] = found.outcomes.get("ok", 0) + calls
+
+    def _count_run(self, report: wire.Done, rows: int) -> None:
+        found = self.statistics
+        found.execution_count += report.runs
+        times = (report.input_s, report.infer_s, report.output_s)
+        batch = found.batches.get(rows)
+        if batch is None:
+            batch = found.batches[rows] = (Durations(), Durations(), Durations())
+        for total, part, seconds in zip(
+            (found.compute_input, found.compute_infer, found.compute_output), batch, times, strict=True
+        ):
+            total.count += report.runs
+            total.total_s += seconds
+            part.count += report.runs
+            part.total_s += seconds
+        row_s = sum(times) / max(rows, 1)
+        self._row_s = row_s if not self._row_s else 0.9 * self._row_s + 0.1 * row_s
+
+
+def outcome(error: TenureError) -> str:
+    """Return the word that an error is counted under."""
+    kinds = ((InputRefused, "refused"), (Overloaded, "overloaded"), (Unavailable, "timed_out"))
+    return next((name for kind, name in kinds if isinstance(error, kind)), "failed")
+
+
+def _max_calls(metadata: ModelMetadata) -> int:
+    """Return how many calls fit into a message both ways, whatever becomes of them."""
+    one = 1000 + sum(40 + 9 * len(meta.shape) for meta in (*metadata.inputs, *metadata.outputs)) * 2
+    return max(1, min(256, wire.MAX_MESSAGE_BYTES // one))
