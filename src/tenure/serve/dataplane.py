@@ -6,7 +6,7 @@ It runs on one event loop and does no work on tensors itself: models run in proc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,17 +63,11 @@ class DataPlane:
 
     async def open(self) -> None:
         """Load every model. Raises NotFound, SpecError, MissingExtra, Unavailable; nothing runs then."""
-        names = sorted(self.files.scan())
         try:
-            async with asyncio.TaskGroup() as group:
-                for name in names:
-                    group.create_task(self.load(name))
-        except* TenureError as errors:
+            await _together([self.load(name) for name in sorted(self.files.scan())])
+        except BaseException:
             await self.close()
-            first: BaseException = errors
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            raise first from None
+            raise
 
     # ---- memory
 
@@ -208,14 +202,10 @@ class DataPlane:
             fresh = {version: self._made(name, version) for version in versions}
             self._states[name] = ("LOADING", "")
             try:
-                async with asyncio.TaskGroup() as group:
-                    for served in fresh.values():
-                        group.create_task(served.open())
-            except* TenureError as errors:
-                for served in fresh.values():
-                    served.kill()
-                self._states[name] = ("UNAVAILABLE", str(errors.exceptions[0])[:400])
-                raise errors.exceptions[0] from None
+                await _open(list(fresh.values()))
+            except BaseException as error:
+                self._states[name] = ("UNAVAILABLE", str(error)[:400] or "its loading was called off")
+                raise
             self._states[name] = ("READY", "")
             self._swap(name, fresh)
 
@@ -300,11 +290,27 @@ class DataPlane:
 
     async def close(self) -> None:
         """End every process at once, and free the memory."""
-        every = {*self._routes.values(), *self._old}
-        instances = [instance for served in every for instance in served.each_instance()]
-        for served in every:
-            served.kill()
-        for instance in instances:
-            await instance.ended.wait()
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*(served.kill() for served in {*self._routes.values(), *self._old}))
         self._regions.unregister()
         self._arena.close()
+
+
+async def _open(fresh: Sequence[Served]) -> None:
+    """Open all versions of a model, or none."""
+    try:
+        await _together([served.open() for served in fresh])
+    except BaseException:
+        await asyncio.gather(*(served.kill() for served in fresh))
+        raise
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all; at the first error cancel the others, wait for them too, and raise that error by itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -141,11 +141,13 @@ class Lane:
         if ticket.state == _TOLD:
             return
         self._count("cancelled")
-        if ticket.state == _QUEUED:
+        ticket.request.ticket = None
+        queued = ticket.state == _QUEUED
+        ticket.state = _TOLD
+        if queued:
             if not self._queue.drop(ticket):
                 self._again.remove(ticket)
             self._end(ticket)
-        ticket.state = _TOLD
 
     def retry_after_s(self) -> float:
         """Return when a place should be free, seconds: half of what is queued at the rate measured lately."""
@@ -305,6 +307,7 @@ class Lane:
                 count += length
                 total_s += now_s - ticket.arrived_at_s
                 call = ticket.request
+                call.ticket = None  # no cycle is left to the garbage collector
                 call.answer = Answer(
                     name,
                     version,
@@ -357,6 +360,7 @@ class Lane:
                 data = memory[found.offset : found.offset + found.nbytes]
                 outputs.append(Output(name, datatype, found.shape, data, "", 0, found.nbytes))
         ticket.state = _TOLD
+        call.ticket = None
         call.answer = Answer(self.metadata.name, self.version, tuple(outputs))
         self._count_ok(1, ticket.rows, now_s - ticket.arrived_at_s)
         self._end(ticket)
@@ -367,6 +371,7 @@ class Lane:
         if ticket.state == _TOLD:
             return
         ticket.state = _TOLD
+        ticket.request.ticket = None
         self._count(outcome(error))
         self.statistics.fail.add(self._clock() - ticket.arrived_at_s)
         ticket.request.error = error

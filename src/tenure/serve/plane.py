@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from tenure.errors import TenureError
 from tenure.serve.tensors import ModelMetadata
 
@@ -59,8 +61,7 @@ class Wanted:
     """Room in the region."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(msgspec.Struct, frozen=True, gc=False):
     """One output of an answer."""
 
     name: str
@@ -73,8 +74,7 @@ class Output:
     nbytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What a model gave for one call, outputs in the order asked for, else the model's."""
 
     model: str

@@ -63,19 +63,21 @@ class Served:
         return bool(self.lane.instances)
 
     async def open(self) -> None:
-        """Start the instances and wait until they are ready. Raises SpecError, MissingExtra, NotFound, Unavailable."""
-        count = self.options.instances or 1
+        """Start the instances and wait until they are ready; after an error there are none.
+
+        Raises SpecError, MissingExtra, NotFound, Unavailable.
+        """
         rows = 0 if not self.options.warmup else self.options.max_batch_rows or -1
         self._spec = dataclasses.replace(self._spec, warmup_rows=rows)
-        instances = [self._start() for _ in range(count)]
         try:
+            instances = [self._start() for _ in range(self.options.instances or 1)]
             async with asyncio.timeout(LOAD_TIMEOUT_S):
-                loaded = [await instance.loaded for instance in instances]
+                loaded = [await asyncio.shield(instance.loaded) for instance in instances]
         except TimeoutError as error:
-            self._abandon(instances)
+            await self.kill()
             raise Unavailable(f'model "{self.name}" did not load within {LOAD_TIMEOUT_S:g} s') from error
         except BaseException:
-            self._abandon(instances)
+            await self.kill()
             raise
         metadata = _metadata(self.name, loaded[0])
         self.options = _chosen(self.options, metadata)
@@ -101,20 +103,20 @@ class Served:
         self._closed = True
         for instance in self._instances:
             instance.close()
-        for instance in list(self._instances):
-            await instance.ended.wait()
+        await self._all_ended()
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """End the processes at once; what they had to answer is not answered."""
         self._closed = True
         for task in self._restarts:
             task.cancel()
-        self._abandon(self._instances)
-
-    def _abandon(self, instances: list[Instance]) -> None:
-        self._closed = True
-        for instance in instances:
+        for instance in self._instances:
             instance.kill("it is not needed any more")
+        await self._all_ended()
+
+    async def _all_ended(self) -> None:
+        for instance in list(self._instances):
+            await instance.ended.wait()
 
     def _start(self) -> Instance:
         instance = Instance(self._spec, self._shared.arena.reader, on_done=self._on_done, on_end=self._on_end)
