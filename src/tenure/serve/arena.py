@@ -47,7 +47,8 @@ class Arena:
         self.max_request_bytes = min(max_request_bytes, size_bytes)
         self.held_bytes = 0
         """Rounded to size classes."""
-        self.peak_bytes = 0
+        self.lately_bytes = 0
+        """The most that was held since the last `trim`."""
         self.by_door: dict[str, int] = {}
         """Bytes held, by door."""
         fd = shared_memory("tenure-arena", size_bytes)
@@ -63,6 +64,8 @@ class Arena:
         self._largest = size_bytes
         """No hole of the free list is larger; exact after a search that failed."""
         self._touched_bytes = 0
+        """No page behind this has been written since it was given back."""
+        self._peak_bytes = 0
 
     def reserve(self, nbytes: int, door: str) -> Buffer:
         """Return `nbytes` of memory that nobody else has. Raises TooLarge; Overloaded when there are not as many free."""
@@ -73,8 +76,8 @@ class Arena:
         offset = free.pop() if free else self._cut(size)
         self._sizes[offset] = size
         self.held_bytes = held = self.held_bytes + size
-        if held > self.peak_bytes:
-            self.peak_bytes = held
+        if held > self.lately_bytes:
+            self.lately_bytes = held
         by_door = self.by_door
         by_door[door] = by_door.get(door, 0) + size
         return Buffer(offset, self._view[offset : offset + nbytes], door)
@@ -91,16 +94,30 @@ class Arena:
         else:
             free.append(buffer.offset)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was ever held."""
+        return max(self._peak_bytes, self.lately_bytes)
+
     def trim(self) -> int:
-        """Give the pages of free memory back to the system; return how many bytes were let go. Costs O(free blocks)."""
-        let_go, self._touched_bytes = self._touched_bytes, 0
-        if let_go:
-            self._join()
-            for start, end in zip(self._starts, self._ends, strict=True):
-                start += -start % mmap.PAGESIZE
-                end -= end % mmap.PAGESIZE
-                if start < end:
-                    self._memory.madvise(mmap.MADV_REMOVE, start, end - start)
+        """Give pages back to the system when less than half of them were in use since the last time; return how many bytes.
+
+        Costs O(free blocks): for a timer, not for a request.
+        """
+        self._peak_bytes, lately = self.peak_bytes, self.lately_bytes
+        self.lately_bytes = self.held_bytes
+        if lately * 2 >= self._touched_bytes:
+            return 0
+        self._join()
+        let_go = 0
+        for start, end in zip(self._starts, self._ends, strict=True):
+            start += -start % mmap.PAGESIZE
+            end = min(end, self._touched_bytes)
+            end -= end % mmap.PAGESIZE
+            if start < end:
+                self._memory.madvise(mmap.MADV_REMOVE, start, end - start)
+                let_go += end - start
+        self._touched_bytes = max((offset + size for offset, size in self._sizes.items()), default=0)
         return let_go
 
     def close(self) -> None:

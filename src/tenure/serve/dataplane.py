@@ -23,6 +23,8 @@ from tenure.serve.served import Served, Shared
 from tenure.serve.tensors import ModelMetadata
 
 DEFAULT_BUDGET_BYTES = 256 << 20
+_TRIM_S = 10.0
+"""How often memory that only a burst of requests needed is given back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ class DataPlane:
         """Of models that are not served: state and reason."""
         self._leaving: set[asyncio.Task[None]] = set()
         self._old: list[Served] = []
+        self._timer: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Load every model. Raises NotFound, SpecError, MissingExtra, Unavailable; nothing runs then."""
@@ -68,6 +71,11 @@ class DataPlane:
         except BaseException:
             await self.close()
             raise
+        self._tick()
+
+    def _tick(self) -> None:
+        self._arena.trim()
+        self._timer = asyncio.get_running_loop().call_later(_TRIM_S, self._tick)
 
     # ---- memory
 
@@ -290,6 +298,8 @@ class DataPlane:
 
     async def close(self) -> None:
         """End every process at once, and free the memory."""
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*(served.kill() for served in {*self._routes.values(), *self._old}))

@@ -13,6 +13,7 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tenure.serve import batchwire as wire
 from tenure.serve.runner import Runner, warm_up
 
 _PR_SET_PDEATHSIG = 1
+_IDLE_S = 10
+"""After which memory that only a burst needed is given back."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,8 +74,13 @@ def _serve(link: socket.socket, runner: Runner) -> None:
     view = memoryview(space)
     encode, decode = wire.encode, wire.decode_order
     room = socket.CMSG_SPACE(4)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _IDLE_S, 0))
     while True:
-        size, extra, _, _ = link.recvmsg_into([space], room)
+        try:
+            size, extra, _, _ = link.recvmsg_into([space], room)
+        except BlockingIOError:
+            runner.trim()
+            continue
         if not size:
             return
         order = decode(view[:size])

@@ -47,8 +47,10 @@ class Ticket(Waiting):
         self.request: Call = call
         self.arrived_at_s = arrived_at_s
         self.deadline_s = deadline_s
-        self.rows = form.rows
-        self.kind = kind
+        if lane.stackable:
+            self.rows, self.kind = form.rows, form.kind
+        else:  # such calls share a message, not a run
+            self.rows, self.kind = 1, None
         self.priority = priority
         self.queued = False
         self.hurried = False
@@ -95,7 +97,8 @@ class Lane:
         self._release = release
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        rows = min(options.max_batch_rows, _max_calls(metadata)) if stackable else 1
+        self._max_calls = _max_calls(metadata)
+        rows = min(options.max_batch_rows, self._max_calls) if stackable else 1
         self._queue = BatchQueue(
             BatchPolicy(max_batch_rows=rows, max_delay_s=options.max_delay_s if stackable else 0, max_waiting=options.max_queue)
         )
@@ -405,7 +408,13 @@ class Lane:
 
     def _stop_stacking(self) -> None:
         self.stackable = False
-        self._queue.policy = BatchPolicy(max_batch_rows=1, max_waiting=self.options.max_queue)
+        self._share(1)
+
+    def _share(self, calls: int) -> None:
+        """Let at most so many calls that are not stacked share a message: powers of two, so that it settles."""
+        calls = 1 << max(calls, 1).bit_length() - 1
+        if calls != self._queue.policy.max_batch_rows:
+            self._queue.policy = BatchPolicy(max_batch_rows=calls, max_waiting=self.options.max_queue)
 
     # ---- counting
 
@@ -443,6 +452,8 @@ class Lane:
             part.total_s += seconds
         row_s = sum(times) / max(rows, 1)
         self._row_s = row_s if not self._row_s else 0.9 * self._row_s + 0.1 * row_s
+        if not self.stackable:
+            self._share(min(self._max_calls, int(_SHORT_RUN_S / max(self._row_s, 1e-9))))
 
 
 def outcome(error: TenureError) -> str:

@@ -14,7 +14,6 @@ from itertools import accumulate
 
 import numpy as np
 
-from tenure.errors import TenureError
 from tenure.serve import batchwire as wire
 from tenure.serve.engines import Engine
 from tenure.serve.faults import InputRefused, ModelFailed
@@ -23,6 +22,8 @@ from tenure.serve.tensors import DTYPES, Array, TensorMetadata, datatype_of, fro
 
 _ALIGNMENT = 64
 _MAX_LAYOUTS = 512
+_KEPT_BYTES = 1 << 20
+"""Of an answer memory that stay with an idle instance."""
 _MAX_REASON = 300
 """Characters of a failure that are told."""
 
@@ -46,6 +47,8 @@ class Runner:
         self._engine = engine
         self._arena = memoryview(arena)
         self._answers = [memoryview(answer) for answer in answers]
+        self._mapped = answers
+        self._touched = [0] * len(answers)
         self._regions: dict[int, memoryview] = {}
         self._layouts: dict[bytes, wire.Layout] = {}
         self._inputs = [(meta.name, meta.datatype, DTYPES[meta.datatype]) for meta in engine.inputs]
@@ -68,20 +71,29 @@ class Runner:
         layouts = [self._layouts.get(code) or self._decoded(code) for code in order.layouts]
         done = wire.Done(order.number, 0, 0.0, 0.0, 0.0, [], [])
         space = _Space(self._answers[order.slot])
-        if order.stacked and len(layouts) > 1:
-            try:
-                self._run_stacked(order.offsets, layouts, space, done)
-                return done
-            except _NotStackable:
-                done.stackable = False
-            except (TenureError, _AnswerFull):
-                pass  # which call it was shows below
-            except Exception:  # a model may raise anything
-                pass
+        if not (order.stacked and len(layouts) > 1 and self._ran_stacked(order.offsets, layouts, space, done)):
             space.used = 0
-        for offset, layout in zip(order.offsets, layouts, strict=True):
-            done.ended.append(self._run_alone(offset, layout, space, done, first=not done.ended))
+            for offset, layout in zip(order.offsets, layouts, strict=True):
+                done.ended.append(self._run_alone(offset, layout, space, done, first=not done.ended))
+        self._touched[order.slot] = max(self._touched[order.slot], space.used)
         return done
+
+    def _ran_stacked(self, offsets: Sequence[int], layouts: Sequence[wire.Layout], space: _Space, done: wire.Done) -> bool:
+        try:
+            self._run_stacked(offsets, layouts, space, done)
+            return True
+        except _NotStackable:
+            done.stackable = False
+        except Exception:  # a model may raise anything; which call it was for shows when each runs by itself
+            pass
+        return False
+
+    def trim(self) -> None:
+        """Give the pages of the answer memory back to the system; the server has read all of it when this one is idle."""
+        for slot, touched in enumerate(self._touched):
+            if touched > _KEPT_BYTES:
+                self._mapped[slot].madvise(mmap.MADV_REMOVE)
+                self._touched[slot] = 0
 
     def _decoded(self, code: bytes) -> wire.Layout:
         if len(self._layouts) >= _MAX_LAYOUTS:
