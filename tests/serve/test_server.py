@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tenure.errors import SpecError, Unavailable
 from tenure.serve import Model
-from tenure.serve.processes import leased_threads
+from tenure.serve.processes import leased_memory_bytes, leased_threads
 from tenure.serve.repository import ModelFiles
 
 from .conftest import Server
@@ -99,6 +100,52 @@ def test_threads_come_from_the_lease_then_the_environment(tmp_path):
     assert leased_threads({"TENURE_LEASE_FILE": str(lease)}) == 1
     assert leased_threads({"OMP_NUM_THREADS": "2"}) == 2
     assert leased_threads({}) >= 1
+
+
+def test_memory_comes_from_the_lease(tmp_path):
+    lease = tmp_path / "lease.json"
+    lease.write_text(json.dumps({"envelope": {"memory_bytes": 1 << 30}}))
+    assert leased_memory_bytes({"TENURE_LEASE_FILE": str(lease)}) == 1 << 30
+    for content in ("[]", '{"envelope": 3}', '{"envelope": {"memory_bytes": "x"}}', "{"):
+        lease.write_text(content)
+        assert leased_memory_bytes({"TENURE_LEASE_FILE": str(lease)}) == 0
+        assert leased_threads({"TENURE_LEASE_FILE": str(lease)}) >= 1
+    assert leased_memory_bytes({}) == 0
+
+
+@pytest.mark.real
+def test_a_model_that_cannot_be_loaded_ends_with_code_2_and_the_reason(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    argv = [sys.executable, "-m", "tenure.serve", "--model", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "broken.onnx" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+@pytest.mark.real
+def test_a_killed_server_leaves_no_instance_behind(digits, tmp_path):
+    server = Server(digits.path, tmp_path / "w", "--grpc-port", "off")
+    instances = psutil.Process(server.process.pid).children()
+    assert len(instances) == 1
+    server.process.kill()
+    server.end()
+    assert psutil.wait_procs(instances, timeout=10)[1] == []
+
+
+@pytest.mark.real
+def test_sigterm_while_models_load_ends_it_at_once(digits):
+    argv = [sys.executable, "-m", "tenure.serve", "--model", str(digits.path)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        ends_at_s = time.monotonic() + 30
+        while not psutil.Process(process.pid).children() and time.monotonic() < ends_at_s:
+            time.sleep(0.005)
+        psutil.Process(process.pid).children()[0].suspend()  # a model that loads for ever
+        process.terminate()
+        assert process.communicate(timeout=20)[0] == ""
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_generated_descriptor_is_up_to_date():

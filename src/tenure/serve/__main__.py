@@ -14,11 +14,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tenure.errors import TenureError
-from tenure.serve.dataplane import Limits
+from tenure.errors import SpecError, TenureError
+from tenure.resources import parse_bytes
+from tenure.serve.dataplane import DEFAULT_BUDGET_BYTES, Limits
+from tenure.serve.limits import DoorLimits
 from tenure.serve.plane import ModelOptions
-from tenure.serve.processes import leased_threads, worker_dir, write_json
-from tenure.serve.server import serve
+from tenure.serve.processes import leased_memory_bytes, leased_threads, worker_dir, write_json
+from tenure.serve.server import Address, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,21 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"listening": endpoints}) + "\n")
         sys.stdout.flush()
 
-    limits = Limits(
-        max_request_bytes=options.max_request_bytes,
-        threads=options.threads or leased_threads(os.environ),
-        options=ModelOptions(max_queue=options.max_queue, timeout_s=options.timeout_s),
-    )
+    threads = options.threads or leased_threads(os.environ)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             drained = runner.run(
                 serve(
                     options.model,
                     name=options.name,
-                    host=options.host,
-                    http_port=options.http_port,
-                    grpc_port=options.grpc_port,
-                    limits=limits,
+                    address=Address(host=options.host, http_port=options.http_port, grpc_port=options.grpc_port),
+                    limits=_limits(options, threads),
+                    door_limits=DoorLimits(max_request_bytes=options.max_request_bytes),
                     grace_s=options.grace_s,
                     on_listening=listening,
                 )
@@ -70,11 +67,43 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
     return uvloop.Loop
 
 
+def _limits(options: argparse.Namespace, threads: int) -> Limits:
+    leased_bytes = leased_memory_bytes(os.environ)
+    budget_bytes = min(DEFAULT_BUDGET_BYTES, leased_bytes // 4) if leased_bytes else DEFAULT_BUDGET_BYTES
+    return Limits(
+        max_request_bytes=options.max_request_bytes,
+        memory_budget_bytes=options.memory_budget or budget_bytes,
+        max_answer_bytes=options.max_answer_bytes,
+        threads=threads,
+        options=ModelOptions(
+            max_batch_rows=options.max_batch_rows,
+            max_delay_s=options.max_delay_ms / 1000,
+            instances=options.instances,
+            max_queue=options.max_queue,
+            timeout_s=options.timeout_s,
+            warmup=not options.no_warmup,
+        ),
+    )
+
+
 def _port(text: str) -> int | None:
     if text in ("off", "none"):
         return None
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"a port is 0 (any free one) to 65535, or off; found {text!r}")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except SpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"a whole number of 0 or more is needed; found {text!r}")
     return int(text)
 
 
@@ -85,10 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--http-port", type=_port, default=0, help="0: any free one; off: no HTTP")
     parser.add_argument("--grpc-port", type=_port, default=0, help="0: any free one; off: no gRPC")
-    parser.add_argument("--threads", type=int, default=0, help="threads per model (default: the lease's CPU share)")
-    parser.add_argument("--max-queue", type=int, default=ModelOptions().max_queue, help="requests waiting per model")
-    parser.add_argument("--max-request-bytes", type=int, default=Limits().max_request_bytes)
-    parser.add_argument("--timeout-s", type=float, default=ModelOptions().timeout_s, help="from acceptance to answer")
+    parser.add_argument(
+        "--threads", type=_count, default=0, help="per model, shared by its instances (default: the lease's CPU share)"
+    )
+    parser.add_argument("--instances", type=_count, default=0, help="processes per model (default: 1)")
+    parser.add_argument("--max-batch-rows", type=_count, default=0, help="rows run together (default: chosen by their size)")
+    parser.add_argument("--max-delay-ms", type=float, default=0.0, help="how long a request may wait for company")
+    parser.add_argument("--max-queue", type=_count, default=ModelOptions().max_queue, help="requests waiting per model")
+    parser.add_argument(
+        "--memory-budget",
+        type=_bytes,
+        default=0,
+        help="for requests in memory (default: 256MiB, at most a quarter of the lease)",
+    )
+    parser.add_argument("--max-request-bytes", type=_bytes, default=Limits().max_request_bytes)
+    parser.add_argument("--max-answer-bytes", type=_bytes, default=Limits().max_answer_bytes)
+    parser.add_argument(
+        "--timeout-s", type=float, default=ModelOptions().timeout_s, help="from acceptance to answer, and of one run"
+    )
+    parser.add_argument("--no-warmup", action="store_true", help="do not run zeros through a model before it is ready")
     parser.add_argument("--grace-s", type=float, default=5.0, help="to answer what was accepted, after SIGTERM")
     return parser
 

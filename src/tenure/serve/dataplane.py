@@ -50,6 +50,7 @@ class DataPlane:
         self.files = files
         self.limits = limits or Limits()
         self.draining = False
+        self._closed = False
         self._loader = loader
         self._arena = Arena(self.limits.memory_budget_bytes, max_request_bytes=self.limits.max_request_bytes)
         self._regions = Regions()
@@ -297,7 +298,10 @@ class DataPlane:
         return True
 
     async def close(self) -> None:
-        """End every process at once, and free the memory."""
+        """End every process at once, and free the memory. Further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = self.draining = True
         if self._timer is not None:
             self._timer.cancel()
         for task in self._leaving:
