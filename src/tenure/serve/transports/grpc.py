@@ -1,4 +1,9 @@
-"""The client's way over gRPC: raw contents; a blocking channel when sync, a grpc.aio channel when async."""
+"""The client's way over gRPC: raw contents; a blocking channel when sync, a grpc.aio channel when async.
+
+The request's bytes are put together here, by the rule that messages written one after the other merge: all fields but
+the tensors are serialized once per shapes, the tensors follow as `raw_input_contents`, each copied once. (Through message
+objects each would be copied three times before gRPC copies it itself.)
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,23 @@ import grpc
 
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve import codec_grpc, v2
-from tenure.serve.faults import InputRefused, ModelFailed, Overloaded
-from tenure.serve.messages import InferRequest
-from tenure.serve.tensors import Array, ModelMetadata
+from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
+from tenure.serve.tensors import Array, ModelMetadata, datatype_of, to_raw
 from tenure.serve.transports import Stages
 
-_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
+    ("grpc.http2.write_buffer_size", 4 << 20),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+"""Large windows and frames for tensors; a channel's connection is its own, so that two clients do not share one."""
+_RAW = (7 << 3 | 2).to_bytes(1, "little")
+"""Tag of ModelInferRequest.raw_input_contents."""
+_RETRY_KEYS = ("grpc-retry-pushback-ms", "retry-after-ms", "retry-after-s", "retry-after")
+_KEPT_PREFIXES = 256
 
 
 def open_transport(host: str, port: int, timeout_s: float) -> GrpcTransport:
@@ -30,7 +46,8 @@ class GrpcTransport:
     def __init__(self, address: str, timeout_s: float) -> None:
         self._address, self._timeout_s = address, timeout_s
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._infer = _call(self._channel, "ModelInfer")
+        self._infer = _infer_call(self._channel)
+        self._prefixes: dict[Any, bytes] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._async_channel: Any = None
         self._async_infer: Any = None
@@ -54,12 +71,14 @@ class GrpcTransport:
     def infer(self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> tuple[dict[str, Array], Stages]:
         """See Transport."""
         began_s = time.perf_counter()
-        message = codec_grpc.encode_request(InferRequest(model=name, inputs=inputs, outputs=outputs))
+        message = self._request(name, inputs, outputs)
         sent_s = time.perf_counter()
         try:
             found = self._infer(message, timeout=self._timeout_s)
         except grpc.RpcError as error:
             raise self._translated(error) from error
+        except ValueError as error:  # what grpc raises for a channel that is closed
+            raise Unavailable(f"grpc://{self._address} cannot be used: {error}") from error
         return _answered(found, began_s, sent_s)
 
     async def infer_async(
@@ -67,12 +86,12 @@ class GrpcTransport:
     ) -> tuple[dict[str, Array], Stages]:
         """See Transport."""
         began_s = time.perf_counter()
-        message = codec_grpc.encode_request(InferRequest(model=name, inputs=inputs, outputs=outputs))
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop = loop
             self._async_channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
-            self._async_infer = _call(self._async_channel, "ModelInfer")
+            self._async_infer = _infer_call(self._async_channel)
+        message = self._request(name, inputs, outputs)
         sent_s = time.perf_counter()
         try:
             found = await self._async_infer(message, timeout=self._timeout_s)
@@ -97,14 +116,35 @@ class GrpcTransport:
             await channel.close()
         self.close()
 
+    def _request(self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> bytes:
+        """Return a serialized ModelInferRequest. Raises InputRefused for types the protocol has no name for."""
+        key = (name, tuple([(each, array.dtype, array.shape) for each, array in inputs.items()]), tuple(outputs))
+        prefix = self._prefixes.get(key)
+        if prefix is None:
+            message = v2.ModelInferRequest(model_name=name)
+            for each, array in inputs.items():
+                message.inputs.add(name=each, datatype=datatype_of(array), shape=array.shape)
+            for wanted in outputs:
+                message.outputs.add(name=wanted)
+            prefix = message.SerializeToString()
+            if len(self._prefixes) >= _KEPT_PREFIXES:
+                self._prefixes.clear()
+            self._prefixes[key] = prefix
+        parts: list[bytes | memoryview] = [prefix]
+        for array in inputs.values():
+            raw = to_raw(array)
+            parts += (_RAW, _varint(len(raw)), raw)
+        return b"".join(parts)
+
     def _translated(self, error: Any) -> TenureError:
         code, reason = error.code(), str(error.details())
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return Overloaded(reason)
+            return Overloaded(reason, retry_after_s=_retry_after_s(error.trailing_metadata() or ()))
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             return Unavailable(f"grpc://{self._address} cannot be used: {reason}")
         kinds: dict[Any, type[TenureError]] = {
             grpc.StatusCode.INVALID_ARGUMENT: InputRefused,
+            grpc.StatusCode.OUT_OF_RANGE: TooLarge,
             grpc.StatusCode.NOT_FOUND: NotFound,
         }
         return kinds.get(code, ModelFailed)(reason)
@@ -115,6 +155,34 @@ def _call(channel: Any, name: str) -> Any:
     return channel.unary_unary(
         f"/{v2.SERVICE}/{name}", request_serializer=request.SerializeToString, response_deserializer=response.FromString
     )
+
+
+def _infer_call(channel: Any) -> Any:
+    """Return ModelInfer of a channel, taking serialized requests."""
+    response = v2.METHODS["ModelInfer"][1]
+    return channel.unary_unary(f"/{v2.SERVICE}/ModelInfer", response_deserializer=response.FromString)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
+
+
+def _retry_after_s(metadata: Any) -> float:
+    """Return when the server says to try again, seconds; 1 where it does not."""
+    told = {key: value for key, value in metadata if key in _RETRY_KEYS}
+    for key in _RETRY_KEYS:
+        try:
+            value = float(told[key])
+        except (KeyError, ValueError):
+            continue
+        if 0 <= value < 1e9:
+            return value / 1000 if key.endswith("-ms") else value
+    return 1.0
 
 
 def _answered(found: Any, began_s: float, sent_s: float) -> tuple[dict[str, Array], Stages]:
