@@ -1,4 +1,4 @@
-"""The client: one call for a model in this process, behind HTTP or behind gRPC, sync and async.
+"""The client: one call for a model in this process, behind HTTP, shared memory or gRPC, sync and async.
 
     with Model("http://127.0.0.1:8000", "digits") as model:
         labels = model.predict(images)["label"]
@@ -9,6 +9,8 @@ Importing it loads neither an engine nor a network library: `Model` loads what i
 from __future__ import annotations
 
 import os
+import random
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -16,35 +18,71 @@ from typing import Any, Self
 
 import numpy as np
 
-from tenure.errors import Unavailable
-from tenure.serve.faults import InputRefused
+from tenure.errors import NotFound, SpecError, Unavailable
+from tenure.serve.faults import InputRefused, Overloaded
 from tenure.serve.processes import leased_threads
 from tenure.serve.tensors import DTYPES, Array, ModelMetadata
 from tenure.serve.transports import Stages, open_transport
+
+SERVER_VARIABLE = "TENURE_SERVE"
+"""Environment variable: the server, such as ``http://127.0.0.1:8000``, where a target that is a mere name is looked for."""
 
 
 class Model:
     """A ready model, wherever it is.
 
-    target: path of a model file (in-process), ``http://host:port`` or ``grpc://host:port``.
+    target: path of a model file (in-process), ``http://host:port`` (shared memory by itself where the server is on this
+    machine and it pays), ``shm://host:port`` (shared memory or nothing), ``grpc://host:port``; or the name of a model
+    that the server in $TENURE_SERVE has.
     name: which model of a server; may be left out in-process. timeout_s: bound of each request.
-    threads: for a model in this process; 0 takes the lease's CPU share.
+    threads: per instance, for a model in this process; 0 takes the lease's CPU share.
+    instances: loaded copies in this process, so many calls at once.
+    shm: False never uses shared memory, True insists on it. retry: an Overloaded server is asked again, when it says and
+    with jitter, until `timeout_s` has passed.
     """
 
-    def __init__(self, target: str, name: str | None = None, *, timeout_s: float = 30.0, threads: int = 0) -> None:
-        target = os.fspath(target)
-        self.target = target
-        self.name = name or ""
-        if "://" in target and not self.name:
-            raise InputRefused(f"{target} may serve several models: name the one you mean, as in Model(target, name)")
-        self._transport = open_transport(target, timeout_s=timeout_s, threads=threads or leased_threads(os.environ))
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        threads: int = 0,
+        instances: int = 1,
+        shm: bool | None = None,
+        retry: bool = False,
+    ) -> None:
+        if not 0 < timeout_s < 1e6:
+            raise SpecError(f"timeout_s must be above 0 and below a million; found {timeout_s!r}")
+        self.target, self.name = _located(os.fspath(target), name or "")
+        self._by_variable = self.target != os.fspath(target)
+        self._transport = open_transport(
+            self.target,
+            timeout_s=timeout_s,
+            threads=threads or leased_threads(os.environ),
+            instances=instances,
+            shm=shm,
+        )
+        self._timeout_s, self._retry = timeout_s, retry
+        self._asking = threading.Lock()
         self._metadata: ModelMetadata | None = None
+        self._types: dict[str, np.dtype[Any] | None] = {}
 
     def metadata(self) -> ModelMetadata:
         """Return what the model takes and gives; asked once. Raises Unavailable, NotFound."""
-        if self._metadata is None:
-            self._metadata = self._transport.metadata(self.name)
-        return self._metadata
+        with self._asking:
+            if self._metadata is None:
+                try:
+                    found = self._transport.metadata(self.name)
+                except NotFound as error:
+                    if not self._by_variable:
+                        raise
+                    raise NotFound(
+                        f'"{self.name}" is no file here, and {self.target} (${SERVER_VARIABLE}) does not serve it: {error}'
+                    ) from error
+                self._types = {meta.name: DTYPES.get(meta.datatype) for meta in found.inputs}
+                self._metadata = found
+            return self._metadata
 
     def wait_ready(self, timeout_s: float = 30.0) -> None:
         """Block until requests are welcome. Raises Unavailable after `timeout_s`."""
@@ -69,7 +107,15 @@ class Model:
 
     def predict_timed(self, x: Any, *, outputs: Sequence[str] = ()) -> tuple[dict[str, Array], Stages]:
         """Return all outputs by name, and where the time went. Raises as predict."""
-        return self._transport.infer(self.name, self._inputs(x), outputs)
+        inputs = self._inputs(x)
+        if not self._retry:
+            return self._transport.infer(self.name, inputs, outputs)
+        patience = _Patience(self._timeout_s)
+        while True:
+            try:
+                return self._transport.infer(self.name, inputs, outputs)
+            except Overloaded as error:
+                time.sleep(patience.pause_s(error))
 
     async def predict_timed_async(self, x: Any, *, outputs: Sequence[str] = ()) -> tuple[dict[str, Array], Stages]:
         """See predict_timed."""
@@ -77,7 +123,17 @@ class Model:
             import asyncio  # who awaits has it; a sync client stays 4 MB smaller without
 
             await asyncio.to_thread(self.metadata)
-        return await self._transport.infer_async(self.name, self._inputs(x), outputs)
+        inputs = self._inputs(x)
+        if not self._retry:
+            return await self._transport.infer_async(self.name, inputs, outputs)
+        import asyncio
+
+        patience = _Patience(self._timeout_s)
+        while True:
+            try:
+                return await self._transport.infer_async(self.name, inputs, outputs)
+            except Overloaded as error:
+                await asyncio.sleep(patience.pause_s(error))
 
     def close(self) -> None:
         """Close connections, or free the model."""
@@ -101,18 +157,54 @@ class Model:
     ) -> None:
         await self.close_async()
 
-    def _inputs(self, x: Any) -> dict[str, Array]:
-        expected = self.metadata().inputs
+    def _inputs(self, x: Any) -> Mapping[str, Array]:
+        if self._metadata is None:
+            self.metadata()
+        types = self._types
         if not isinstance(x, Mapping):
-            if len(expected) != 1:
-                names = ", ".join(meta.name for meta in expected)
-                raise InputRefused(f"the model takes the inputs {names}: hand in a dict of arrays by these names")
-            x = {expected[0].name: x}
-        types = {meta.name: DTYPES.get(meta.datatype) for meta in expected}
-        return {name: _converted(np.asarray(array), types.get(name)) for name, array in x.items()}
+            if len(types) != 1:
+                raise InputRefused(f"the model takes the inputs {', '.join(types)}: hand in a dict of arrays by these names")
+            ((name, dtype),) = types.items()
+            return {name: _converted(x, dtype)}
+        return {name: _converted(array, types.get(name)) for name, array in x.items()}
 
 
-def _converted(array: Array, dtype: np.dtype[Any] | None) -> Array:
+class _Patience:
+    """How long one call goes on asking an overloaded server."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._ends_at_s = time.monotonic() + timeout_s
+
+    def pause_s(self, error: Overloaded) -> float:
+        """Return how long to wait: what the server said and up to half as much again, so that clients do not come back
+        together. Raises the error where the time is up before.
+        """
+        pause_s = max(error.retry_after_s, 0.001) * random.uniform(1.0, 1.5)
+        if time.monotonic() + pause_s >= self._ends_at_s:
+            raise error
+        return pause_s
+
+
+def _located(target: str, name: str) -> tuple[str, str]:
+    """Return the target to open and the model's name there. Raises NotFound, saying where was looked; InputRefused."""
+    if "://" in target:
+        if not name:
+            raise InputRefused(f"{target} may serve several models: name the one you mean, as in Model(target, name)")
+        return target, name
+    if os.path.exists(target):
+        return target, name
+    server = os.environ.get(SERVER_VARIABLE, "")
+    plain = not name and os.sep not in target
+    if server and plain:
+        if "://" not in server:
+            raise SpecError(f"${SERVER_VARIABLE} must be a server such as http://127.0.0.1:8000; found {server!r}")
+        return server, target
+    hint = f"; no server was asked, as ${SERVER_VARIABLE} is not set (such as http://127.0.0.1:8000)" if plain else ""
+    raise NotFound(f'there is no model file "{target}" (looked in {os.getcwd()}){hint}')
+
+
+def _converted(x: Any, dtype: np.dtype[Any] | None) -> Array:
+    array: Array = x if isinstance(x, np.ndarray) else np.asarray(x)
     if dtype is None or array.dtype == dtype or not np.can_cast(array.dtype, dtype, "same_kind"):
         return array  # what does not fit is refused, with the reason, where the model is
     return array.astype(dtype)

@@ -1,4 +1,6 @@
-"""How the client reaches a model: in this process, by HTTP, by gRPC. They meet at `Transport` and never import each other.
+"""How the client reaches a model: in this process, by HTTP (with shared memory where it can), by gRPC.
+
+They meet at `Transport` and never import each other.
 
 `open_transport` is the one place that loads them, so that a client holds only the library it uses.
 """
@@ -13,7 +15,11 @@ from typing import Protocol, cast
 from tenure.errors import SpecError
 from tenure.serve.tensors import Array, ModelMetadata
 
-_MODULES = {"http": "tenure.serve.transports.http", "grpc": "tenure.serve.transports.grpc"}
+_MODULES = {
+    "http": "tenure.serve.transports.http",
+    "shm": "tenure.serve.transports.http",
+    "grpc": "tenure.serve.transports.grpc",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +27,12 @@ class Stages:
     """Where one request's time went, seconds."""
 
     send_s: float
-    """Encoding and, over HTTP, writing. 0 in-process."""
+    """Until the request has left: encoding, copying into shared memory, writing to the socket as far as the kernel takes
+    it at once, and in async calls the wait for a free connection. Over gRPC encoding only. 0 in-process."""
     recognise_s: float
-    """Waiting for the answer to begin; in-process the call itself. Over gRPC the whole call, transfer included."""
+    """Until the answer begins to come; in-process the call itself. Over gRPC the whole call, transfer included."""
     fetch_s: float
-    """Reading and decoding the answer. 0 in-process."""
+    """Reading the rest of the answer and decoding it. 0 in-process."""
 
 
 class Transport(Protocol):
@@ -58,19 +65,27 @@ class Transport(Protocol):
         ...
 
 
-def open_transport(target: str, *, timeout_s: float, threads: int) -> Transport:
-    """Return the transport for a target: ``http://host:port``, ``grpc://host:port``, or the path of a model file.
+def open_transport(target: str, *, timeout_s: float, threads: int, instances: int = 1, shm: bool | None = None) -> Transport:
+    """Return the transport for a target: ``http://``, ``shm://`` or ``grpc://host:port``, or the path of a model file.
 
-    Raises SpecError for another scheme or a missing port; for files NotFound, MissingExtra.
+    Raises SpecError for another scheme, a missing port, or shared memory where there is none; for files NotFound,
+    MissingExtra.
     """
     scheme, found, address = target.partition("://")
     if not found:
         module = importlib.import_module("tenure.serve.transports.inprocess")
-        return cast(Transport, module.InProcess(target, threads=threads))
+        return cast(Transport, module.InProcess(target, threads=threads, instances=instances))
     if scheme not in _MODULES:
-        raise SpecError(f"a target is a model file, http://host:port or grpc://host:port; found {target!r}")
+        known = ", ".join(f"{each}://host:port" for each in _MODULES)
+        raise SpecError(f"a target is a model file or one of {known}; found {target!r}")
     host, _, port = address.rstrip("/").rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise SpecError(f"{target!r} needs a host and a port, such as {scheme}://127.0.0.1:8000")
     opened = importlib.import_module(_MODULES[scheme])
-    return cast(Transport, opened.open_transport(host, int(port), timeout_s))
+    if scheme == "grpc":
+        if shm:
+            raise SpecError(f"shared memory goes with http:// or shm://, not with {target!r}")
+        return cast(Transport, opened.open_transport(host, int(port), timeout_s))
+    if scheme == "shm" and shm is False:
+        raise SpecError(f"{target!r} asks for shared memory and shm=False refuses it: use http://")
+    return cast(Transport, opened.open_transport(host, int(port), timeout_s, shm=True if scheme == "shm" else shm))

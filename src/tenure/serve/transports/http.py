@@ -1,179 +1,172 @@
-"""The client's way over HTTP: raw tensors, kept-alive connections; standard library when sync, aiohttp when async."""
+"""The client's way over HTTP, and over shared memory to a server on this machine: raw tensors, kept-alive connections.
+
+    inputs ──► request head (made once per shapes) + tensors ──► socket            the server is anywhere
+           └─► copied into a part of /dev/shm, head alone    ──► socket            the server sees this machine's /dev/shm
+
+Shared memory is used by itself where it pays and the server agrees; where it can't be had, the request travels in its
+body, and nobody notices. Sync requests use plain sockets, async ones the running event loop.
+"""
 
 from __future__ import annotations
 
-import http.client
-import json
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenure.errors import NotFound, TenureError, Unavailable
-from tenure.serve import codec_http
-from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
-from tenure.serve.tensors import Array, ModelMetadata
+from tenure.errors import Unavailable
+from tenure.serve.http_client import v2json
+from tenure.serve.http_client.blocking import Answered, Buffer, Connections
+from tenure.serve.http_client.response import NotHttp
+from tenure.serve.http_client.shared import SharedInputs, here
+from tenure.serve.tensors import Array, ModelMetadata, to_raw
 from tenure.serve.transports import Stages
 
 if TYPE_CHECKING:
     import asyncio
 
-    import aiohttp
+    from tenure.serve.http_client.streaming import Streams
 
-_Parts = list[bytes | memoryview]
+_KEPT_HEADS = 256
+T = TypeVar("T")
 
 
-def open_transport(host: str, port: int, timeout_s: float) -> HttpTransport:
-    """Return a transport; connects on first use."""
-    return HttpTransport(host, port, timeout_s)
+def open_transport(host: str, port: int, timeout_s: float, *, shm: bool | None = None) -> HttpTransport:
+    """Return a transport; connects on first use. shm: True insists on shared memory, False never uses it."""
+    return HttpTransport(host, port, timeout_s, shm=shm)
 
 
 class HttpTransport:
     """See Transport."""
 
-    def __init__(self, host: str, port: int, timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float, *, shm: bool | None = None) -> None:
         self._host, self._port, self._timeout_s = host.strip("[]"), port, timeout_s
-        self._address = f"http://{host}:{port}"
-        self._idle: deque[http.client.HTTPConnection] = deque(maxlen=64)
-        self._session: aiohttp.ClientSession | None = None
+        self._named = f"{host}:{port}"
+        self._sync = Connections(self._host, port)
+        self._async: Streams | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._heads: dict[v2json.Key, bytes] = {}
+        self._shared = SharedInputs(
+            self._named, self._ask, insist=bool(shm), off=not shm and (shm is False or not here(self._host))
+        )
 
     def metadata(self, name: str) -> ModelMetadata:
         """See Transport."""
-        status, headers, body, _ = self._exchange("GET", f"/v2/models/{quote(name, safe='')}", None, {})
-        _check(status, headers, body)
-        return codec_http.decode_metadata(body)
+        head, body, *_ = self._ask([v2json.get_head(self._named, v2json.model_path(name))])
+        if head.status != 200:
+            raise v2json.told_error(head, body)
+        return v2json.read_metadata(body)
 
     def ready(self) -> bool:
         """See Transport."""
         try:
-            return self._exchange("GET", "/v2/health/ready", None, {})[0] == 200
+            head = self._ask([v2json.get_head(self._named, "/v2/health/ready")])[0]
         except Unavailable:
             return False
+        return head.status == 200
 
     def infer(self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> tuple[dict[str, Array], Stages]:
         """See Transport."""
         began_s = time.perf_counter()
-        parts, headers = _request(name, inputs, outputs)
-        status, found, body, (sent_s, answered_s) = self._exchange("POST", _path(name), parts, headers)
-        answer = _outputs(status, found, body)
-        return answer, Stages(sent_s - began_s, answered_s - sent_s, time.perf_counter() - answered_s)
+        key = v2json.request_key(name, inputs, outputs)
+        for _ in range(2 if self._shared.fits(inputs) else 0):  # once more with a new region where the server lost the first
+            part = self._shared.take(inputs)
+            if part is None:
+                break
+            try:
+                answered = self._ask([self._shared.request(part, key, name, inputs, outputs)])
+            finally:
+                self._shared.give(part)
+            if not self._shared.was_lost(part, answered[0].status):
+                return _finished(answered, began_s)
+        return _finished(self._ask(self._request(key, name, inputs, outputs)), began_s)
 
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
     ) -> tuple[dict[str, Array], Stages]:
         """See Transport."""
-        import aiohttp
-
         began_s = time.perf_counter()
-        parts, headers = _request(name, inputs, outputs)
-        session = await self._opened()
-        sent_s = time.perf_counter()
-        try:
-            async with session.post(self._address + _path(name), data=b"".join(parts), headers=headers) as response:
-                answered_s = time.perf_counter()
-                answer = _outputs(response.status, response.headers, await response.read())
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._unavailable(error) from error
-        return answer, Stages(sent_s - began_s, answered_s - sent_s, time.perf_counter() - answered_s)
+        streams = self._opened()
+        key = v2json.request_key(name, inputs, outputs)
+        for _ in range(2 if self._shared.fits(inputs) else 0):
+            part = self._shared.take_nowait(inputs) or await _aside(self._shared.take, inputs)
+            if part is None:
+                break
+            try:
+                request = self._shared.request(part, key, name, inputs, outputs)
+                answered = await self._ask_async(streams, [request])
+            finally:
+                self._shared.give(part)
+            status = answered[0].status
+            if status == 200 or not await _aside(self._shared.was_lost, part, status):
+                return _finished(answered, began_s)
+        return _finished(await self._ask_async(streams, self._request(key, name, inputs, outputs)), began_s)
 
     def close(self) -> None:
         """See Transport."""
-        while self._idle:
-            self._idle.pop().close()
-        if self._session is not None and self._loop is not None and not self._loop.is_closed():
-            if self._loop.is_running():
-                self._closing = self._loop.create_task(self._session.close())
-            else:
-                self._loop.run_until_complete(self._session.close())
-        self._session = None
+        self._shared.close()
+        self._sync.close()
+        streams, self._async = self._async, None
+        if streams is not None and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(streams.close)
 
     async def close_async(self) -> None:
         """See Transport."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        streams, self._async = self._async, None
+        if streams is not None:
+            await streams.close_async()
         self.close()
 
-    async def _opened(self) -> aiohttp.ClientSession:
+    def _opened(self) -> Streams:
         import asyncio  # who awaits has it; a sync client stays 4 MB smaller without
 
         loop = asyncio.get_running_loop()
-        if self._session is None or self._loop is not loop:
-            import aiohttp  # only an async client pays for it
+        if self._async is None or self._loop is not loop:
+            from tenure.serve.http_client.streaming import Streams
 
-            timeout = aiohttp.ClientTimeout(total=self._timeout_s)
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
-            self._loop = loop
-        return self._session
+            self._async, self._loop = Streams(self._host, self._port), loop
+        return self._async
 
-    def _exchange(
-        self, method: str, path: str, parts: _Parts | None, headers: Mapping[str, str]
-    ) -> tuple[int, Any, bytes, tuple[float, float]]:
-        """Return status, headers, body, and when the request was written and the answer began.
+    def _request(self, key: v2json.Key, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Buffer]:
+        """Return head and raw tensors; arrays in the protocol's layout are not copied."""
+        raw = [to_raw(array) for array in inputs.values()]
+        head = self._heads.get(key)
+        if head is None:
+            head = v2json.infer_head(self._named, name, inputs, [len(one) for one in raw], outputs)
+            if not any(array.dtype.kind in "OSU" for array in inputs.values()):  # their size is not in the key
+                if len(self._heads) >= _KEPT_HEADS:
+                    self._heads.clear()
+                self._heads[key] = head
+        return [head, *raw]
 
-        A kept connection that the server has closed meanwhile is replaced once: inference changes nothing, so it may be
-        sent again.
-        """
-        while True:
-            try:
-                connection, kept = self._idle.pop(), True
-            except IndexError:
-                connection, kept = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s), False
-            try:
-                connection.request(method, path, body=parts, headers=dict(headers))
-                sent_s = time.perf_counter()
-                response = connection.getresponse()
-                answered_s = time.perf_counter()
-                body = response.read()
-            except (http.client.HTTPException, OSError) as error:
-                connection.close()
-                if kept and isinstance(error, (ConnectionError, http.client.RemoteDisconnected)):
-                    continue
-                raise self._unavailable(error) from error
-            if response.will_close or len(self._idle) >= 64:
-                connection.close()
-            else:
-                self._idle.append(connection)
-            return response.status, response.headers, body, (sent_s, answered_s)
+    def _ask(self, buffers: Sequence[Buffer], timeout_s: float | None = None) -> Answered:
+        try:
+            return self._sync.exchange(buffers, timeout_s or self._timeout_s)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        except NotHttp as error:
+            raise Unavailable(f"http://{self._named} cannot be used: {error}") from error
 
-    def _unavailable(self, error: BaseException) -> Unavailable:
+    async def _ask_async(self, streams: Streams, buffers: Sequence[Buffer]) -> Answered:
+        try:
+            return await streams.exchange(buffers, self._timeout_s)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        except NotHttp as error:
+            raise Unavailable(f"http://{self._named} cannot be used: {error}") from error
+
+    def _unavailable(self, error: OSError) -> Unavailable:
         reason = f"no answer within {self._timeout_s:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
-        return Unavailable(f"{self._address} cannot be used: {reason}")
+        return Unavailable(f"http://{self._named} cannot be used: {reason}")
 
 
-def _path(name: str) -> str:
-    return f"/v2/models/{quote(name, safe='')}/infer"
+def _finished(answered: Answered, began_s: float) -> tuple[dict[str, Array], Stages]:
+    head, body, sent_s, answered_s = answered
+    outputs = v2json.read_answer(head, body)
+    return outputs, Stages(sent_s - began_s, answered_s - sent_s, time.perf_counter() - answered_s)
 
 
-def _request(name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> tuple[_Parts, dict[str, str]]:
-    parts, length = codec_http.encode_request(inputs, outputs)
-    headers = {
-        "Content-Type": "application/octet-stream",
-        codec_http.HEADER_LENGTH: str(length),
-        "Content-Length": str(sum(len(part) for part in parts)),
-    }
-    return parts, headers
+async def _aside(function: Callable[..., T], *arguments: Any) -> T:
+    """Run what asks the server by the sync client off the event loop."""
+    import asyncio
 
-
-def _outputs(status: int, headers: Any, body: bytes) -> dict[str, Array]:
-    _check(status, headers, body)
-    length = headers.get(codec_http.HEADER_LENGTH)
-    return codec_http.decode_answer(body, int(length) if length else None).outputs
-
-
-def _check(status: int, headers: Any, body: bytes) -> None:
-    """Raise what a status means, with the server's reason."""
-    if status == 200:
-        return
-    try:
-        reason = str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        reason = f"HTTP {status}: {body[:200]!r}"
-    if status == 429:
-        after = headers.get("Retry-After", "1")
-        raise Overloaded(reason, retry_after_s=float(after) if after.isdigit() else 1.0)
-    kinds: dict[int, type[TenureError]] = {400: InputRefused, 404: NotFound, 413: TooLarge, 503: Unavailable}
-    raise kinds.get(status, ModelFailed)(reason)
+    return await asyncio.to_thread(function, *arguments)

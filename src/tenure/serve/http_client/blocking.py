@@ -1,0 +1,145 @@
+"""Sync HTTP/1.1 connections: plain sockets, one request at a time on each, idle ones kept for whoever asks next.
+
+Every exchange ends by its deadline. An answer that begins before the request is all written (a refusal) is read at once,
+so that neither side waits for the other.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from tenure.serve.http_client.response import Head, ResponseReader
+
+Buffer = bytes | memoryview
+Answered = tuple[Head, memoryview, float, float]
+"""Head and body of an answer, when its request was written and when it began (perf_counter)."""
+MAX_IDLE = 64
+_MAX_PARTS = 512
+"""Of one sendmsg; the kernel takes 1,024."""
+
+
+class Connection:
+    """One connected socket."""
+
+    def __init__(self, host: str, port: int, ends_at_s: float) -> None:
+        self._socket = socket.create_connection((host, port), timeout=max(0.001, ends_at_s - time.monotonic()))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setblocking(False)
+        self._poll = select.poll()
+        self._watched = 0
+        self.reader = ResponseReader()
+
+    def exchange(self, parts: Sequence[Buffer], ends_at_s: float) -> tuple[bool, float, float]:
+        """Write a request and read its answer into `reader`.
+
+        Returns whether the connection may be used again, and when the request was written and the answer began.
+        Raises OSError (TimeoutError past the deadline), NotHttp.
+        """
+        reader = self.reader
+        reader.start()
+        written = self._write(parts, ends_at_s)
+        sent_s = time.perf_counter()
+        self._wait(select.POLLIN, ends_at_s)
+        answered_s = time.perf_counter()
+        while True:
+            try:
+                count = self._socket.recv_into(reader.buffer())
+            except BlockingIOError:
+                self._wait(select.POLLIN, ends_at_s)
+                continue
+            if not count:
+                if reader.ended():
+                    break
+                raise ConnectionResetError("the connection was closed before the answer was complete")
+            if reader.received(count):
+                break
+            if reader.began:
+                self._wait(select.POLLIN, ends_at_s)
+        return written and reader.clean and reader.head is not None and reader.head.keep_alive, sent_s, answered_s
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _write(self, parts: Sequence[Buffer], ends_at_s: float) -> bool:
+        """Return whether all was written; False when the other side answered or closed before."""
+        left = deque(parts)
+        while left:
+            try:
+                count = self._socket.sendmsg(left if len(left) <= _MAX_PARTS else [*left][:_MAX_PARTS])
+            except BlockingIOError:
+                count = 0
+            except ConnectionError:
+                return False  # what it said before it closed may still be read
+            while left and count >= len(left[0]):
+                count -= len(left.popleft())
+            if not left:
+                break
+            if count:
+                left[0] = memoryview(left[0])[count:]
+            if self._wait(select.POLLIN | select.POLLOUT, ends_at_s) & ~select.POLLOUT:
+                return False
+        return True
+
+    def _wait(self, events: int, ends_at_s: float) -> int:
+        if events != self._watched:
+            self._poll.register(self._socket, events)
+            self._watched = events
+        left_s = ends_at_s - time.monotonic()
+        found = self._poll.poll(left_s * 1000) if left_s > 0 else []
+        if not found:
+            raise TimeoutError
+        return found[0][1]
+
+
+class Connections:
+    """Idle connections to one server, shared by threads."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._idle: deque[Connection] = deque(maxlen=MAX_IDLE)
+
+    def exchange(self, parts: Sequence[Buffer], timeout_s: float) -> Answered:
+        """Send a request and return its answer.
+
+        A kept connection that turns out closed before any answer is replaced once by a new one: inference changes
+        nothing, so it may be sent again. Raises OSError, NotHttp.
+        """
+        ends_at_s = time.monotonic() + timeout_s
+        try:
+            connection, kept = self._idle.pop(), True
+        except IndexError:
+            connection, kept = Connection(self._host, self._port, ends_at_s), False
+        try:
+            try:
+                reusable, sent_s, answered_s = connection.exchange(parts, ends_at_s)
+            except ConnectionError:
+                if not kept or connection.reader.began:
+                    raise
+                connection.close()
+                self.close()  # the others are as old as this one
+                connection = Connection(self._host, self._port, ends_at_s)
+                reusable, sent_s, answered_s = connection.exchange(parts, ends_at_s)
+        except BaseException:
+            connection.close()
+            raise
+        reader = connection.reader
+        assert reader.head is not None
+        found = reader.head, reader.body, sent_s, answered_s
+        if reusable and len(self._idle) < MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return found
+
+    def close(self) -> None:
+        """Close what is idle."""
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
