@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks import peers
 from benchmarks.harness import Skip
@@ -62,7 +63,8 @@ def serve(root: Path, chosen: argparse.Namespace) -> int:
         print(f"{chosen.name} is no server")
         return 2
     models = {name: Path(file).resolve() for name, _, file in (one.partition("=") for one in chosen.model)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     try:
         home = module.install(root)
         with tempfile.TemporaryDirectory() as folder:
@@ -73,9 +75,14 @@ def serve(root: Path, chosen: argparse.Namespace) -> int:
     except Skip as reason:
         print(reason)
         return 1
-    except KeyboardInterrupt:
-        return 0
     return 0
+
+
+def leave(*unused: object) -> NoReturn:
+    """Leave in order; a second signal does not interrupt the ending of the server."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,6 @@ def launch(home: Path, order: Order) -> Launch:
     http, grpc = free_ports(2)
     models = (f"{name}={file}" for name, file in order.models.items())
     return Launch(
-        argv=(str(homes.python(home)), str(_PROGRAM), str(http), str(grpc), str(order.threads), *models),
+        argv=(str(homes.python(home)), str(_PROGRAM), str(http), str(grpc), str(order.threads), "01"[order.quiet], *models),
         addresses={"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"},
     )

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -36,6 +36,8 @@ class Order:
     """Of one run of the model; ONNX Runtime's spinning is off on every side."""
     max_batch_rows: int = 32
     """Rows that a server with dynamic batching may join."""
+    quiet: bool = False
+    """Without the lines of log per request that a server writes unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,8 @@ class Served:
 def start(name: str, launch: Launch, folder: Path) -> Served:
     """Start a server and wait until it is ready. Raises Skip with its last words when it isn't within 90 s."""
     folder.mkdir(parents=True, exist_ok=True)
+    # No session of its own: the kernel shares cores by session first (autogroup), and a server in another session than the
+    # load beside it would be given twice the share of the calls it is compared with.
     log = folder / f"{name}.log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
@@ -100,7 +104,6 @@ def start(name: str, launch: Launch, folder: Path) -> Served:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            start_new_session=True,
         )
     served = Served(name, process, launch.addresses, log)
     try:
@@ -112,12 +115,10 @@ def start(name: str, launch: Launch, folder: Path) -> Served:
 
 
 @contextlib.contextmanager
-def together(*servers: Served) -> Iterator[tuple[Served, ...]]:
-    """Hold several servers, and end them all."""
+def together(*starts: Callable[[], Served]) -> Iterator[tuple[Served, ...]]:
+    """Start several servers one after the other, hold them, and end them all, also when one of them did not start."""
     with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.end)
-        yield servers
+        yield tuple(stack.enter_context(begin()) for begin in starts)
 
 
 def free_ports(count: int) -> list[int]:

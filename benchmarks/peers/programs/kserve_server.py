@@ -1,5 +1,6 @@
-"""KServe's Python server over ONNX Runtime, as its documentation has a custom model: HTTP_PORT GRPC_PORT THREADS NAME=FILE …
+"""KServe's Python server over ONNX Runtime, as its documentation has a custom model.
 
+Arguments: HTTP_PORT GRPC_PORT THREADS QUIET(0|1) NAME=FILE …
 perf_analyzer asks every server for a model's configuration first, which KServe does not have: that one method is added, with
 an empty configuration as its answer. It is called once per measurement; inference goes KServe's own way.
 """
@@ -70,8 +71,9 @@ def add_config(add):
 
 
 if __name__ == "__main__":
-    http_port, grpc_port, threads, *models = sys.argv[1:]
+    http_port, grpc_port, threads, quiet, *models = sys.argv[1:]
     service.add_GRPCInferenceServiceServicer_to_server = add_config(service.add_GRPCInferenceServiceServicer_to_server)
-    logging.disable(logging.INFO)  # it writes three lines per request else
+    if quiet == "1":
+        logging.disable(logging.INFO)
     loaded = [Onnx(name, path, int(threads)) for name, path in (model.split("=", 1) for model in models)]
     kserve.ModelServer(http_port=int(http_port), grpc_port=int(grpc_port), workers=1).start(loaded)
