@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +15,13 @@ from tenure.errors import SpecError, Unavailable
 from tenure.meter.machine import versions
 from tenure.nodes import Node, NodeState
 from tenure.protocols import SystemClock
-from tenure.runs import RunFiles
+from tenure.runs import Run, RunFiles
 from tenure.sockets import check_owner
 
 if TYPE_CHECKING:
-    from tenure.experiments.context import Display
+    from tenure.experiments.context import Display, RunContext
     from tenure.experiments.flow import Outcome
+    from tenure.experiments.foreground import ForegroundSpec, Listening
 
 LIBRARIES = ("tenure", "numpy", "scipy", "scikit-learn", "onnxruntime", "onnx")
 """Versions of these belong to every trial."""
@@ -75,37 +76,61 @@ def run_job_file(
 ) -> Outcome:
     """Run a job file, or go on with a run. See `experiments.flow`."""
     # SciPy, ONNX Runtime's client and plots come with these: commands that only look need none of it.
-    from tenure.experiments.context import RunContext
     from tenure.experiments.flow import check_workers, new_run, resumed_run, run_stages
 
-    clock = SystemClock()
     text, source = _read(job_file)
     if not resume:
-        run, jobs = new_run(text, source=source, run_id=new_id("r"), now_s=clock.utc_s(), only=only)
+        run, jobs = new_run(text, source=source, run_id=new_id("r"), now_s=SystemClock().utc_s(), only=only)
         check_workers(jobs, workers)
     with broker(home) as client:
         if resume:
             run, jobs = resumed_run(client.runs(run_id=resume), resume, text=text, source=source)
             check_workers(jobs, workers)
-        node = _node(client)
-        run = client.submit_run(run)
-        # How bounds are held here changes what the figures mean, so it is said first.
-        display.step_done("node", node.name, "; ".join(node.confinement.values()))
-        context = RunContext(
-            client=client,
-            files=RunFiles(home, run.id),
-            run=run,
-            folder=Path(run.source).parent,
-            display=display,
-            node=node,
-            prices=price_table(_own_prices(home)).owned,
-            clock=clock,
-            new_id=new_id,
-            versions=versions(*LIBRARIES),
-            until=until,
-            workers=workers,
-        )
+        context = _context(client, home, run, display=display)
+        context.until, context.workers = until, workers
         return run_stages(context, jobs)
+
+
+def serve_model(spec: ForegroundSpec, *, home: Path, display: Display, listening: Callable[[Listening], None]) -> Outcome:
+    """Serve a model file or a folder of models under a lease of its own until it is interrupted. See `experiments.foreground`.
+
+    listening: told once what is served where. Raises NotFound, SpecError, MissingExtra before anything is started.
+    """
+    from tenure.experiments.flow import new_run, run_stages
+    from tenure.experiments.foreground import check_models, check_ports, job_file_of
+
+    check_models(spec.model)
+    check_ports(spec)
+    with broker(home) as client:
+        text, why = job_file_of(spec, _node(client))
+        source = spec.model.absolute()
+        run, jobs = new_run(text, source=source, run_id=new_id("r"), now_s=SystemClock().utc_s())
+        context = _context(client, home, run, display=display)
+        context.listening = listening
+        context.close_step("serve", "envelope", why)
+        return run_stages(context, jobs)
+
+
+def _context(client: BrokerClient, home: Path, run: Run, *, display: Display) -> RunContext:
+    """Record the run and return what its stages share."""
+    from tenure.experiments.context import RunContext
+
+    node = _node(client)
+    run = client.submit_run(run)
+    # How bounds are held here changes what the figures mean, so it is said first.
+    display.step_done("node", node.name, "; ".join(node.confinement.values()))
+    return RunContext(
+        client=client,
+        files=RunFiles(home, run.id),
+        run=run,
+        folder=Path(run.source).parent,
+        display=display,
+        node=node,
+        prices=price_table(_own_prices(home)).owned,
+        clock=SystemClock(),
+        new_id=new_id,
+        versions=versions(*LIBRARIES),
+    )
 
 
 def _read(job_file: Path | None) -> tuple[str, Path]:

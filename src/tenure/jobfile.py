@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from tenure.errors import JobFileError, SpecError
-from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, TrainGoal
+from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, ServerOptions, TrainGoal
 from tenure.resources import Envelope, format_bytes, format_duration, parse_bytes, parse_duration
 from tenure.runs import DEFAULT_DISK_BYTES
 from tenure.tenants import check_name
@@ -164,7 +164,7 @@ _KEYS: Mapping[JobKind, tuple[str, ...]] = {
         *(*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "evaluate_every"),
         *("seed", "options", "probe", *_EXCHANGE),
     ),
-    "serve": (*_COMMON, "model", "goals", "ports", "probe", "seed"),
+    "serve": (*_COMMON, "model", "goals", "ports", "server", "probe", "seed"),
 }
 """Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
 _SCALARS = ("program", "model", "workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
@@ -241,7 +241,7 @@ def _job(reader: _Reader, kind: JobKind, table: dict[str, Any], path: tuple[str 
                 f"option {option} must be a text, a number, true or false; found {value!r}", *path, "options", option
             )
     values["options"] = options
-    for key, cls in (("envelope", Envelope), ("retry", Retry), ("probe", Probe)):
+    for key, cls in (("envelope", Envelope), ("server", ServerOptions), ("retry", Retry), ("probe", Probe)):
         if key in table:
             values[key] = reader.noun(cls, table[key], *path, key)
     if "goal" in table:

@@ -102,6 +102,37 @@ class ServeGoal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """How the server of a model is set up. Zero: the server chooses, from its lease and the model."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of the machine's."""
+    memory_budget_bytes: int = 0
+    """For the requests held at once; past it they are refused with when to try again."""
+    instances: int = 0
+    """Loaded copies of each model, each a process."""
+    threads: int = 0
+    """Per instance."""
+    max_batch_rows: int = 0
+    """Rows of one run of a model, over all requests in it."""
+    max_delay_s: float = 0.0
+    """How long a request may wait for others to share its run."""
+
+    def __post_init__(self) -> None:
+        for name in ("instances", "threads", "max_batch_rows"):
+            if not 0 <= getattr(self, name) <= 65536:
+                raise SpecError(
+                    f"server.{name} must lie between 0 (the server chooses) and 65,536; found {getattr(self, name)!r}"
+                )
+        if not 0 <= self.max_delay_s <= 10:
+            raise SpecError(f"server.max_delay must lie between 0 and 10 s; found {self.max_delay_s!r} s")
+        if self.memory_budget_bytes and self.memory_budget_bytes < 1 << 20:
+            raise SpecError(f"server.memory_budget must be at least 1MiB; found {self.memory_budget_bytes} bytes")
+        if not self.host or self.host.startswith("-"):
+            raise SpecError(f"server.host must be an address to listen on, such as 127.0.0.1; found {self.host!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One thing to run: a stage of a job file. Raises SpecError when its parts contradict each other."""
 
@@ -134,6 +165,8 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     ports: Mapping[str, int] = field(default_factory=dict)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    """Of a serve stage's server."""
     retry: Retry = field(default_factory=Retry)
     probe: Probe = field(default_factory=Probe)
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)

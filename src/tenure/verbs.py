@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tenure import app
 from tenure.broker.client import connect, start_broker
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tenure.broker.ledgers import Restored
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
+    from tenure.experiments.foreground import Listening
     from tenure.train.dataset import Dataset
 
 Home = str | Path | None
@@ -68,6 +69,26 @@ def run(
     path = Path(job_file) if job_file is not None else None
     shown = display or SilentDisplay()
     return app.run_job_file(path, home=app.find_home(home), display=shown, resume=resume, only=only, workers=workers)
+
+
+def serve(
+    model: str | Path,
+    *,
+    home: Home = None,
+    display: Display | None = None,
+    listening: Callable[[Listening], None] = lambda _: None,
+    **options: Any,
+) -> Outcome:
+    """Serve a model file, a folder of models or a repository under a lease of its own, until Ctrl-C. It blocks.
+
+    listening: told once what is served where. options: fields of `ForegroundSpec`.
+    Returns the outcome, also of a server that ended by itself (`outcome.failed`). Raises NotFound, SpecError, MissingExtra,
+    Refused.
+    """
+    from tenure.experiments.foreground import ForegroundSpec  # SciPy and the client come with it
+
+    spec = ForegroundSpec(model=Path(model), **options)
+    return app.serve_model(spec, home=app.find_home(home), display=display or SilentDisplay(), listening=listening)
 
 
 def recommend(job_file: str | Path, *, home: Home = None, display: Display | None = None) -> tuple[Recommendation, ...]:

@@ -88,7 +88,7 @@ def test_the_job_file_page_names_every_key():
 
     page = (ROOT / "docs" / "job-file.md").read_text()
     keys = {key for kind in jobfile._KEYS.values() for key in kind}
-    nouns = (jobfile.Envelope, jobfile.Retry, jobfile.Probe, jobfile.TrainGoal, jobfile.ServeGoal)
+    nouns = (jobfile.Envelope, jobfile.Retry, jobfile.Probe, jobfile.TrainGoal, jobfile.ServeGoal, jobfile.ServerOptions)
     keys |= {jobfile._key(field.name) for noun in nouns for field in jobfile.fields(noun)}
     assert not {key for key in keys if f"`{key}`" not in page}
 

@@ -15,6 +15,7 @@ import typer
 from tenure import __version__
 from tenure.cli import exits, output
 from tenure.cli.display import make_display
+from tenure.cli.serving import serve
 from tenure.errors import SpecError
 
 app = typer.Typer(
@@ -105,14 +106,7 @@ def _run(file: Path | None, home: Path | None, json: bool, *, resume: str = "", 
     with make_display(sys.stdout, sys.stderr, json=json) as display:
         outcome = verbs.run(file, home=home, resume=resume, only=only, workers=workers, display=display)
     code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
-    if json:
-        _print(output.outcome_json(outcome, code))
-    else:
-        _print(f"run      {output.clean(outcome.run.id)} {outcome.run.state}")
-        if outcome.report_html.exists():  # a full disk may have kept it from being written, and that was told
-            _print(f"report   {outcome.report_html}\nfigures  {outcome.report_json}")
-    if outcome.failed:
-        output.say(output.clean_lines(f"tenure: {outcome.failed}"), sys.stderr)
+    output.tell_outcome(outcome, code, sys.stdout, sys.stderr, json=json)
     raise typer.Exit(code)
 
 
@@ -140,10 +134,7 @@ def train(
     _run(file, home, json, resume=resume, only="train", workers=workers)
 
 
-@app.command()
-def serve(file: JobFileArgument, home: Home = None, json: Json = False) -> None:
-    """Run a job file's serving stage, and what it needs."""
-    _run(file, home, json, only="serve")
+app.command()(serve)
 
 
 @app.command()

@@ -48,9 +48,17 @@ class SilentDisplay:
 class PlainDisplay(SilentDisplay):
     """One line per ended step, with the seconds since the beginning; and one now and then while a step takes long."""
 
-    def __init__(self, out: TextIO, err: TextIO, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        say_every_s: float = SAY_EVERY_S,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(err)
         self._out = out
+        self._say_every_s = say_every_s
         self._monotonic_s = monotonic_s
         self._began_s = self._said_s = monotonic_s()
         self._now = ""
@@ -60,8 +68,8 @@ class PlainDisplay(SilentDisplay):
         self._now, self._said_s = _heading(stage, step), self._monotonic_s()
 
     def progress(self, text: str, done: float | None = None) -> None:
-        """Print how far the step is, at most every SAY_EVERY_S: a log shall not grow with every round."""
-        if self._now and self._monotonic_s() - self._said_s >= SAY_EVERY_S:
+        """Print how far the step is, at most every `say_every_s`: a log shall not grow with every round."""
+        if self._now and self._monotonic_s() - self._said_s >= self._say_every_s:
             self._say(self._now, text)
 
     def step_done(self, stage: str, step: str, closing_line: str) -> None:
@@ -148,8 +156,11 @@ def _heading(stage: str, step: str) -> str:
     return " ".join(clean(part) for part in (stage, step) if part)
 
 
-def make_display(out: TextIO, err: TextIO, *, json: bool) -> SilentDisplay:
-    """Return the display that fits: silent with --json, live on a terminal, plain otherwise."""
+def make_display(out: TextIO, err: TextIO, *, json: bool, say_every_s: float = SAY_EVERY_S) -> SilentDisplay:
+    """Return the display that fits: silent with --json, live on a terminal, plain otherwise.
+
+    say_every_s: how often a plain display tells of a step that takes long.
+    """
     if json:
         return SilentDisplay(err)
-    return RichDisplay(out, err) if out.isatty() else PlainDisplay(out, err)
+    return RichDisplay(out, err) if out.isatty() else PlainDisplay(out, err, say_every_s=say_every_s)

@@ -71,6 +71,18 @@ def outcome_json(outcome: Outcome, code: int) -> str:
     return as_json(fields)
 
 
+def tell_outcome(outcome: Outcome, code: int, out: TextIO, err: TextIO, *, json: bool) -> None:
+    """Say how a run ended, where its report is, and on `err` why it failed if it did."""
+    if json:
+        say(outcome_json(outcome, code), out)
+    else:
+        say(f"run      {clean(outcome.run.id)} {outcome.run.state}", out)
+        if outcome.report_html.exists():  # a full disk may have kept it from being written, and that was told
+            say(f"report   {outcome.report_html}\nfigures  {outcome.report_json}", out)
+    if outcome.failed:
+        say(clean_lines(f"tenure: {outcome.failed}"), err)
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> str:
     """Return aligned columns, two spaces apart, or `empty` when there is no row."""
     if not rows:

@@ -17,15 +17,15 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tenure.errors import JobFailed, SpecError
 from tenure.experiments import netns
-from tenure.jobs import Command
+from tenure.jobs import Command, ServerOptions
 from tenure.protocols import Exit, ExitKind, Launch, Launched, LaunchRequest, Progress
-from tenure.resources import Envelope
+from tenure.resources import Envelope, format_bytes
 from tenure.serve.load import LoadCell, LoadResult, LoadSpec, load_command, read_load_result, write_load_spec
 from tenure.trials import Configuration, Trial
 from tenure.usage import Summary, Usage, summarize
@@ -35,6 +35,8 @@ INTERACTIONS: tuple[Interaction, ...] = ("sync", "async")
 TRANSPORTS = ("http", "grpc")
 SAMPLE_MAX_S = 3.0
 """How long to wait for a sample of the server that is as new as the end of a load."""
+DRAIN_S, LEAVE_S = 5.0, 5.0
+"""How long a server may answer what it accepted, after SIGTERM; and then to end its instances, before it is killed."""
 START_S, START_PER_CLIENT_S = 2.0, 1.0
 """How far ahead applications that must start together are told to begin: interpreters start one after another."""
 
@@ -56,6 +58,8 @@ class Served:
     app: Envelope
     """Of each application."""
     server: Envelope
+    options: ServerOptions = field(default_factory=ServerOptions)
+    """Of the server. Its host is chosen here, where the applications reach it."""
     seed: int = 0
     repeats: int = 3
     seconds: float = 0.4
@@ -64,12 +68,29 @@ class Served:
     """Requests in flight of an asynchronous application."""
 
 
-def server_command(model: Path, *, name: str, host: str = "127.0.0.1", ports: Mapping[str, int] | None = None) -> Command:
-    """Return the command of a server of one model. ports: transport -> port, 0 for any free one; what is left out is off."""
+def server_command(
+    model: Path, *, name: str, ports: Mapping[str, int] | None = None, options: ServerOptions | None = None
+) -> Command:
+    """Return the command of a server of a model file, or of a folder of models.
+
+    name: of a single model; empty: its file's stem. ports: transport -> port, 0 for any free one; what is left out is off.
+    """
     wanted = {"http": 0, "grpc": 0} if ports is None else dict(ports)
-    doors = [f"--{transport}-port={wanted.get(transport, 'off')}" for transport in TRANSPORTS]
-    argv = (sys.executable, "-m", "tenure.serve", "--model", str(model), "--name", name, "--host", host, *doors)
-    return Command(argv=argv, ports=wanted)
+    options = options or ServerOptions()
+    given = {
+        "name": name,
+        "host": options.host,
+        **{f"{transport}-port": str(wanted.get(transport, "off")) for transport in TRANSPORTS},
+        "memory-budget": format_bytes(options.memory_budget_bytes) if options.memory_budget_bytes else "",
+        "instances": str(options.instances or ""),
+        "threads": str(options.threads or ""),
+        "max-batch-rows": str(options.max_batch_rows or ""),
+        "max-delay-ms": f"{options.max_delay_s * 1e3:g}" if options.max_delay_s else "",
+        "grace-s": f"{DRAIN_S:g}",
+    }
+    flags = (f"--{flag}={value}" for flag, value in given.items() if value)
+    argv = (sys.executable, "-m", "tenure.serve", f"--model={model}", *flags)
+    return Command(argv=argv, ports=wanted, grace_s=DRAIN_S + LEAVE_S)
 
 
 def measure_serving(
@@ -319,7 +340,8 @@ def _service(served: Served, *, server: Launched | None = None, needed: bool = T
         if needed and server is None:
             # On the near end of the cable it is reached from the namespace, and from here by the loopback device:
             # packets to one's own address never leave the machine's lo.
-            command = server_command(served.model, name=served.name, host=link.near if link else "127.0.0.1")
+            options = replace(served.options, host=link.near if link else "127.0.0.1")
+            command = server_command(served.model, name=served.name, options=options)
             server = served.launch(LaunchRequest(name="server", command=command, envelope=served.server))
             stack.callback(server.stop)
         yield _Service(served, link, why_not, server)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tenure.broker.client import BrokerClient
 from tenure.broker.launch import BrokerLaunch
@@ -20,6 +23,26 @@ from tenure.protocols import Clock
 from tenure.runs import Run, RunFiles, RunState, Stage
 from tenure.trials import Configuration, Trial
 from tenure.usage import Summary
+
+if TYPE_CHECKING:
+    from tenure.experiments.foreground import Listening
+
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let a second Ctrl-C wait for nothing and break nothing: what is ended or cleaned up here has bounds of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Display(Protocol):
@@ -61,6 +84,8 @@ class RunContext:
     """`recommend`: stop each stage once its recommendations are recorded."""
     workers: int = 0
     """Size of each training gang, whatever its job or the recommendation says; 0: as they say."""
+    listening: Callable[[Listening], None] | None = None
+    """Told what a server offers once it listens. A run that has one serves in the foreground: Ctrl-C is its good end."""
     artefacts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Stage -> artefact -> path below the stage's artefacts folder."""
     closing: list[str] = field(default_factory=list)

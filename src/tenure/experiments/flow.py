@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,7 +16,7 @@ from typing import Any
 
 from tenure.broker.client import BrokerClient
 from tenure.errors import Conflict, NotFound, SpecError, TenureError, Unsupported
-from tenure.experiments.context import RunContext
+from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.report import ReportData, write_report
 from tenure.experiments.report_predictions import ARTEFACT, read_predictions
 from tenure.experiments.stage_serve import run_serve
@@ -31,7 +29,6 @@ from tenure.runs import Run, RunFiles, RunState, Stage
 MAX_EVENTS = 100_000
 LEASE_KEYS = ("envelope", "workers", "probe", "retry")
 """Keys of a stage that bound its work and change nothing of it: a resumed run may have others."""
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 STAGE_RUNNERS: Mapping[JobKind, Callable[[RunContext, Job], None]] = {
     "task": run_task,
@@ -161,9 +158,9 @@ def _run_stages(context: RunContext, job_file: JobFile) -> Outcome:
         context.set_run(RunState.DONE)
     except BaseException as caught:  # also Ctrl-C and our own mistakes: nothing of the run may stay behind
         error = caught
-        with _undisturbed():
+        with undisturbed():
             _clean_up(context, caught, stage_name)
-    with _undisturbed():
+    with undisturbed():
         html, json = _report(context, after=error)
     if error is not None and not isinstance(error, TenureError):
         raise error
@@ -210,20 +207,6 @@ def _alone(context: RunContext) -> Iterator[None]:
         held.write(str(os.getpid()))
         held.flush()
         yield
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let a second Ctrl-C wait for nothing and break nothing: what is cleaned up here has bounds of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _clean_up(context: RunContext, error: BaseException, stage_name: str) -> None:

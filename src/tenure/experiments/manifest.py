@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tenure.errors import SpecError
-from tenure.jobs import Job, fingerprint
+from tenure.jobs import Job, ServerOptions, fingerprint
 from tenure.nodes import Machine
 
 MAX_FILES = 100_000
@@ -88,7 +88,7 @@ def job_fingerprint(
 
     sources: program files. inputs: resolved inputs by name. Goals, retries and names do not count; seed and shards do.
     """
-    parts = {
+    parts: dict[str, Any] = {
         "kind": job.kind,
         "runtime": job.runtime,
         "program": {path.name: hasher.sha256(path) for path in sources},
@@ -100,5 +100,7 @@ def job_fingerprint(
         "versions": dict(versions),
         "machine": machine.machine_class,
     }
+    if job.server != ServerOptions():  # what is left out leaves older trials their fingerprint
+        parts["server"] = asdict(replace(job.server, host=""))
     hasher.save()
     return fingerprint(parts)

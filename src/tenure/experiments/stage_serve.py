@@ -17,6 +17,7 @@ import numpy as np
 
 from tenure.errors import Conflict, JobFailed, NotFound, SpecError
 from tenure.experiments.architectures import (
+    DRAIN_S,
     INTERACTIONS,
     TRANSPORTS,
     Served,
@@ -24,14 +25,15 @@ from tenure.experiments.architectures import (
     measure_serving,
     server_command,
 )
-from tenure.experiments.context import RunContext
+from tenure.experiments.context import RunContext, undisturbed
+from tenure.experiments.foreground import Listening, look
 from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
-from tenure.protocols import ExitKind, Launched, LaunchRequest
+from tenure.protocols import Exit, ExitKind, Launched, LaunchRequest
 from tenure.recommend.observe import compare
 from tenure.recommend.serving import ServeTunable
 from tenure.recommend.tune import tune
-from tenure.resources import Envelope, format_duration, show_bytes
+from tenure.resources import Envelope, show_bytes
 from tenure.serve.client import Model
 from tenure.trials import Candidate, Configuration, Recommendation, Trial
 
@@ -46,7 +48,8 @@ def run_serve(context: RunContext, job: Job) -> None:
     if not model.exists():
         raise SpecError(f"stage {job.name}: model {model} does not exist; model is a path or stage:file")
     inputs = context.inputs(job)
-    context.set_stage(job.name, fingerprint=context.fingerprint(job, inputs={**inputs, "model": model}))
+    if context.listening is None:  # nothing is measured in the foreground, and reading a large repository takes time
+        context.set_stage(job.name, fingerprint=context.fingerprint(job, inputs={**inputs, "model": model}))
     if job.envelope is not None:
         _serve_until_ended(context, job, model, job.envelope)
         return
@@ -94,6 +97,7 @@ class _Service:
             workdir=self.context.files.stage(self.job.name) / "load",
             app=app,
             server=server,
+            options=self.job.server,
             seed=self.job.seed,
             repeats=self.job.probe.repeats,
         )
@@ -249,26 +253,83 @@ def _server(context: RunContext, job: Job, model: Path) -> Command:
     doors = dict.fromkeys(TRANSPORTS, 0)
     if unknown := set(job.ports) - set(doors):
         raise SpecError(f"stage {job.name}: a server has no port {sorted(unknown)[0]!r}; it has: {', '.join(doors)}")
-    command = server_command(model, name=context.run.name, ports={**doors, **job.ports})
+    name = context.run.name if context.listening is None else ""  # in the foreground models go by the names of their files
+    command = server_command(model, name=name, ports={**doors, **job.ports}, options=job.server)
     return replace(command, env=job.env, secrets=job.secrets)
 
 
 def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Envelope) -> None:
     """Serve under the envelope that the job file gives, slot after slot, until its total is spent or the lease is released.
 
-    Ctrl-C releases it. Raises JobFailed when the server ends by itself.
+    Ctrl-C interrupts the run; in the foreground it is how serving ends well. Raises JobFailed when the server ends by itself.
     """
     context.step(job.name, "lease", envelope.describe())
-    command = _server(context, job, model)
-    server = context.launch(job.name)(LaunchRequest(name="server", command=command, envelope=envelope))
+    server = _started(context, job, model, envelope)
     where = ", ".join(f"{name}://{address}" for name, address in server.endpoints.items())
-    context.close_step(job.name, "lease", f"serving {context.run.name} at {where}; Ctrl-C ends the lease")
+    what = context.run.name if context.listening is None else str(model)
+    context.close_step(job.name, "lease", f"serving {what} at {where}; Ctrl-C ends the lease")
+    if context.listening is not None:
+        _tell(context, job, look(server.lease_id, server.endpoints, model))
     context.step(job.name, "serve", envelope.describe())
+    try:
+        ended = _held(context, server, envelope, f"serving {what} at {where}")
+    except KeyboardInterrupt:
+        if context.listening is None:
+            raise
+        with undisturbed():
+            context.progress("answering what was accepted, then leaving")
+            ended = server.stop()
+    if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
+        raise JobFailed(
+            f"stage {job.name}: the server at {where} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
+            reason=str(ended.kind),
+        )
+    if context.listening is not None and (ended.result or {}).get("drained") is False:
+        raise JobFailed(f"stage {job.name}: some requests that the server had accepted were not answered within {DRAIN_S:g} s")
+    held_s = ended.ended_at_s - ended.started_at_s
+    used = ended.usage
+    spent = (
+        f"; {used.cpu_s:.1f} CPU-s, peak memory {show_bytes(used.peak_memory_bytes)} of {envelope.describe()}" if used else ""
+    )
+    line = f"served at {where} for {held_s:.1f} s; ended {ended.kind}{spent}"
+    context.close_step(job.name, "serve", line)
+
+
+def _started(context: RunContext, job: Job, model: Path, envelope: Envelope) -> Launched:
+    """Launch the server. Raises JobFailed; when its memory was too little, with what to do about it."""
+    command = _server(context, job, model)
+    try:
+        return context.launch(job.name)(LaunchRequest(name="server", command=command, envelope=envelope))
+    except JobFailed as error:
+        if error.reason != ExitKind.OUT_OF_MEMORY:
+            raise
+        given = show_bytes(envelope.memory_bytes)
+        remedy = "--memory" if context.listening is not None else "memory in its envelope"
+        raise JobFailed(
+            f"{given} of memory is too little for {model.name} and its server: give it more ({remedy})\n{error}",
+            reason=error.reason,
+        ) from error
+
+
+def _tell(context: RunContext, job: Job, listening: Listening) -> None:
+    """Say what is served and how to call it; to whoever asked, too."""
+    for model in listening.models:
+        context.close_step(job.name, "model", model.describe())
+    known = next((model for model in listening.models if not model.problem), None)
+    if known is not None:
+        context.close_step(job.name, "try", known.curl)
+        context.close_step(job.name, "try", known.python)
+    assert context.listening is not None
+    context.listening(listening)
+
+
+def _held(context: RunContext, server: Launched, envelope: Envelope, doing: str) -> Exit:
+    """Renew the lease slot after slot and show what is used, until the server has ended; return how."""
     ended = None
     renew_s = 0.0
     while ended is None:
         usage = server.usage()
-        context.progress(f"serving {context.run.name} at {where}; {show_bytes(usage.memory_bytes)}; Ctrl-C ends the lease")
+        context.progress(f"{doing}; {show_bytes(usage.memory_bytes)}, {usage.cpu_s:.1f} CPU-s; Ctrl-C ends the lease")
         lease = context.client.lease(server.lease_id).lease
         due = context.clock.boot_s() >= renew_s  # counted since boot: UTC may be set meanwhile, here or on the broker's side
         if lease.state is LeaseState.ACTIVE and due and lease.ends_at_s < lease.total_ends_at_s:
@@ -276,10 +337,4 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
             with contextlib.suppress(Conflict, NotFound):  # it ends just now, and is waited for
                 context.client.renew(server.lease_id, envelope.slot_s)
         ended = server.wait(min(1.0, envelope.slot_s / 8))
-    if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
-        raise JobFailed(
-            f"stage {job.name}: the server at {where} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
-            reason=str(ended.kind),
-        )
-    held_s = ended.ended_at_s - ended.started_at_s
-    context.close_step(job.name, "serve", f"served at {where} for {format_duration(round(held_s, 1))}; ended {ended.kind}")
+    return ended

@@ -1,0 +1,168 @@
+"""`tenure serve`: a model in the foreground, or a job file's serving stage. Not here: what serving means (`tenure.verbs`)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tenure.cli import exits, output
+from tenure.cli.display import make_display
+from tenure.errors import SpecError
+
+if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
+    from tenure.experiments.foreground import Listening
+
+MODEL_ENDINGS = frozenset({".onnx", ".skops", ".pt2", ".tflite"})
+"""Files that make a folder one of models, though a .toml lies beside them (a model's own options)."""
+
+SAY_EVERY_S = 600.0
+"""A log of a server that runs for weeks shall not grow much by it."""
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL | FILE",
+        help="A model file, a folder of models, a repository with folders NAME/VERSION; or a job file (.toml).",
+    ),
+]
+
+
+def serve(
+    model: ModelArgument,
+    http_port: Annotated[
+        int | None,
+        typer.Option("--http-port", metavar="N", help="Port of HTTP; 0: any free one [default: 8000].", min=0, max=65535),
+    ] = None,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option("--grpc-port", metavar="N", help="Port of gRPC; 0: any free one [default: 8001].", min=0, max=65535),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", metavar="ADDRESS", help="Who can reach it; 0.0.0.0 is everybody [default: 127.0.0.1]."),
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option("--cpus", metavar="N", help="Cores of the lease [default: all that no lease holds].")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory of the lease, e.g. 4GiB [default: half of what no lease holds]."),
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option("--time", metavar="TIME", help="End after this long, e.g. 8h [default: Ctrl-C ends it].")
+    ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget",
+            metavar="SIZE",
+            help="For requests held at once; past it they are refused with when to try again [default: 256MiB, or a quarter "
+            "of the lease's memory if that is less].",
+        ),
+    ] = None,
+    instances: Annotated[
+        int | None, typer.Option("--instances", metavar="N", min=1, help="Loaded copies of each model, each a process.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="Of each instance [default: the lease's cores].")
+    ] = None,
+    max_batch_rows: Annotated[
+        int | None,
+        typer.Option("--max-batch-rows", metavar="N", min=1, help="Rows of one run of a model, over all requests in it."),
+    ] = None,
+    max_delay: Annotated[
+        str | None,
+        typer.Option(
+            "--max-delay", metavar="TIME", help="How long a request may wait for others to share its run [default: 0]."
+        ),
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            "--home", metavar="DIR", help="Where Tenure keeps its state [default: $TENURE_HOME, else the user's data folder]."
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON once it listens, and one at the end, instead of text.")
+    ] = False,
+) -> None:
+    """Serve a model under a lease, by HTTP and gRPC, until Ctrl-C: it then answers what it accepted, and the lease ends.
+
+    Of a job file: run its serving stage, and what it needs; the other options are for a model, a job file says its own.
+    """
+    from tenure import verbs
+
+    given = {
+        "--http-port": http_port,
+        "--grpc-port": grpc_port,
+        "--host": host,
+        "--cpus": cpus,
+        "--memory": memory,
+        "--time": time,
+        "--memory-budget": memory_budget,
+        "--instances": instances,
+        "--threads": threads,
+        "--max-batch-rows": max_batch_rows,
+        "--max-delay": max_delay,
+    }
+    with make_display(sys.stdout, sys.stderr, json=json, say_every_s=SAY_EVERY_S) as display:
+        if is_job_file(model):
+            if named := [option for option, value in given.items() if value is not None]:
+                raise SpecError(f"{named[0]} is for a model; the job file {model} says how its own is served ([serve.server])")
+            outcome = verbs.run(model, home=home, only="serve", display=display)
+        else:
+
+            def listening(found: Listening) -> None:
+                if json:
+                    output.say(output.as_json({"listening": found}), sys.stdout)
+
+            outcome = verbs.serve(model, home=home, display=display, listening=listening, **_options(given))
+    code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
+    output.tell_outcome(outcome, code, sys.stdout, sys.stderr, json=json)
+    raise typer.Exit(code)
+
+
+def is_job_file(path: Path) -> bool:
+    """Whether a path means a job file: a .toml, or a folder that has one and no model."""
+    if path.is_dir():
+        inside = {entry.suffix for entry in path.iterdir()}
+        below = {entry.suffix for deep in ("*/*", "*/*/*") for entry in path.glob(deep)}
+        return ".toml" in inside and not (inside | below) & MODEL_ENDINGS
+    return path.suffix == ".toml"
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the command line's options as fields of the spec, those left out left out."""
+    from tenure.jobs import ServerOptions
+    from tenure.resources import parse_bytes, parse_duration
+
+    def of(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value if parse is None else parse(value)
+            for name, (option, parse) in fields.items()
+            if (value := given[option]) is not None
+        }
+
+    server = of(
+        {
+            "host": ("--host", None),
+            "memory_budget_bytes": ("--memory-budget", parse_bytes),
+            "instances": ("--instances", None),
+            "threads": ("--threads", None),
+            "max_batch_rows": ("--max-batch-rows", None),
+            "max_delay_s": ("--max-delay", parse_duration),
+        }
+    )
+    lease = of(
+        {
+            "http_port": ("--http-port", None),
+            "grpc_port": ("--grpc-port", None),
+            "cpus": ("--cpus", None),
+            "memory_bytes": ("--memory", parse_bytes),
+            "time_s": ("--time", parse_duration),
+        }
+    )
+    return {**lease, "options": ServerOptions(**server)}
