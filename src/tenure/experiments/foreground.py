@@ -25,7 +25,7 @@ from tenure.jobs import Job, ServerOptions
 from tenure.nodes import Node
 from tenure.resources import Envelope, show_bytes
 from tenure.serve.client import Model
-from tenure.serve.repository import find_models
+from tenure.serve.repository import ModelFiles
 from tenure.serve.tensors import ModelMetadata, TensorMetadata
 
 SLOT_S = 120.0
@@ -103,7 +103,7 @@ def check_models(path: Path) -> None:
     """Raise NotFound for a path that is not there, SpecError when no model is in it, MissingExtra without its engine."""
     if not path.exists():
         raise NotFound(f"{path} does not exist: name a model file, a folder of models, or a job file (.toml)")
-    for versions in find_models(path).values():
+    for versions in ModelFiles(path).scan().values():
         for file in versions.values():
             _check_engine(file)
     if ":" in str(path.absolute()):
@@ -181,7 +181,7 @@ def _envelope(spec: ForegroundSpec, node: Node) -> tuple[Envelope, str]:
 def look(lease_id: str, endpoints: Mapping[str, str], path: Path) -> Listening:
     """Ask a server that listens what it offers, through the public client. A model that does not answer says why."""
     address = reachable(endpoints["http"])
-    names = list(find_models(path))
+    names = list(ModelFiles(path).scan())
     models = tuple(_look_at(address, name) for name in names[:MAX_TOLD])
     return Listening(lease_id=lease_id, endpoints=dict(endpoints), models=models)
 
