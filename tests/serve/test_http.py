@@ -16,7 +16,7 @@ def exchange(server, method, path, body=None, headers=None):
     try:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
-        return response.status, dict(response.headers), response.read()
+        return response.status, response.headers, response.read()
     finally:
         connection.close()
 
@@ -80,7 +80,7 @@ def test_one_output_may_be_asked_raw_and_another_in_json(server, digits):
     status, headers, body = infer(server, request)
     outputs = json.loads(body[: int(headers["inference-header-content-length"])])["outputs"]
     assert status == 200
-    assert [("data" in output, output["name"]) for output in outputs] == [(True, "label"), (False, "probability")]
+    assert [("data" in output, output["name"]) for output in outputs] == [(False, "probability"), (True, "label")]
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,27 @@
-"""Requests and answers of the v2 protocol as HTTP bodies: JSON, and JSON followed by raw tensors; both sides.
+"""Requests and answers of the v2 protocol as HTTP bodies, the server's side: JSON, and JSON followed by raw tensors.
 
-Used by the HTTP door and the HTTP transport of the client, which share nothing else. No sockets here.
 A body with raw tensors starts with `Inference-Header-Content-Length` bytes of JSON; the tensors follow in order, each
-`parameters.binary_data_size` long. Ours pads the JSON with spaces so that the first tensor lies aligned: no copy needed.
+`parameters.binary_data_size` long. Ours pads the JSON with spaces so that the first tensor lies aligned for the client.
 
-The server's side describes tensors and touches none: a request's JSON becomes a `Template`, which depends on nothing but the
-JSON, so that a door keeps it for the next body that starts with the same bytes.
+Tensors are described, not touched: a request's JSON becomes a `Template`, which depends on nothing but the JSON, so that a
+door keeps it for the next body that starts with the same bytes. Not here: sockets; the client's side (`http_client`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from tenure.serve.codec_json import JsonData, to_json
 from tenure.serve.faults import InputRefused
 from tenure.serve.plane import ALIGNMENT, Answer, Output, TensorRef, Wanted
 from tenure.serve.tensors import (
-    Array,
     ModelMetadata,
-    TensorMetadata,
-    datatype_of,
     dtype_of,
     element_count,
-    from_raw,
-    to_raw,
 )
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -78,24 +71,7 @@ class _Request(msgspec.Struct):
     outputs: list[_Wanted] = []
 
 
-class _Answer(msgspec.Struct):
-    model_name: str
-    outputs: list[_Tensor]
-    model_version: str = ""
-    id: str = ""
-
-
-class _Metadata(msgspec.Struct):
-    name: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-    platform: str = ""
-    versions: list[str] = []
-
-
 _request_decoder = msgspec.json.Decoder(_Request)
-_answer_decoder = msgspec.json.Decoder(_Answer)
-_metadata_decoder = msgspec.json.Decoder(_Metadata)
 
 
 @dataclass(slots=True, eq=False)
@@ -111,10 +87,6 @@ class Template:
     id: str = ""
     priority: int = 0
     timeout_s: float = 0.0
-    heads: dict[Any, bytes] = field(default_factory=dict)
-    """The door's: answers' heads by the shapes of their outputs."""
-    last: tuple[Any, bytes] = (None, b"")
-    """The door's: the newest of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +110,10 @@ class TypedRequest:
 
 def decode_request(content: bytes | memoryview) -> Template | TypedRequest:
     """Return what the JSON of a request says; content is that JSON alone. Raises InputRefused."""
-    parsed = _parse(_request_decoder, content, "request")
+    try:
+        parsed = _request_decoder.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputRefused(f"the request is not v2 JSON: {error}") from error
     asked = parsed.parameters
     if asked.sequence_id not in (0, ""):
         raise InputRefused("sequence_id is given, but models here keep no state between requests; send it without a sequence")
@@ -183,106 +158,16 @@ def answer_json(answer: Answer, id: str, raw_outputs: frozenset[str] | None) -> 
     return (_padded(header) if raw else msgspec.json.encode(header)), raw
 
 
-def json_elements(outputs: Sequence[Output], raw_outputs: frozenset[str] | None) -> int:
-    """Return how many bytes of an answer's outputs must be written as JSON."""
+def json_bytes(outputs: Sequence[Output], raw_outputs: frozenset[str] | None) -> int:
+    """Return how many raw bytes of an answer's outputs are to be written as JSON."""
     if raw_outputs is None:
         return 0
     return sum(o.data.nbytes for o in outputs if o.data is not None and o.name not in raw_outputs)
 
 
-def encode_request(
-    inputs: Mapping[str, Array | TensorRef],
-    outputs: Sequence[str | Wanted] = (),
-    *,
-    id: str = "",
-    priority: int = 0,
-    timeout_s: float = 0.0,
-) -> tuple[list[bytes | memoryview], int]:
-    """Return the parts of a body with raw tensors both ways, and the length of its JSON, which is the first part.
-
-    inputs: an array is sent raw; a TensorRef tells in which registered region the tensor lies. outputs: a Wanted with a
-    region has the server write it there. Raises InputRefused for arrays the protocol has no name for.
-    """
-    tensors: list[dict[str, Any]] = []
-    raw: list[bytes | memoryview] = []
-    for name, given in inputs.items():
-        if isinstance(given, TensorRef):
-            placing = _place(given.region, given.offset, given.nbytes)
-            tensors.append({"name": name, "datatype": given.datatype, "shape": given.shape, "parameters": placing})
-        else:
-            raw.append(to_raw(given))
-            placing = {"binary_data_size": len(raw[-1])}
-            tensors.append({"name": name, "datatype": datatype_of(given), "shape": given.shape, "parameters": placing})
-    parameters: dict[str, Any] = {"binary_data_output": True}
-    if priority:
-        parameters["priority"] = priority
-    if timeout_s:
-        parameters["timeout"] = max(1, round(timeout_s * 1e6))
-    header: dict[str, Any] = {"id": id} if id else {}
-    header |= {"inputs": tensors, "parameters": parameters}
-    if outputs:
-        header["outputs"] = [_ask(output) for output in outputs]
-    content = _padded(header)
-    return [content, *raw], len(content)
-
-
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
-    """An answer as the client reads it."""
-
-    model: str
-    version: str
-    id: str
-    outputs: dict[str, Array]
-    """Those in the body; they may lie in the body's memory."""
-    placed: dict[str, TensorRef]
-    """Those the server wrote to a region."""
-
-
-def decode_answer(body: bytes | bytearray | memoryview, header_length: int | None) -> HttpAnswer:
-    """Return the answer in a body, raw outputs without a copy. Raises InputRefused when it does not follow the protocol."""
-    view = memoryview(body)
-    content, raw = split(view, header_length)
-    parsed = _parse(_answer_decoder, content, "answer")
-    outputs: dict[str, Array] = {}
-    placed: dict[str, TensorRef] = {}
-    at = 0
-    for tensor in parsed.outputs:
-        name, given = tensor.name, tensor.parameters
-        if name in outputs or name in placed:
-            raise InputRefused(f'output "{name[:80]}" is given twice')
-        shape = tuple(tensor.shape)
-        if given.shared_memory_region:
-            size = _bounded(given.shared_memory_byte_size or 0, name)
-            placed[name] = TensorRef(name, tensor.datatype, shape, given.shared_memory_offset, size, given.shared_memory_region)
-        elif given.binary_data_size is None:
-            outputs[name] = _from_json(tensor)
-        else:
-            size = _bounded(given.binary_data_size, name)
-            if size > raw.nbytes - at:
-                raise InputRefused(f'output "{name[:80]}" claims {size} raw bytes; {raw.nbytes - at} are left in the body')
-            outputs[name] = from_raw(raw[at : at + size], tensor.datatype, shape, tensor=name)
-            at += size
-    if at != raw.nbytes:
-        raise InputRefused(f"{raw.nbytes - at} bytes follow the last raw output")
-    return HttpAnswer(parsed.model_name, parsed.model_version, parsed.id, outputs, placed)
-
-
 def encode_metadata(metadata: ModelMetadata) -> bytes:
     """Return the JSON of a model's metadata."""
     return msgspec.json.encode(metadata)
-
-
-def decode_metadata(body: bytes) -> ModelMetadata:
-    """Return a model's metadata. Raises InputRefused when the JSON does not follow the protocol."""
-    found = _parse(_metadata_decoder, body, "metadata")
-    return ModelMetadata(
-        name=found.name,
-        versions=tuple(found.versions),
-        platform=found.platform,
-        inputs=tuple(found.inputs),
-        outputs=tuple(found.outputs),
-    )
 
 
 def split(body: memoryview, header_length: int | None) -> tuple[memoryview, memoryview]:
@@ -292,13 +177,6 @@ def split(body: memoryview, header_length: int | None) -> tuple[memoryview, memo
     if not 0 <= header_length <= body.nbytes:
         raise InputRefused(f"{HEADER_LENGTH} is {header_length}; the body has {body.nbytes} bytes")
     return body[:header_length], body[header_length:]
-
-
-def _parse(decoder: msgspec.json.Decoder[Any], content: bytes | memoryview, what: str) -> Any:
-    try:
-        return decoder.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputRefused(f"the {what} is not v2 JSON: {error}") from error
 
 
 def _inputs(parsed: Sequence[_Tensor]) -> tuple[list[TensorRef], dict[str, JsonData], int]:
@@ -382,26 +260,6 @@ def _packed(template: Template, typed: Mapping[str, JsonData]) -> TypedRequest:
         at += ref.nbytes + -ref.nbytes % ALIGNMENT
     template.inputs = tuple(inputs)
     return TypedRequest(template, at, tuple(pairs), tuple(moved))
-
-
-def _from_json(tensor: _Tensor) -> Array:
-    data = JsonData(bytes(tensor.data), tensor.datatype, tensor.shape, tensor=tensor.name)
-    raw = np.empty(data.nbytes, np.uint8)
-    data.write(raw.data)
-    return from_raw(raw.data, tensor.datatype, tensor.shape, tensor=tensor.name)
-
-
-def _place(region: str, offset: int, nbytes: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"shared_memory_region": region, "shared_memory_byte_size": nbytes}
-    if offset:
-        found["shared_memory_offset"] = offset
-    return found
-
-
-def _ask(output: str | Wanted) -> dict[str, Any]:
-    if isinstance(output, Wanted) and output.region:
-        return {"name": output.name, "parameters": _place(output.region, output.offset, output.nbytes)}
-    return {"name": output if isinstance(output, str) else output.name, "parameters": {"binary_data": True}}
 
 
 def _padded(header: dict[str, Any]) -> bytes:

@@ -1,234 +1,260 @@
-"""The HTTP door: Open Inference Protocol v2 as a raw ASGI application, one per data plane.
+"""The HTTP door: accepts connections, holds them against limits, and knows what they share. Open Inference Protocol v2.
 
-GET /v2, /v2/health/live, /v2/health/ready, /v2/models/M[/versions/V][/ready], /metrics; POST …/infer.
-Not here: sockets and signals (`server`), what a body means (`codec_http`), running models (`dataplane`).
-No web framework: routing is a split of the path, which is a visible part of a small request's cost otherwise.
+    HttpDoor ── http_connection (one client) ── http1 (grammar), http_bodies, http_requests, http_routes, codec_http
+
+Raw HTTP/1.1 on the event loop (uvloop or asyncio), no server framework: those cost a small request more than all the rest.
+One timer holds all connections against their time limits. Not here: running models (`plane`), the process (`server`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-from urllib.parse import unquote
+import concurrent.futures
+import errno
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-import msgspec
+from tenure.errors import Unavailable
+from tenure.serve.codec_http import Template, decode_request
+from tenure.serve.http1 import Head, parse_head
+from tenure.serve.http_connection import Connection
+from tenure.serve.http_requests import MAX_INLINE_BYTES, Known
+from tenure.serve.http_routes import infer_target
+from tenure.serve.limits import DoorLimits
+from tenure.serve.plane import Buffer, Plane
 
-from tenure.errors import NotFound, SpecError, TenureError, Unavailable
-from tenure.serve import codec_http
-from tenure.serve.bridge import EXTENSIONS, SERVER_NAME
-from tenure.serve.bridge import Bridge as DataPlane
-from tenure.serve.faults import InputRefused, Overloaded, TooLarge
-from tenure.serve.messages import InferAnswer, InferRequest
-from tenure.serve.plane import Answer, Output
-from tenure.serve.tensors import datatype_of, from_raw, to_raw
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-_STATUS: tuple[tuple[type[TenureError], int], ...] = (
-    (TooLarge, 413),
-    (SpecError, 400),
-    (NotFound, 404),
-    (Overloaded, 429),
-    (Unavailable, 503),
-)
-_JSON = (b"content-type", b"application/json")
-_HEADER_LENGTH = codec_http.HEADER_LENGTH.lower().encode()
-
-
-class _Left(Exception):
-    """The client went away while its body was read."""
-
-
-class _Method(SpecError):
-    """Another method is needed. `allow` names it."""
-
-    def __init__(self, allow: str) -> None:
-        super().__init__(f"this address takes {allow} only")
-        self.allow = allow
+_SCRATCH_BYTES = 64 << 10
+_MAX_KNOWN = 1024
+_MAX_KNOWN_BYTES = 4 << 10
+"""Of one head or JSON that is remembered: 2 × 1024 × 4 KiB in all."""
+_ACCEPTS_AT_ONCE = 64
+_T = TypeVar("_T")
 
 
 class HttpDoor:
-    """ASGI application over a data plane."""
+    """HTTP/1.1 over one data plane."""
 
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
+    def __init__(self, plane: Plane, *, limits: DoorLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.plane = plane
+        self.limits = limits or DoorLimits()
+        self.scratch = bytearray(_SCRATCH_BYTES)
+        self.scratch_view = memoryview(self.scratch)
+        self.leaving = False
+        """Set while the door closes: answers tell clients to leave."""
+        self.unsent_bytes = 0
+        """Answers that wait for their clients to read."""
+        self.now_s = clock()
+        """Read once per tick: no request asks for the time."""
+        times = (
+            self.limits.head_timeout_s,
+            self.limits.body_timeout_s,
+            self.limits.idle_timeout_s,
+            self.limits.write_timeout_s,
+        )
+        self.tick_s = min(1.0, min(times) / 4)
+        self._clock = clock
+        self._connections: set[Connection] = set()
+        self._opening = 0
+        self._heads: dict[bytes, Head] = {}
+        self._known: dict[tuple[tuple[str, str], bytes], Known] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bound: socket.socket | None = None
+        self._accepting = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._changed = asyncio.Event()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request. Whatever is wrong with it becomes a status and a JSON body {"error": reason}."""
-        if scope["type"] != "http":
-            return
+    async def open(self, bound: socket.socket) -> None:
+        """Start accepting on a bound, listening socket, which stays the caller's."""
+        bound.setblocking(False)
+        self._loop, self._bound = asyncio.get_running_loop(), bound
+        self._tick()
+
+    async def close(self, grace_s: float) -> None:
+        """Stop accepting, tell connections to leave, wait for the answers that are due, at most `grace_s`; then close all."""
+        self.leaving = True
+        self._pause_accepting()
+        for connection in list(self._connections):
+            connection.leave()
         try:
-            await self._route(scope, receive, send)
-        except _Left:
-            return
-        except TenureError as error:
-            await _refuse(send, error)
+            async with asyncio.timeout(grace_s):
+                while self._connections or self._tasks:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        for connection in list(self._connections):
+            connection.abort()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _route(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        parts = [unquote(part) for part in scope["raw_path"].decode("latin-1").split("?")[0].strip("/").split("/")]
-        if parts[:2] == ["v2", "models"] and len(parts) >= 3:
-            await self._model(parts[2], parts[3:], scope, receive, send)
-            return
-        if scope["method"] not in ("GET", "HEAD"):
-            raise _Method("GET")
-        plane = self._plane
-        match parts:
-            case ["v2"]:
-                about = {"name": SERVER_NAME, "version": plane.version, "extensions": EXTENSIONS}
-                await _answer(send, 200, msgspec.json.encode(about))
-            case ["v2", "health", "live"]:
-                await _answer(send, 200, b'{"live":true}')
-            case ["v2", "health", "ready"]:
-                await _answer(send, 200 if plane.ready else 503, b'{"ready":true}' if plane.ready else b'{"ready":false}')
-            case ["metrics"]:
-                from tenure.serve.metrics import render  # not needed to start serving
+    # What connections use
 
-                await _answer(send, 200, render(plane), ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),))
-            case _:
-                raise NotFound(f"there is nothing at {scope['path'][:200]!r}; this server speaks /v2 and /metrics")
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop the door was opened on."""
+        assert self._loop is not None, "connections exist only while the door is open"
+        return self._loop
 
-    async def _model(self, name: str, rest: list[str], scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        version = ""
-        if rest[:1] == ["versions"] and len(rest) >= 2:
-            version, rest = rest[1], rest[2:]
-        if rest == ["infer"]:
-            if scope["method"] != "POST":
-                raise _Method("POST")
-            await self._infer(name, version, scope, receive, send)
-            return
-        if scope["method"] not in ("GET", "HEAD"):
-            raise _Method("GET")
-        if rest == ["ready"]:
-            ready = self._plane.model_ready(name, version)
-            body = msgspec.json.encode({"name": name, "ready": ready})
-            await _answer(send, 200 if ready else 503, body)
-        elif not rest:
-            await _answer(send, 200, codec_http.encode_metadata(self._plane.metadata(name, version)))
-        else:
-            raise NotFound(f"there is nothing at {scope['path'][:200]!r}")
+    def reserve(self, nbytes: int) -> Buffer:
+        """`plane.reserve` for this door. Raises TooLarge, Overloaded."""
+        return self.plane.reserve(nbytes, "http")
 
-    async def _infer(self, name: str, version: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        held = _Held(self._plane)
+    def joined(self, connection: Connection) -> None:
+        """Count a connection that has been made."""
+        self._connections.add(connection)
+
+    def left(self, connection: Connection) -> None:
+        """Forget a connection that is no more."""
+        self._connections.discard(connection)
+        if not self._accepting:
+            self._resume_accepting()
+        self._changed.set()
+
+    def head(self, raw: bytes) -> Head:
+        """Return a request's head, parsed or remembered. Raises BadMessage."""
+        found = self._heads.get(raw)
+        if found is None:
+            found = parse_head(raw)
+            found.target = infer_target(found.path) if found.method == "POST" else None
+            json_length = found.json_length
+            found.direct = (
+                found.target is not None
+                and json_length is not None
+                and json_length <= min(found.length, MAX_INLINE_BYTES)
+                and found.length <= self.limits.max_request_bytes
+                and not (found.expects or found.encoding or found.chunked)
+            )
+            _remember(self._heads, raw, found, len(raw))
+        return found
+
+    def known(self, target: tuple[str, str], content: bytes) -> Known | None:
+        """Return what the JSON of a request says, decoded or remembered; None: tensors are in it. Raises InputRefused."""
+        found = self._known.get((target, content))
+        if found is None:
+            template = decode_request(content)
+            if not isinstance(template, Template):
+                return None
+            found = Known(target, content, template)
+            if not template.id:  # an id is new each time: remembering it would push out what is worth it
+                _remember(self._known, (target, content), found, len(content))
+        return found
+
+    def relieve(self, *, more_bytes: int) -> None:
+        """Count unsent bytes, and close the connections whose answers are stuck longest until all is within its bound."""
+        self.unsent_bytes += more_bytes
+        stuck = sorted((c for c in self._connections if c.unsent_bytes), key=lambda c: c.since_s)
+        excess = self.unsent_bytes - self.limits.max_unsent_bytes
+        for connection in stuck:
+            if excess <= 0:
+                break
+            excess -= connection.unsent_bytes
+            connection.abort()
+
+    def start(self, work: Awaitable[None]) -> None:
+        """Run something that has to be waited for."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Run long work on bytes in the door's one thread."""
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "http-door")
+        return await self.loop.run_in_executor(self._thread, work)
+
+    def reserve_from_thread(self, nbytes: int) -> Buffer:
+        """`plane.reserve` for the door's thread. Raises TooLarge, Overloaded, Unavailable."""
+        asked: concurrent.futures.Future[Buffer] = concurrent.futures.Future()
+
+        def answer() -> None:
+            if not asked.set_running_or_notify_cancel():
+                return
+            try:
+                asked.set_result(self.reserve(nbytes))
+            except BaseException as error:
+                asked.set_exception(error)
+
         try:
-            header_length = _read_headers(scope["headers"], held)
-            body = await self._read(receive, held)
-            request, template = _request(body, header_length, name, version)
-            content, raw = _answer_parts(await self._plane.infer(request), template)
+            self.loop.call_soon_threadsafe(answer)
+            return asked.result(30)
+        except (RuntimeError, TimeoutError) as error:
+            asked.cancel()
+            raise Unavailable("the server is about to leave") from error
+
+    def release_from_thread(self, buffer: Buffer) -> None:
+        """`plane.release` for the door's thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.plane.release, buffer)
+        except RuntimeError:
+            pass  # the loop is closed: so is the plane
+
+    # Accepting and time
+
+    def _tick(self) -> None:
+        self.now_s = self._clock()
+        for connection in list(self._connections):
+            connection.check(self.now_s)
+        self._resume_accepting()
+        self._timer = self.loop.call_later(self.tick_s, self._tick)
+
+    def _resume_accepting(self) -> None:
+        if self._bound is not None and not self._accepting and not self.leaving and not self._full:
+            self._accepting = True
+            self.loop.add_reader(self._bound.fileno(), self._accept)
+
+    def _pause_accepting(self) -> None:
+        if self._bound is not None and self._accepting:
+            self._accepting = False
+            self.loop.remove_reader(self._bound.fileno())
+
+    @property
+    def _full(self) -> bool:
+        return len(self._connections) + self._opening >= self.limits.max_connections
+
+    def _accept(self) -> None:
+        assert self._bound is not None
+        for _ in range(_ACCEPTS_AT_ONCE):
+            if self._full:
+                self._pause_accepting()  # whoever leaves makes room
+                return
+            try:
+                accepted, _ = self._bound.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause_accepting()  # not a busy loop: the next tick tries again
+                return
+            self._opening += 1
+            self.start(self._connect(accepted))
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        try:
+            accepted.setblocking(False)
+            await self.loop.connect_accepted_socket(lambda: Connection(self), accepted)
+        except OSError:
+            accepted.close()  # it left before it was met
         finally:
-            held.release()
-        if not raw:
-            await _answer(send, 200, content)
-        else:
-            headers = ((b"content-type", b"application/octet-stream"), (_HEADER_LENGTH, str(len(content)).encode()))
-            await _answer(send, 200, b"".join((content, *raw)), headers)
-
-    async def _read(self, receive: Receive, held: _Held) -> bytes:
-        """Return the whole body, its bytes accounted for. Raises TooLarge, Overloaded, Unavailable when it does not come."""
-        chunks: list[bytes] = []
-        try:
-            async with asyncio.timeout(self._plane.limits.timeout_s):
-                while True:
-                    event = await receive()
-                    if event["type"] == "http.disconnect":
-                        raise _Left
-                    chunk = event.get("body", b"")
-                    held.arrived(len(chunk))
-                    chunks.append(chunk)
-                    if not event.get("more_body", False):
-                        break
-        except TimeoutError as error:
-            raise Unavailable(f"the body did not arrive within {self._plane.limits.timeout_s:g} s") from error
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            self._opening -= 1
+            if self.leaving:
+                for connection in list(self._connections):
+                    connection.leave()
 
 
-class _Held:
-    """What one request accounts for in the data plane: its claimed length at once, more as it arrives."""
-
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
-        self._held = 0
-        self._arrived = 0
-
-    def claim(self, size_bytes: int) -> None:
-        """Account for a claimed length before anything of it is read. Raises TooLarge, Overloaded."""
-        self._plane.hold(size_bytes)
-        self._held += size_bytes
-
-    def arrived(self, size_bytes: int) -> None:
-        """Account for bytes beyond the claim (bodies without one). Raises TooLarge, Overloaded."""
-        self._arrived += size_bytes
-        if self._arrived > self._held:
-            if self._arrived > self._plane.limits.max_request_bytes:
-                raise TooLarge(f"a request may have {self._plane.limits.max_request_bytes} bytes; this one has more")
-            self.claim(self._arrived - self._held)
-
-    def release(self) -> None:
-        self._plane.release(self._held)
-
-
-def _request(body: bytes, header_length: int | None, model: str, version: str) -> tuple[InferRequest, codec_http.Template]:
-    content, raw = codec_http.split(memoryview(body), header_length)
-    found = codec_http.decode_request(content)
-    template = found.template if isinstance(found, codec_http.TypedRequest) else found
-    if any(ref.region for ref in template.inputs) or any(wanted.region for wanted in template.outputs):
-        raise InputRefused("shared memory is not offered")
-    if raw.nbytes != template.raw_bytes:
-        raise InputRefused(f"the raw inputs take {template.raw_bytes} bytes; {raw.nbytes} follow the JSON")
-    if isinstance(found, codec_http.TypedRequest):
-        filled = memoryview(bytearray(found.nbytes))
-        found.write(filled, raw)
-        raw = filled
-    inputs = {
-        ref.name: from_raw(raw[ref.offset : ref.offset + ref.nbytes], ref.datatype, ref.shape, tensor=ref.name)
-        for ref in template.inputs
-    }
-    outputs = tuple(wanted.name for wanted in template.outputs)
-    return InferRequest(model=model, version=version, id=template.id, inputs=inputs, outputs=outputs), template
-
-
-def _answer_parts(answer: InferAnswer, template: codec_http.Template) -> tuple[bytes, list[memoryview]]:
-    outputs = tuple(
-        Output(name, datatype_of(array), array.shape, memoryview(to_raw(array))) for name, array in answer.outputs.items()
-    )
-    return codec_http.answer_json(Answer(answer.model, answer.version, outputs), answer.id, template.raw_outputs)
-
-
-def _read_headers(headers: list[tuple[bytes, bytes]], held: _Held) -> int | None:
-    header_length = None
-    for name, value in headers:
-        if name == b"content-length":
-            held.claim(_whole(value, "Content-Length"))
-        elif name == _HEADER_LENGTH:
-            header_length = _whole(value, codec_http.HEADER_LENGTH)
-        elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            raise InputRefused(f"Content-Encoding {value[:40].decode('latin-1')!r} is not understood; send the body as it is")
-    return header_length
-
-
-def _whole(value: bytes, name: str) -> int:
-    if not value.isdigit() or len(value) > 18:
-        raise InputRefused(f"{name} must be a whole number; found {value[:40].decode('latin-1')!r}")
-    return int(value)
-
-
-async def _refuse(send: Send, error: TenureError) -> None:
-    status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
-    headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
-    if isinstance(error, Overloaded):
-        headers += ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
-    if isinstance(error, _Method):
-        status, headers = 405, (*headers, (b"allow", error.allow.encode()))
-    if status == 413:  # the rest of the body is not read: the connection cannot be used again
-        headers += ((b"connection", b"close"),)
-    await _answer(send, status, msgspec.json.encode({"error": str(error)}), headers)
-
-
-async def _answer(
-    send: Send, status: int, body: bytes | memoryview, headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
-) -> None:
-    sized = [*headers, (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": sized})
-    await send({"type": "http.response.body", "body": body})
+def _remember(cache: dict[Any, Any], key: Any, found: Any, size_bytes: int) -> None:
+    """Keep something, in place of the oldest when the cache is full."""
+    if size_bytes > _MAX_KNOWN_BYTES:
+        return
+    if len(cache) >= _MAX_KNOWN:
+        del cache[next(iter(cache))]
+    cache[key] = found

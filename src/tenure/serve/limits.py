@@ -13,6 +13,10 @@ class DoorLimits:
 
     max_request_bytes: int = 64 << 20
     """Body of one request, also once it is unpacked."""
+    max_json_bytes: int = 32 << 20
+    """JSON of one request; longer tensors are to be sent raw."""
+    max_unsent_bytes: int = 64 << 20
+    """Answers that clients have not read yet, all connections together; past it, those stuck longest are closed."""
     max_head_bytes: int = 64 << 10
     """Request line and headers."""
     max_connections: int = 4096

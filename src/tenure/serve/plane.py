@@ -194,6 +194,11 @@ class Plane(Protocol):
         """Whether requests are welcome: not draining, every model that should be loaded is."""
         ...
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes reserved now, all doors together."""
+        ...
+
     def reserve(self, nbytes: int, door: str) -> Buffer:
         """Return room for a request of `nbytes` in all. Raises TooLarge; Overloaded (with when to try again)."""
         ...

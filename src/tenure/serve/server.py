@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from tenure.errors import SpecError
 from tenure.serve.dataplane import DataPlane, Limits
+from tenure.serve.http import HttpDoor
 from tenure.serve.limits import DoorLimits
 from tenure.serve.repository import ModelFiles
 
@@ -97,9 +98,11 @@ async def serve(
 
 
 def _door(kind: str, plane: DataPlane, limits: DoorLimits) -> Door:
-    from tenure.serve.olddoors import GrpcDoor, HttpDoor  # each door's library only where that door is opened
+    if kind == "http":
+        return HttpDoor(plane, limits=limits)
+    from tenure.serve.olddoors import GrpcDoor  # its library only where the door is opened
 
-    return HttpDoor(plane, limits=limits) if kind == "http" else GrpcDoor(plane, limits=limits)
+    return GrpcDoor(plane, limits=limits)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
