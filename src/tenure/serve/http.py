@@ -114,8 +114,7 @@ class HttpDoor:
     def left(self, connection: Connection) -> None:
         """Forget a connection that is no more."""
         self._connections.discard(connection)
-        if not self._accepting:
-            self._resume_accepting()
+        self._resume_accepting()
         self._changed.set()
 
     def head(self, raw: bytes) -> Head:
@@ -210,7 +209,7 @@ class HttpDoor:
         self._timer = self.loop.call_later(self.tick_s, self._tick)
 
     def _resume_accepting(self) -> None:
-        if self._bound is not None and not self._accepting and not self.leaving and not self._full:
+        if not self._accepting and self._bound is not None and not self.leaving and not self._full:
             self._accepting = True
             self.loop.add_reader(self._bound.fileno(), self._accept)
 
@@ -246,6 +245,7 @@ class HttpDoor:
             accepted.close()  # it left before it was met
         finally:
             self._opening -= 1
+            self._resume_accepting()
             if self.leaving:
                 for connection in list(self._connections):
                     connection.leave()

@@ -34,6 +34,8 @@ HEAD, BODY, COLLECT, BUSY, DISCARD, LINGER = range(6)
 client's leaving."""
 DISCARD_BYTES = 1 << 20
 """A refused body's rest up to this is read and forgotten, so that the connection stays usable; past it, it is closed."""
+_LEAVING_S = 0.25
+"""How long a client may take to leave when the door closes."""
 _NO_HEAD = Head(raw=b"\0", method="", path=(), keep_alive=False, old=False)
 _NOTHING_KNOWN = Known(("", ""), b"\0", Template((), (), None, 0))
 
@@ -221,6 +223,8 @@ class Writing(asyncio.BufferedProtocol):
         self._pending = b""
         self.since_s = self._door.now_s
         self._transport.write_eof()
+        if self._door.leaving:
+            self._door.loop.call_later(_LEAVING_S, self.abort)
         if not self._transport.is_reading():
             self._transport.resume_reading()
 
@@ -228,6 +232,7 @@ class Writing(asyncio.BufferedProtocol):
 
     def _leave_behind(self) -> None:
         self._gone = True
+        self._pending = b""
         self._drop()
 
     def _drop(self) -> None:
@@ -241,7 +246,6 @@ class Writing(asyncio.BufferedProtocol):
         if body is not None:
             body.drop()
         self._target = self._steps = self._owed = None
-        self._pending = b""
 
     def _release(self, buffer: Buffer | None) -> None:
         if buffer is not None:
