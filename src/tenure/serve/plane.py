@@ -180,8 +180,14 @@ class ModelOptions:
     """Requests waiting per model."""
     timeout_s: float = 60.0
     """From acceptance to answer, where the request names none; also what a hanging instance is ended after."""
+    queue_timeout_s: float = 0.0
+    """How long a request may wait before it is run; 0: as long as its timeout."""
     priority_levels: int = 0
     warmup: bool = True
+    device: str = "cpu"
+    """Where the engine runs it: ``cpu``, ``cuda`` or ``cuda:1``."""
+    precision: str = "fp32"
+    """``fp16``: in half precision where the engine can, on ``cuda``."""
 
 
 class Plane(Protocol):

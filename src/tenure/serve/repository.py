@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tenure.errors import NotFound, SpecError
 from tenure.serve.engines import ENGINES
+from tenure.serve.options import read_options
 from tenure.serve.plane import ModelOptions
 
 
@@ -58,8 +59,8 @@ class ModelFiles:
         return file
 
     def options(self, name: str, default: ModelOptions) -> ModelOptions:
-        """Return how a model wants to be served."""
-        return default
+        """Return how a model wants to be served; what its folder does not say is as in `default`. Raises SpecError."""
+        return read_options(self._path / name, default)
 
 
 def version_order(version: str) -> tuple[int, str]:
