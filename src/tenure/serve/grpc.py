@@ -37,6 +37,8 @@ class GrpcDoor:
         """Return what a grpc.aio server needs to offer the service."""
         methods = {}
         for name, (request, response) in v2.METHODS.items():
+            if not hasattr(self, f"_{name}"):
+                continue
             methods[name] = grpc.unary_unary_rpc_method_handler(
                 _guarded(request, getattr(self, f"_{name}")),
                 response_serializer=response.SerializeToString,
