@@ -82,5 +82,6 @@ def _config(name: str, file: Path, max_batch_rows: int) -> str:
         for value in values:
             tensor = value.type.tensor_type
             dims = ", ".join(str(dim.dim_value or -1) for dim in tensor.shape.dim[1:])
-            tensors.append(f'{kind} [ {{ name: "{value.name}" data_type: {_TYPES[tensor.elem_type]} dims: [ {dims} ] }} ]')
+            shape = f"dims: [ {dims} ]" if dims else "dims: [ 1 ] reshape { shape: [ ] }"
+            tensors.append(f'{kind} [ {{ name: "{value.name}" data_type: {_TYPES[tensor.elem_type]} {shape} }} ]')
     return "\n".join(tensors) + "\n"

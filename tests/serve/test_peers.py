@@ -1,47 +1,119 @@
-"""A client of others, unchanged, against our server. It pins an older protobuf, so it may live in another interpreter."""
+"""Clients and load tools of others, unchanged, against our server: what a user of Triton would bring along.
 
-import importlib.util
-import os
+They live in an environment of their own (`make peers`), since they pin an older protobuf. All checks of `tritonclient_checks`
+run in one process there and each is a test here.
+"""
+
+import csv
+import json
 import subprocess
-import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from benchmarks.peers import homes, perf_analyzer
+from tests.serve.conftest import Digits, Server, make_identity
 
 pytestmark = pytest.mark.real
 
-SCRIPT = """
-import sys
-import numpy as np
-import tritonclient.grpc as g
-import tritonclient.http as h
-http, grpc = sys.argv[1:]
-x = np.random.default_rng(5).normal(size=(6, 16)).astype(np.float32)
-answers = []
-for lib, address in ((h, http), (g, grpc)):
-    client = lib.InferenceServerClient(address)
-    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("digits")
-    assert client.get_model_metadata("digits")
-    for binary in (True, False):
-        tensor = lib.InferInput("x", x.shape, "FP32")
-        if lib is h:
-            tensor.set_data_from_numpy(x, binary_data=binary)
-            wanted = [lib.InferRequestedOutput(n, binary_data=binary) for n in ("label", "probability")]
-        else:
-            tensor.set_data_from_numpy(x)
-            wanted = [lib.InferRequestedOutput(n) for n in ("label", "probability")]
-        found = client.infer("digits", [tensor], outputs=wanted, request_id="9")
-        answers.append((found.as_numpy("label"), found.as_numpy("probability")))
-        whole = client.infer("digits", [tensor])
-        assert np.array_equal(whole.as_numpy("label"), answers[-1][0])
-    client.close()
-assert all(np.array_equal(a, answers[0][0]) and np.allclose(p, answers[0][1]) for a, p in answers)
-print("agreed", len(answers))
-"""
+HOME = homes.default_root() / "tritonclient"
+PROGRAM = Path(__file__).with_name("tritonclient_checks.py")
+DOORS = ("http", "grpc")
+TYPES = ("INT64", "STRING", "BOOL", "FLOAT16", "UINT8")
+LIMIT_BYTES = 1_000_000
+PATIENCE_S = 100
+CHECKED = (
+    *("health", "metadata", "config", "statistics", "infer_all_outputs", "infer_with_outputs_named", "infer_with_other_types"),
+    *("request_compression", "priority_and_timeout", "many_at_once", "system_shared_memory", "repository", "mistakes_are_told"),
+    *("a_request_too_large_is_refused", "asyncio_clients"),
+)
+CHECKED_ONCE = (
+    *("an_absent_model_is_not_ready_over_http", "infer_with_json_tensors_over_http", "infer_with_typed_contents_over_grpc"),
+    *("streaming_over_grpc", "streaming_over_grpc_aio", "a_cancelled_call_harms_nobody"),
+)
+NAMES = (*(f"{name} over {door}" for name in CHECKED for door in DOORS), *CHECKED_ONCE)
 
 
-def test_tritonclient_works_unchanged(server):
-    python = os.environ.get("TENURE_PEER_PYTHON", sys.executable)
-    if python == sys.executable and importlib.util.find_spec("tritonclient") is None:
-        pytest.skip("tritonclient[http,grpc] is not installed here; name an interpreter that has it in TENURE_PEER_PYTHON")
-    done = subprocess.run([python, "-c", SCRIPT, server.http, server.grpc], capture_output=True, text=True, timeout=60)
-    assert "agreed 4" in done.stdout, done.stderr
+def need_peers() -> Path:
+    if not homes.made(HOME.parent, HOME.name):
+        pytest.skip(f"tritonclient and perf_analyzer are not below {HOME.parent}: make peers")
+    return homes.python(HOME)
+
+
+@pytest.fixture(scope="module")
+def served(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of its own: models are unloaded here."""
+    need_peers()
+    models = tmp_path_factory.mktemp("peer-models")
+    (models / "digits.onnx").write_bytes(digits.path.read_bytes())
+    for kind in TYPES:
+        make_identity(models / f"same_{kind.lower()}.onnx", kind)
+    started = Server(models, tmp_path_factory.mktemp("peer-server"), "--max-request-bytes", str(LIMIT_BYTES))
+    yield started
+    assert started.end() == 0
+
+
+@pytest.fixture(scope="module")
+def told(served: Server) -> dict[str, str]:
+    """What each check found, all run at once; also what there is when one of them hangs."""
+    models = [f"same_{kind.lower()}" for kind in TYPES]
+    where = {"http": served.http, "grpc": served.grpc, "limit_bytes": LIMIT_BYTES, "models": models}
+    try:
+        done = subprocess.run(
+            [str(need_peers()), str(PROGRAM), json.dumps(where)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        out, said = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        out, said = (late.stdout or b"").decode(), "it did not end"
+    found = dict(json.loads(line) for line in out.splitlines())
+    return {name: found.get(name, f"not run: {said[-400:]}") for name in {*NAMES, *found}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tritonclient_works_unchanged(told: dict[str, str], name: str) -> None:
+    assert told[name] == "ok"
+
+
+def test_no_check_is_left_out(told: dict[str, str]) -> None:
+    assert set(told) == set(NAMES)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("options", "levels"),
+    [
+        pytest.param(("--concurrency-range", "1:3:2"), 2, id="concurrency range"),
+        pytest.param(
+            ("--concurrency-range", "2", "--shared-memory", "system", "--output-shared-memory-size", "64"), 1, id="shm"
+        ),
+        pytest.param(("--request-rate-range", "200", "--async"), 1, id="request rate, asynchronous"),
+    ],
+)
+def test_perf_analyzer_works_unchanged(
+    served: Server, tmp_path: Path, door: str, options: tuple[str, ...], levels: int
+) -> None:
+    run_perf_analyzer(served, tmp_path, door, options, levels)
+
+
+def test_perf_analyzer_streams_over_grpc(served: Server, tmp_path: Path) -> None:
+    run_perf_analyzer(served, tmp_path, "grpc", ("--concurrency-range", "4", "--streaming", "--async"), 1)
+
+
+def run_perf_analyzer(served: Server, folder: Path, door: str, options: tuple[str, ...], levels: int) -> None:
+    need_peers()
+    argv, env = perf_analyzer.command(HOME)
+    table = folder / "table.csv"
+    address = {"http": served.http, "grpc": served.grpc}[door]
+    # three windows of 0.1 s whatever their spread: this looks at whether it works, not at how quick it is
+    asked = ("-m", "digits", "-i", door, "-u", address, "-p", "100", "-r", "3", "-s", "999", "-f", str(table), *options)
+    done = subprocess.run([*argv, *asked], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == levels
+    for row in rows:
+        assert float(row["Inferences/Second"]) > 0
+        assert float(row["Server Compute Infer"]) > 0, "no statistics of the server"

@@ -20,12 +20,18 @@ class TritonPythonModel:
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
-        self.output = self.session.get_outputs()[0].name
+        self.outputs = [output.name for output in self.session.get_outputs()]
 
     def execute(self, requests):
         """Run one batch, and give each request its rows."""
         rows = [pb_utils.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests]
         whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        found = self.session.run([self.output], {self.input: whole})[0]
-        parts = [found] if len(rows) == 1 else np.split(found, np.cumsum([len(part) for part in rows])[:-1])
-        return [pb_utils.InferenceResponse([pb_utils.Tensor(self.output, part)]) for part in parts]
+        found = self.session.run(self.outputs, {self.input: whole})
+        ends = np.cumsum([len(part) for part in rows])[:-1]
+        parts = [[all_rows] if len(rows) == 1 else np.split(all_rows, ends) for all_rows in found]
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, part[place]) for name, part in zip(self.outputs, parts, strict=True)]
+            )
+            for place in range(len(rows))
+        ]
