@@ -21,7 +21,6 @@ Not counted: several clients (serve_requests), start-up, files and decoding (ser
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -32,7 +31,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +39,7 @@ from benchmarks import vision
 from benchmarks.harness import Control, Options, Result, judge, median, spread
 from benchmarks.peers import homes, triton
 from benchmarks.peers.processes import Served, together
-from benchmarks.serving import OURS, environment, serve
+from benchmarks.serving import OURS, Dialogue, serve
 
 NAME = "serve_transport_tax"
 BAR = "ResNet-50 served >= 0.97 x in-process over HTTP and shm (gRPC 0.95 at batch 1), CPU <= 1.03 x; >= 0.9 on loaded cores"
@@ -51,7 +50,6 @@ BELOW = 0.04
 CPU_BAR = 1.03
 LOADED_BAR = 0.9
 THREADS = 2
-PATIENCE_S = 120.0
 _PROGRAM = Path(__file__).parent / "peers" / "programs" / "paired.py"
 _BURN = """
 import os, sys, time
@@ -79,58 +77,22 @@ class Pairs:
         return self.server_cpu_s / self.in_process_cpu_s
 
 
-class Client:
-    """A client process that makes pairs of calls; it is started at once, and awaited by `with`."""
+class Client(Dialogue):
+    """A client process that makes pairs of calls with one server."""
 
     def __init__(self, python: Path | str, file: Path, served: Served, ways: Sequence[str], seed: int) -> None:
         told = {"file": str(file), "name": file.stem, "addresses": dict(served.addresses), "pid": served.pid}
         told |= {"threads": THREADS, "ways": list(ways), "seed": seed, "rows": max(ROWS)}
-        self.label = f"{served.name}"
-        self._process = subprocess.Popen(
-            [str(python), str(_PROGRAM), json.dumps(told)],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.ways = tuple(ways)
-
-    def __enter__(self) -> Self:
-        try:
-            self._answer()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        try:
-            self._process.communicate(timeout=10)
-        except (subprocess.TimeoutExpired, ValueError, BrokenPipeError):
-            self._process.kill()
-            self._process.wait()
+        super().__init__(f"client of {served.name}", python, _PROGRAM, told)
+        self.server, self.ways = served.name, tuple(ways)
 
     def measure(self, way: str, rows: int, pairs: int, into: Pairs) -> None:
         """Make so many pairs and add what was seen."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"way": way, "rows": rows, "pairs": pairs}) + "\n")
-        self._process.stdin.flush()
-        told = self._answer()
+        told = self.ask({"way": way, "rows": rows, "pairs": pairs})
         into.efficiency += [here_s / served_s for here_s, served_s in told["pairs"]]
         into.served_ms += [1000 * served_s for _, served_s in told["pairs"]]
         into.server_cpu_s += told["server_cpu_s"]
         into.in_process_cpu_s += told["in_process_cpu_s"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.kill()
-            said = self._process.communicate()[1].strip().splitlines() or ["nothing"]
-            raise AssertionError(f"the client of {self.label} ended: {said[-1][:300]}")
-        found: dict[str, Any] = json.loads(line)
-        return found
 
 
 def run(options: Options) -> Result:
@@ -167,7 +129,7 @@ def measure(
         for _ in range(rounds):
             rng.shuffle(turns)
             for client, way, rows in turns:
-                label = way if client is ours else f"{client.label}_by_{way}"
+                label = way if client is ours else f"{client.server}_by_{way}"
                 count = pairs[rows] if client is ours else max(1, pairs[rows] // 2)
                 client.measure(way, rows, count, found.setdefault((label, rows), Pairs()))
             ours.measure("json", 1, 1, naive)

@@ -9,13 +9,14 @@ import csv
 import http.client
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -68,6 +69,49 @@ def environment() -> dict[str, str]:
     """Return the environment in which this checkout's package is the one imported."""
     folders = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+class Dialogue:
+    """A program of `peers/programs` that answers one JSON line with another. Started at once, awaited by `with`."""
+
+    def __init__(self, label: str, python: Path | str, program: Path, told: Mapping[str, Any]) -> None:
+        self.label = label
+        pipe = subprocess.PIPE
+        argv = [str(python), str(program), json.dumps(told)]
+        self._process = subprocess.Popen(argv, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        try:
+            self._process.communicate(timeout=10)
+        except (subprocess.TimeoutExpired, ValueError, BrokenPipeError):
+            self._process.kill()
+            self._process.wait()
+
+    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Send one order and return the answer. Asserts that the program goes on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE_S)
+        line = self._process.stdout.readline() if ready else ""
+        if not line:
+            self._process.kill()
+            said = self._process.communicate()[1].strip().splitlines() or [f"no answer within {PATIENCE_S:g} s"]
+            raise AssertionError(f"the {self.label} ended: {' | '.join(said[-4:])[-600:]}")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
 def serve(

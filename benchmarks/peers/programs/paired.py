@@ -1,9 +1,10 @@
 """Pairs of calls: the model in this process and behind a server, one after the other, in an order drawn per pair.
 
 Run by any interpreter that has NumPy, ONNX Runtime and the client it is asked for: ours (ways `http`, `grpc`, `shm`), Triton's
-(`triton_http`, `triton_grpc`, `triton_shm`), or none (`json`: the numbers written out). One argument, a JSON object: file,
-name, addresses, pid of the server, threads, ways, seed, rows. Then one JSON command a line on standard input, one JSON answer a
-line: {"way", "rows", "pairs"} -> {"pairs": [[in-process s, served s], …], "in_process_cpu_s", "server_cpu_s"}.
+(`triton_http`, `triton_grpc`, `triton_shm` by gRPC, `triton_shm_http`), or none (`json`: the numbers written out). One
+argument, a JSON object: file, name, addresses, pid of the server, threads, ways, seed, rows. Then one JSON command a line
+on standard input, one answer a line: {"way", "rows", "pairs"} -> {"pairs": [[in-process s, served s], …],
+"in_process_cpu_s", "server_cpu_s"}.
 CPU: of this process around its own calls; of the server's whole tree from the first call to the last.
 """
 
@@ -58,7 +59,7 @@ def _open_shared(lib, client, name, rows):
     import tritonclient.utils.shared_memory as shm
 
     answer_bytes = rows * 4096
-    keys = [f"/pairs-{os.getpid()}-{part}-{name}" for part in ("x", "y")]
+    keys = [f"/pairs-{os.getpid()}-{lib.__name__}-{part}" for part in ("x", "y")]
     taken = shm.create_shared_memory_region(keys[0][1:], keys[0], rows * 602112)
     given = shm.create_shared_memory_region(keys[1][1:], keys[1], answer_bytes)
     client.register_system_shared_memory(keys[0][1:], keys[0], rows * 602112)
@@ -105,8 +106,8 @@ def open_way(way, addresses, name, rows):
     if way == "json":
         return open_json(addresses["http"], name)
     if way.startswith("triton_"):
-        door = "grpc" if way == "triton_shm" else way.removeprefix("triton_")
-        return open_triton(door, addresses[door], name, rows, shared=way == "triton_shm")
+        door = {"triton_shm": "grpc", "triton_shm_http": "http"}.get(way, way.removeprefix("triton_"))
+        return open_triton(door, addresses[door], name, rows, shared=way.startswith("triton_shm"))
     return open_ours(way, addresses["grpc" if way == "grpc" else "http"], name)
 
 
