@@ -12,9 +12,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -23,6 +23,10 @@ from tenure.serve.faults import InputRefused, Overloaded
 from tenure.serve.processes import leased_threads
 from tenure.serve.tensors import DTYPES, Array, ModelMetadata
 from tenure.serve.transports import Stages, open_transport
+
+if TYPE_CHECKING:
+    from tenure.serve.images import Classified
+    from tenure.serve.pixels import Preparation
 
 SERVER_VARIABLE = "TENURE_SERVE"
 """Environment variable: the server, such as ``http://127.0.0.1:8000``, where a target that is a mere name is looked for."""
@@ -107,15 +111,7 @@ class Model:
 
     def predict_timed(self, x: Any, *, outputs: Sequence[str] = ()) -> tuple[dict[str, Array], Stages]:
         """Return all outputs by name, and where the time went. Raises as predict."""
-        inputs = self._inputs(x)
-        if not self._retry:
-            return self._transport.infer(self.name, inputs, outputs)
-        patience = _Patience(self._timeout_s)
-        while True:
-            try:
-                return self._transport.infer(self.name, inputs, outputs)
-            except Overloaded as error:
-                time.sleep(patience.pause_s(error))
+        return self._timed(x, outputs, retry=self._retry)
 
     async def predict_timed_async(self, x: Any, *, outputs: Sequence[str] = ()) -> tuple[dict[str, Array], Stages]:
         """See predict_timed."""
@@ -134,6 +130,33 @@ class Model:
                 return await self._transport.infer_async(self.name, inputs, outputs)
             except Overloaded as error:
                 await asyncio.sleep(patience.pause_s(error))
+
+    def predict_patiently(self, x: Any, *, outputs: Sequence[str] = ()) -> dict[str, Array]:
+        """Return all outputs by name, asking an overloaded server again as with ``retry=True``. Raises as predict."""
+        return self._timed(x, outputs, retry=True)[0]
+
+    def classify(
+        self,
+        files: Iterable[str | os.PathLike[str]],
+        *,
+        top: int = 5,
+        preparation: Preparation | None = None,
+        output: str = "",
+        batch: int = 0,
+        workers: int = 0,
+    ) -> Iterator[Classified]:
+        """Yield the best `top` classes of each image file, in order; reading, decoding and inference overlap.
+
+        Files that can't be read or decoded come back with their reason and no classes. Memory is bounded however many
+        files there are. preparation: how a picture becomes the model's input (`pixels.preparation_for`); None finds it
+        out, for a model that takes integers. output: which one holds the scores, where there are several. batch: files
+        per request, 0: 8 where the model takes any number. workers: threads that decode; 0: the usable cores and two.
+        A model in this process answers as many requests at once as it has instances: for files, one of one thread per core.
+        Raises SpecError (the model takes no pictures, or something has to be said), and as predict.
+        """
+        from tenure.serve.images import classify  # pictures bring Pillow along
+
+        return classify(self, files, top=top, preparation=preparation, output=output, batch=batch, workers=workers)
 
     def close(self) -> None:
         """Close connections, or free the model."""
@@ -156,6 +179,17 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close_async()
+
+    def _timed(self, x: Any, outputs: Sequence[str], *, retry: bool) -> tuple[dict[str, Array], Stages]:
+        inputs = self._inputs(x)
+        if not retry:
+            return self._transport.infer(self.name, inputs, outputs)
+        patience = _Patience(self._timeout_s)
+        while True:
+            try:
+                return self._transport.infer(self.name, inputs, outputs)
+            except Overloaded as error:
+                time.sleep(patience.pause_s(error))
 
     def _inputs(self, x: Any) -> Mapping[str, Array]:
         if self._metadata is None:
