@@ -1,6 +1,7 @@
-"""Requests and answers of the v2 protocol as protobuf messages, both ways. No channels or servers here.
+"""Messages of the v2 protocol to arrays and metadata, and back. No channels or servers here.
 
-Used by the gRPC door and the gRPC transport of the client. Ours sends raw contents; typed contents are understood.
+Used by the gRPC door and the gRPC transport of the client. Typed contents are understood.
+Inference messages as the door reads and writes them are `codec_infer`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,14 @@ import numpy as np
 
 from tenure.serve import v2
 from tenure.serve.faults import InputRefused
-from tenure.serve.messages import InferAnswer, InferRequest
+from tenure.serve.messages import InferAnswer
 from tenure.serve.tensors import (
     Array,
     ModelMetadata,
     TensorMetadata,
-    datatype_of,
     dtype_of,
     element_count,
     from_raw,
-    to_raw,
 )
 
 _TYPED = {
@@ -37,33 +36,15 @@ _TYPED = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-
-
-def decode_request(message: Any) -> InferRequest:
-    """Return the request in a ModelInferRequest. Raises InputRefused."""
-    return InferRequest(
-        model=message.model_name,
-        version=message.model_version,
-        id=message.id,
-        inputs=_tensors(message.inputs, message.raw_input_contents, "input"),
-        outputs=tuple(output.name for output in message.outputs),
-    )
-
-
-def encode_request(request: InferRequest) -> Any:
-    """Return a ModelInferRequest with raw contents."""
-    message = v2.ModelInferRequest(model_name=request.model, model_version=request.version, id=request.id)
-    _described(request.inputs, message.inputs, message.raw_input_contents)
-    for name in request.outputs:
-        message.outputs.add(name=name)
-    return message
-
-
-def encode_answer(answer: InferAnswer) -> Any:
-    """Return a ModelInferResponse with raw contents."""
-    message = v2.ModelInferResponse(model_name=answer.model, model_version=answer.version, id=answer.id)
-    _described(answer.outputs, message.outputs, message.raw_output_contents)
-    return message
+_WIDTHS = {
+    "bool_contents": np.bool_,
+    "int_contents": np.int32,
+    "int64_contents": np.int64,
+    "uint_contents": np.uint32,
+    "uint64_contents": np.uint64,
+    "fp32_contents": np.float32,
+    "fp64_contents": np.float64,
+}
 
 
 def decode_answer(message: Any) -> InferAnswer:
@@ -104,11 +85,12 @@ def _tensors(tensors: Any, raw: Any, what: str) -> dict[str, Array]:
         if raw:
             arrays[tensor.name] = from_raw(raw[index], tensor.datatype, tensor.shape, tensor=tensor.name)
         else:
-            arrays[tensor.name] = _typed(tensor)
+            arrays[tensor.name] = typed_array(tensor)
     return arrays
 
 
-def _typed(tensor: Any) -> Array:
+def typed_array(tensor: Any) -> Array:
+    """Return the array in a tensor's typed contents. Raises InputRefused when they do not fit its datatype and shape."""
     dtype = dtype_of(tensor.datatype, tensor=tensor.name)
     field = _TYPED.get(tensor.datatype)
     if field is None:
@@ -122,14 +104,9 @@ def _typed(tensor: Any) -> Array:
         raise InputRefused(f'tensor "{tensor.name}" has {len(elements)} elements; shape {list(tensor.shape)} takes {count}')
     if dtype.kind == "O":
         return np.array([*elements, None], dtype=object)[:-1].reshape(tensor.shape)
-    found = np.array(elements)  # as wide as the field: converting at once would wrap 300 into a UINT8 of 44
+    wide = _WIDTHS[field]  # as wide as the field: converting at once would wrap 300 into a UINT8 of 44
+    found: Array = np.fromiter(elements, dtype=wide, count=count)
     array = found.astype(dtype)
     if dtype.kind in "iu" and not np.array_equal(array, found):
         raise InputRefused(f'tensor "{tensor.name}" has elements outside the range of {tensor.datatype}')
     return array.reshape(tensor.shape)
-
-
-def _described(arrays: Any, tensors: Any, raw: Any) -> None:
-    for name, array in arrays.items():
-        tensors.add(name=name, datatype=datatype_of(array), shape=array.shape)
-        raw.append(bytes(to_raw(array)))

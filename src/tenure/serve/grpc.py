@@ -1,103 +1,193 @@
-"""The gRPC door: Open Inference Protocol v2 by grpc.aio over one data plane.
+"""The gRPC door: Open Inference Protocol v2 over HTTP/2 on the event loop, with one data plane behind it.
 
-Not here: ports and signals (`server`), what a message means (`codec_grpc`), running models (`dataplane`).
+    grpc (accepting, time, what all connections share) ─► grpc_connection (calls) ─► http2 (frames)
+                                                              └► codec_infer, grpc_service (messages)
+
+Not here: ports and signals (`server`), running models (the data plane). Why not the gRPC library's server:
+docs/decisions/0014-own-http2-door.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import grpc
-from google.protobuf.message import DecodeError
+from tenure.errors import Unavailable
+from tenure.serve.codec_infer import AnswerWriter, RequestReader
+from tenure.serve.faults import Overloaded
+from tenure.serve.grpc_connection import GrpcConnection
+from tenure.serve.grpc_request import Request
+from tenure.serve.grpc_service import STREAM, Service
+from tenure.serve.limits import DoorLimits
+from tenure.serve.plane import Plane
 
-from tenure.errors import NotFound, SpecError, TenureError, Unavailable
-from tenure.serve import codec_grpc, v2
-from tenure.serve.bridge import EXTENSIONS, SERVER_NAME
-from tenure.serve.bridge import Bridge as DataPlane
-from tenure.serve.faults import InputRefused, Overloaded, TooLarge
-
-_CODES: tuple[tuple[type[TenureError], grpc.StatusCode], ...] = (
-    (TooLarge, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (SpecError, grpc.StatusCode.INVALID_ARGUMENT),
-    (NotFound, grpc.StatusCode.NOT_FOUND),
-    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (Unavailable, grpc.StatusCode.DEADLINE_EXCEEDED),
-)
-_Handler = Callable[[Any, Any], Awaitable[Any]]
+READ_BYTES = 256 << 10
+MAX_STREAMS = 1024
+"""Calls at a time on one connection."""
+MAX_DOOR_STREAMS = 16_384
+"""Calls at a time on all connections."""
+MAX_UNSENT_BYTES = 256 << 20
+"""Answers not taken by their clients, in all; past it, new requests are refused."""
+MAX_CONNECTION_UNSENT_BYTES = 128 << 20
+"""Answers not taken by one client; past it, its connection is closed."""
+MAX_WORK = 16
+"""Loads and unloads of models at a time."""
+TICK_S = 1.0
 
 
 class GrpcDoor:
-    """One method per call of the service."""
+    """Serves gRPC on a socket."""
 
-    def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
+    def __init__(self, plane: Plane, *, limits: DoorLimits | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.plane = plane
+        self.now_s = now_s
+        self.limits = limits if limits is not None else DoorLimits()
+        self.service = Service(plane)
+        self.reader = RequestReader()
+        self.writer = AnswerWriter()
+        self.max_streams = MAX_STREAMS
+        self.max_door_streams = MAX_DOOR_STREAMS
+        self.max_unsent_bytes = MAX_UNSENT_BYTES
+        self.shared = memoryview(bytearray(READ_BYTES))
+        """Where all connections read to, one after the other: nothing stays in it from one read to the next."""
+        self.streams = 0
+        """Calls that are open now."""
+        self.unsent = 0
+        """Answer bytes that clients have not taken."""
+        self.connections: set[GrpcConnection] = set()
+        self._dirty: list[GrpcConnection] = []
+        self._server: asyncio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._closing = False
 
-    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """Return what a grpc.aio server needs to offer the service."""
-        methods = {}
-        for name, (request, response) in v2.METHODS.items():
-            if not hasattr(self, f"_{name}"):
+    async def open(self, bound: socket.socket) -> None:
+        """Start accepting on a bound socket."""
+        self._loop = asyncio.get_running_loop()
+        self._server = await self._loop.create_server(lambda: GrpcConnection(self), sock=bound, backlog=1024)
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    async def close(self, grace_s: float) -> None:
+        """Stop accepting, ask clients to leave, wait up to `grace_s` for answers that are due, then close."""
+        self._closing = True
+        if self._server is not None:
+            self._server.close()
+        asked: dict[GrpcConnection, int] = {}
+        for connection in list(self.connections):
+            asked[connection] = connection.h2.acked
+            connection.h2.go_away(last=False)
+            connection.h2.ping()
+            connection.flush()
+        until_s = self.now_s() + grace_s
+        while self.connections and self.now_s() < until_s:
+            for connection in list(self.connections):
+                # Calls sent before the client has heard of it are on their way until it answers the ping.
+                if connection in asked and connection.h2.acked > asked[connection]:
+                    del asked[connection]
+                    connection.h2.go_away(last=True)
+                    connection.flush()
+                settled = connection not in asked or not connection.h2.settled
+                if settled and not connection.h2.streams:
+                    connection.transport.close()
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        for task in list(self._work):
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.sleep(0)
+        self.connections.clear()
+
+    # For connections
+
+    def admit(self, connection: GrpcConnection) -> bool:
+        """Take a new connection in, if there is room."""
+        if self._closing or len(self.connections) >= self.limits.max_connections:
+            return False
+        self.connections.add(connection)
+        return True
+
+    def dismiss(self, connection: GrpcConnection) -> None:
+        """Forget a connection that is gone."""
+        self.connections.discard(connection)
+        self.unsent -= connection.unsent
+        connection.unsent = 0
+
+    def account(self, connection: GrpcConnection, unsent: int) -> None:
+        """Note how much of its answers a connection has not taken."""
+        if unsent < connection.unsent or not unsent or not connection.unsent:
+            connection.progress_s = self.now_s()
+        self.unsent += unsent - connection.unsent
+        connection.unsent = unsent
+        if unsent > MAX_CONNECTION_UNSENT_BYTES:
+            connection.transport.abort()
+
+    def flush_soon(self, connection: GrpcConnection) -> None:
+        """Write a connection's answers once all that are due in this iteration of the loop have gathered."""
+        if not self._dirty:
+            assert self._loop is not None
+            self._loop.call_soon(self._flush)
+        self._dirty.append(connection)
+
+    def work(self, job: Coroutine[Any, Any, None]) -> None:
+        """Run something that takes long. Raises Overloaded when too much is running already."""
+        if len(self._work) >= MAX_WORK:
+            job.close()
+            raise Overloaded(f"{MAX_WORK} models are being loaded or unloaded already")
+        task = asyncio.get_running_loop().create_task(job)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for connection in dirty:
+            connection.flush()
+
+    # Time
+
+    def _tick(self) -> None:
+        """Look after every connection; the one timer of the door."""
+        assert self._loop is not None
+        now_s = self.now_s()
+        for connection in list(self.connections):
+            self.look(connection, now_s)
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def look(self, connection: GrpcConnection, now_s: float) -> None:
+        """End what a client has kept waiting longer than the limits say."""
+        h2, limits = connection.h2, self.limits
+        h2.refill(TICK_S)
+        if connection.seen:
+            connection.seen, connection.last_seen_s = False, now_s
+        unsent = h2.held_bytes + connection.transport.get_write_buffer_size()
+        self.account(connection, unsent)
+        quiet_s = now_s - connection.last_seen_s
+        if unsent and now_s - connection.progress_s > limits.write_timeout_s:
+            connection.transport.abort()
+        elif not h2.settled:
+            if now_s - connection.opened_s > limits.head_timeout_s:
+                connection.transport.abort()
+        elif not (connection.kept or h2.midway):
+            connection.stuck_s = None
+        elif connection.stuck_s is None or connection.stuck_at != h2.frames:
+            connection.stuck_s, connection.stuck_at = now_s, h2.frames
+        elif now_s - connection.stuck_s > limits.head_timeout_s:
+            connection.transport.abort()
+        if not h2.streams and quiet_s > limits.idle_timeout_s:
+            h2.go_away(last=True)
+            connection.flush()
+            connection.transport.close()
+        for stream in list(h2.streams.values()):
+            assert isinstance(stream, Request)
+            if stream.remote_closed or (
+                stream.kind == STREAM and stream.view is None and not stream.partial and not stream.skip
+            ):
                 continue
-            methods[name] = grpc.unary_unary_rpc_method_handler(
-                _guarded(request, getattr(self, f"_{name}")),
-                response_serializer=response.SerializeToString,
-            )
-        return grpc.method_handlers_generic_handler(v2.SERVICE, methods)
-
-    async def _ServerLive(self, message: Any) -> Any:
-        return v2.ServerLiveResponse(live=True)
-
-    async def _ServerReady(self, message: Any) -> Any:
-        return v2.ServerReadyResponse(ready=self._plane.ready)
-
-    async def _ModelReady(self, message: Any) -> Any:
-        return v2.ModelReadyResponse(ready=self._plane.model_ready(message.name, message.version))
-
-    async def _ServerMetadata(self, message: Any) -> Any:
-        return v2.ServerMetadataResponse(name=SERVER_NAME, version=self._plane.version, extensions=EXTENSIONS)
-
-    async def _ModelMetadata(self, message: Any) -> Any:
-        return codec_grpc.encode_metadata(self._plane.metadata(message.name, message.version))
-
-    async def _ModelInfer(self, message: Any) -> Any:
-        size_bytes = message.ByteSize()
-        self._plane.hold(size_bytes)
-        try:
-            return codec_grpc.encode_answer(await self._plane.infer(codec_grpc.decode_request(message)))
-        finally:
-            self._plane.release(size_bytes)
-
-
-def make_server(plane: DataPlane) -> grpc.aio.Server:
-    """Return a server, not started, that offers the data plane. Its port is exclusive (no SO_REUSEPORT)."""
-    limit = plane.limits.max_request_bytes
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", limit + (1 << 16)),
-            ("grpc.max_send_message_length", -1),
-        ],
-        maximum_concurrent_rpcs=plane.limits.max_queue * 2,
-    )
-    server.add_generic_rpc_handlers((GrpcDoor(plane).handlers(),))
-    return server
-
-
-def _guarded(kind: Any, call: Callable[[Any], Awaitable[Any]]) -> _Handler:
-    """Wrap a call: parse its request here, so that bytes which are no message are the sender's fault, not "unknown"."""
-
-    async def handler(content: bytes, context: Any) -> Any:
-        try:
-            try:
-                message = kind.FromString(content)
-            except DecodeError as error:
-                raise InputRefused(f"the request is not a {kind.DESCRIPTOR.name}: {error}") from error
-            return await call(message)
-        except TenureError as error:
-            code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-            if isinstance(error, Overloaded):
-                context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:g}"),))
-            await context.abort(code, str(error))
-
-    return handler
+            allowed_s = min(limits.body_timeout_s, stream.plan.timeout_s or limits.body_timeout_s)
+            if now_s - stream.began_s > allowed_s:
+                connection.expire(stream, Unavailable(f"the request did not come within {allowed_s:g} s"))

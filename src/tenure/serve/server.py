@@ -100,7 +100,7 @@ async def serve(
 def _door(kind: str, plane: DataPlane, limits: DoorLimits) -> Door:
     if kind == "http":
         return HttpDoor(plane, limits=limits)
-    from tenure.serve.olddoors import GrpcDoor  # its library only where the door is opened
+    from tenure.serve.grpc import GrpcDoor  # its libraries only where the door is opened
 
     return GrpcDoor(plane, limits=limits)
 
