@@ -16,7 +16,7 @@ from tests.serve.conftest import Server
 
 from tenure.errors import NotFound, SpecError, Unavailable
 from tenure.serve import Model
-from tenure.serve.faults import InputRefused
+from tenure.serve.faults import InputRefused, TooLarge
 
 pytestmark = pytest.mark.real
 
@@ -95,6 +95,21 @@ def test_nobody_listening_is_unavailable_and_an_unknown_model_not_found(scheme, 
                 model.wait_ready(0.1)
     with Model(f"{scheme}://{server.endpoints[scheme]}", "nothing") as model, pytest.raises(NotFound, match="nothing"):
         model.predict(digits.x)
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_request_past_the_servers_limit_is_too_large_and_the_next_one_is_answered(scheme, server):
+    with Model(remote(scheme, server), "same_uint8", shm=False) as model:
+
+        async def ask(x):
+            return await model.predict_async(x)
+
+        with asyncio.Runner() as runner:
+            for call in (model.predict, lambda x: runner.run(ask(x))):
+                with pytest.raises(TooLarge):
+                    call(np.zeros(2_000_000, np.uint8))
+                np.testing.assert_array_equal(call(np.ones(9, np.uint8)), np.ones(9, np.uint8))
+            runner.run(model.close_async())
 
 
 def test_stages_add_up_to_no_more_than_the_call_took(target, digits):
@@ -206,6 +221,25 @@ def test_several_instances_in_this_process_answer_at_once(digits):
 def test_options_that_make_no_sense_are_refused(wrong, digits):
     with pytest.raises(SpecError):
         Model(str(digits.path), **wrong)
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc", "shm"])
+def test_who_never_answers_is_unavailable_when_the_timeout_has_passed(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with Model(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", "digits", timeout_s=0.3) as model:
+
+            async def ask():
+                try:
+                    await model.predict_async([1.0])
+                finally:
+                    await model.close_async()
+
+            began_s = time.monotonic()
+            with pytest.raises(Unavailable):
+                model.predict([1.0])
+            with pytest.raises(Unavailable):
+                asyncio.run(ask())
+            assert time.monotonic() - began_s < 60
 
 
 @pytest.mark.parametrize(("address", "shm"), [("grpc://127.0.0.1:1", True), ("shm://127.0.0.1:1", False)])

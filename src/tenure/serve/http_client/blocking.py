@@ -102,6 +102,7 @@ class Connections:
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
         self._idle: deque[Connection] = deque(maxlen=MAX_IDLE)
+        self._closed = False
 
     def exchange(self, parts: Sequence[Buffer], timeout_s: float) -> Answered:
         """Send a request and return its answer.
@@ -121,7 +122,7 @@ class Connections:
                 if not kept or connection.reader.began:
                     raise
                 connection.close()
-                self.close()  # the others are as old as this one
+                self._drop_idle()  # the others are as old as this one
                 connection = Connection(self._host, self._port, ends_at_s)
                 reusable, sent_s, answered_s = connection.exchange(parts, ends_at_s)
         except BaseException:
@@ -130,14 +131,18 @@ class Connections:
         reader = connection.reader
         assert reader.head is not None
         found = reader.head, reader.body, sent_s, answered_s
-        if reusable and len(self._idle) < MAX_IDLE:
+        if reusable and not self._closed and len(self._idle) < MAX_IDLE:
             self._idle.append(connection)
         else:
             connection.close()
         return found
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle, and what is in use after its answer."""
+        self._closed = True
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
         while True:
             try:
                 self._idle.pop().close()

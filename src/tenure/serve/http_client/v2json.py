@@ -19,7 +19,7 @@ from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
 from tenure.serve.http_client.response import Head
 from tenure.serve.tensors import Array, ModelMetadata, TensorMetadata, datatype_of, dtype_of, from_raw
 
-_KEPT = 256
+_KEPT, _KEPT_BYTES = 256, 16 << 10
 _ALIGNMENT = 64
 _ERRORS: dict[int, type[TenureError]] = {400: InputRefused, 404: NotFound, 413: TooLarge, 503: Unavailable, 504: Unavailable}
 
@@ -131,9 +131,10 @@ def read_answer(head: Head, body: memoryview) -> dict[str, Array]:
         if any(tensor.data is not None or tensor.datatype == "BYTES" for tensor in parsed):
             return _mixed(parsed, body[length:])
         layout = _layout(parsed)
-        if len(_layouts) >= _KEPT:
-            _layouts.clear()
-        _layouts[content] = layout
+        if length <= _KEPT_BYTES:
+            if len(_layouts) >= _KEPT:
+                _layouts.clear()
+            _layouts[content] = layout
     if length + (layout[-1][4] if layout else 0) != len(body):
         raise ModelFailed(
             f"the answer has {len(body) - length} raw bytes; its header describes {layout[-1][4] if layout else 0}"

@@ -8,6 +8,7 @@ objects each would be copied three times before gRPC copies it itself.)
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ _RAW = (7 << 3 | 2).to_bytes(1, "little")
 """Tag of ModelInferRequest.raw_input_contents."""
 _RETRY_KEYS = ("grpc-retry-pushback-ms", "retry-after-ms", "retry-after-s", "retry-after")
 _KEPT_PREFIXES = 256
+_SAYS_TOO_LARGE = re.compile(r"larger than|\bbytes\b")
+"""RESOURCE_EXHAUSTED also means a message that is too large, ours and gRPC's own; no hint to try again comes with it."""
 
 
 def open_transport(host: str, port: int, timeout_s: float) -> GrpcTransport:
@@ -139,12 +142,14 @@ class GrpcTransport:
     def _translated(self, error: Any) -> TenureError:
         code, reason = error.code(), str(error.details())
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return Overloaded(reason, retry_after_s=_retry_after_s(error.trailing_metadata() or ()))
+            after_s = _retry_after_s(error.trailing_metadata() or ())
+            if after_s is None and _SAYS_TOO_LARGE.search(reason):
+                return TooLarge(reason)
+            return Overloaded(reason, retry_after_s=1.0 if after_s is None else after_s)
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             return Unavailable(f"grpc://{self._address} cannot be used: {reason}")
         kinds: dict[Any, type[TenureError]] = {
             grpc.StatusCode.INVALID_ARGUMENT: InputRefused,
-            grpc.StatusCode.OUT_OF_RANGE: TooLarge,
             grpc.StatusCode.NOT_FOUND: NotFound,
         }
         return kinds.get(code, ModelFailed)(reason)
@@ -172,8 +177,8 @@ def _varint(value: int) -> bytes:
     return bytes(found)
 
 
-def _retry_after_s(metadata: Any) -> float:
-    """Return when the server says to try again, seconds; 1 where it does not."""
+def _retry_after_s(metadata: Any) -> float | None:
+    """Return when the server says to try again, seconds; None where it does not."""
     told = {key: value for key, value in metadata if key in _RETRY_KEYS}
     for key in _RETRY_KEYS:
         try:
@@ -182,7 +187,7 @@ def _retry_after_s(metadata: Any) -> float:
             continue
         if 0 <= value < 1e9:
             return value / 1000 if key.endswith("-ms") else value
-    return 1.0
+    return None
 
 
 def _answered(found: Any, began_s: float, sent_s: float) -> tuple[dict[str, Array], Stages]:
