@@ -20,7 +20,7 @@ from tenure.errors import Unavailable
 from tenure.serve.codec_http import Template, decode_request
 from tenure.serve.http1 import Head, parse_head
 from tenure.serve.http_connection import Connection
-from tenure.serve.http_requests import MAX_INLINE_BYTES, Known
+from tenure.serve.http_requests import MAX_DIRECT_BYTES, Known
 from tenure.serve.http_routes import infer_target
 from tenure.serve.limits import DoorLimits
 from tenure.serve.plane import Buffer, Plane
@@ -123,11 +123,10 @@ class HttpDoor:
         if found is None:
             found = parse_head(raw)
             found.target = infer_target(found.path) if found.method == "POST" else None
-            json_length = found.json_length
+            json_length = found.length if found.json_length is None else found.json_length
             found.direct = (
                 found.target is not None
-                and json_length is not None
-                and json_length <= min(found.length, MAX_INLINE_BYTES)
+                and json_length <= min(found.length, MAX_DIRECT_BYTES)
                 and found.length <= self.limits.max_request_bytes
                 and not (found.expects or found.encoding or found.chunked)
             )
@@ -149,9 +148,10 @@ class HttpDoor:
     def relieve(self, *, more_bytes: int) -> None:
         """Count unsent bytes, and close the connections whose answers are stuck longest until all is within its bound."""
         self.unsent_bytes += more_bytes
-        stuck = sorted((c for c in self._connections if c.unsent_bytes), key=lambda c: c.since_s)
         excess = self.unsent_bytes - self.limits.max_unsent_bytes
-        for connection in stuck:
+        if excess <= 0:
+            return
+        for connection in sorted((c for c in self._connections if c.unsent_bytes), key=lambda c: c.since_s):
             if excess <= 0:
                 break
             excess -= connection.unsent_bytes

@@ -34,6 +34,9 @@ LINGER_S = 5.0
 """How long a client may take to leave after its last answer."""
 MAX_CONTROL_BYTES = 1 << 20
 """Body of a request that is no inference."""
+_HEAD_START = 0.1
+"""Share of the time for a body in which its pace does not matter yet."""
+_IN_REGION = b'"shared_memory_region"'
 
 
 class Connection(Writing):
@@ -59,6 +62,7 @@ class Connection(Writing):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol."""
         self._fd = -1  # it may be another connection's by now
+        self._done = _nobody  # no cycle is left to the garbage collector
         self._leave_behind()
         self._door.unsent_bytes -= self.unsent_bytes
         self.unsent_bytes = 0
@@ -109,8 +113,15 @@ class Connection(Writing):
         elif state == HEAD and not self._pending.startswith(self._head.raw):
             if waited_s > limits.head_timeout_s:
                 self._fail(BadMessage(f"the request's head did not arrive within {limits.head_timeout_s:g} s", 408))
-        elif state != BUSY and waited_s > limits.body_timeout_s:
-            self._fail(BadMessage(f"the request's body did not arrive within {limits.body_timeout_s:g} s", 408))
+        elif state != BUSY and (waited_s > limits.body_timeout_s or self._too_slow(waited_s)):
+            self._fail(BadMessage(f"the request's body did not arrive, or would not, within {limits.body_timeout_s:g} s", 408))
+
+    def _too_slow(self, waited_s: float) -> bool:
+        """Whether a body falls behind the pace that ends in time: who claims much memory and sends nothing has it briefly."""
+        if self._target is None:
+            return False
+        due = waited_s / self._door.limits.body_timeout_s - _HEAD_START
+        return self._filled < due * len(self._target)
 
     def leave(self) -> None:
         """Close, unless something is asked or due: then the answer tells the client to leave."""
@@ -165,13 +176,14 @@ class Connection(Writing):
         if target is None or not head.direct:
             self._begin(head)
             return at
-        end = at + cast(int, head.json_length)
+        whole = head.json_length is None  # such bodies are worth a look only where all tensors lie in regions
+        end = at + (head.length if head.json_length is None else head.json_length)
         if size < end:
             self._note_arrival()
             return 0
         known = self._known
         if known.target is not target or len(known.content) != end - at or not data.startswith(known.content, at):
-            other = self._recall(target, view[at:end])
+            other = None if whole and data.find(_IN_REGION, at, end) < 0 else self._recall(target, view[at:end])
             if other is None:
                 self._begin(head)
                 return at
@@ -393,3 +405,7 @@ class Connection(Writing):
         except TenureError as error:
             self._call = None
             self._refuse(error, 0)
+
+
+def _nobody(call: Call) -> None:
+    """Take an answer for which nobody waits."""

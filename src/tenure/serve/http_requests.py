@@ -17,6 +17,8 @@ from tenure.serve.plane import Answer, Buffer
 
 MAX_INLINE_BYTES = 64 << 10
 """JSON and compression above this are worked on in a thread, so that other connections go on."""
+MAX_DIRECT_BYTES = 16 << 10
+"""JSON up to this is looked up, or decoded, where it was read."""
 _MAX_HEADS = 64
 _BINARY = "application/octet-stream"
 
