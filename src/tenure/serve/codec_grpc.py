@@ -12,7 +12,6 @@ import numpy as np
 
 from tenure.serve import v2
 from tenure.serve.faults import InputRefused
-from tenure.serve.messages import InferAnswer
 from tenure.serve.tensors import (
     Array,
     ModelMetadata,
@@ -47,10 +46,22 @@ _WIDTHS = {
 }
 
 
-def decode_answer(message: Any) -> InferAnswer:
-    """Return the answer in a ModelInferResponse. Raises InputRefused when it does not follow the protocol."""
-    outputs = _tensors(message.outputs, message.raw_output_contents, "output")
-    return InferAnswer(model=message.model_name, version=message.model_version, id=message.id, outputs=outputs)
+def decode_outputs(message: Any) -> dict[str, Array]:
+    """Return the outputs of a ModelInferResponse by name. Raises InputRefused when it does not follow the protocol."""
+    tensors, raw = message.outputs, message.raw_output_contents
+    if raw and len(raw) != len(tensors):
+        raise InputRefused(f"{len(tensors)} outputs come with {len(raw)} raw contents; there must be one for each, or none")
+    arrays: dict[str, Array] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.name in arrays:
+            raise InputRefused(f'output "{tensor.name[:80]}" is given twice')
+        if raw and tensor.HasField("contents"):
+            raise InputRefused(f'output "{tensor.name[:80]}" has both typed and raw contents')
+        if raw:
+            arrays[tensor.name] = from_raw(raw[index], tensor.datatype, tensor.shape, tensor=tensor.name)
+        else:
+            arrays[tensor.name] = typed_array(tensor)
+    return arrays
 
 
 def encode_metadata(metadata: ModelMetadata) -> Any:
@@ -71,22 +82,6 @@ def decode_metadata(message: Any) -> ModelMetadata:
         inputs=tuple(TensorMetadata(t.name, t.datatype, tuple(t.shape)) for t in message.inputs),
         outputs=tuple(TensorMetadata(t.name, t.datatype, tuple(t.shape)) for t in message.outputs),
     )
-
-
-def _tensors(tensors: Any, raw: Any, what: str) -> dict[str, Array]:
-    if raw and len(raw) != len(tensors):
-        raise InputRefused(f"{len(tensors)} {what}s come with {len(raw)} raw contents; there must be one for each, or none")
-    arrays: dict[str, Array] = {}
-    for index, tensor in enumerate(tensors):
-        if tensor.name in arrays:
-            raise InputRefused(f'{what} "{tensor.name[:80]}" is given twice')
-        if raw and tensor.HasField("contents"):
-            raise InputRefused(f'{what} "{tensor.name[:80]}" has both typed and raw contents')
-        if raw:
-            arrays[tensor.name] = from_raw(raw[index], tensor.datatype, tensor.shape, tensor=tensor.name)
-        else:
-            arrays[tensor.name] = typed_array(tensor)
-    return arrays
 
 
 def typed_array(tensor: Any) -> Array:

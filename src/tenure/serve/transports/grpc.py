@@ -192,5 +192,5 @@ def _retry_after_s(metadata: Any) -> float | None:
 
 def _answered(found: Any, began_s: float, sent_s: float) -> tuple[dict[str, Array], Stages]:
     answered_s = time.perf_counter()
-    outputs = dict(codec_grpc.decode_answer(found).outputs)
+    outputs = codec_grpc.decode_outputs(found)
     return outputs, Stages(sent_s - began_s, answered_s - sent_s, time.perf_counter() - answered_s)
