@@ -10,6 +10,7 @@ from tenure.serve import v2
 from tenure.serve.codec_infer import AnswerWriter, RequestReader, encode_varint, first_raw, split, stream_error
 from tenure.serve.faults import InputRefused, TooLarge
 from tenure.serve.plane import Answer, Output, TensorRef, Wanted
+from tenure.serve.tensors import DTYPES
 
 names = st.text(max_size=6)
 
@@ -201,7 +202,7 @@ def test_typed_contents_become_raw_ones():
 
 def test_typed_contents_beyond_their_bound_are_refused_before_they_are_unpacked():
     message = v2.ModelInferRequest(model_name="m")
-    message.inputs.add(name="x", datatype="BOOL", shape=[9 << 20]).contents.bool_contents.extend([True] * (9 << 20))
+    message.inputs.add(name="x", datatype="BOOL", shape=[5 << 20]).contents.bool_contents.extend([True] * (5 << 20))
     with pytest.raises(TooLarge, match="raw_input_contents"):
         read(message.SerializeToString())
 
@@ -248,3 +249,71 @@ def test_answers_on_a_stream_are_wrapped_and_marked_final_where_asked():
     assert message.infer_response.parameters["triton_final_response"].bool_param
     failed = v2.ModelStreamInferResponse.FromString(stream_error("no", "5")[5:])
     assert (failed.error_message, failed.infer_response.id) == ("no", "5")
+
+
+@pytest.mark.parametrize(
+    ("datatype", "field", "lowest", "highest"),
+    [
+        ("BOOL", "bool_contents", 0, 1),
+        ("INT8", "int_contents", -(2**7), 2**7 - 1),
+        ("INT32", "int_contents", -(2**31), 2**31 - 1),
+        ("INT64", "int64_contents", -(2**63), 2**63 - 1),
+        ("UINT16", "uint_contents", 0, 2**16 - 1),
+        ("UINT64", "uint64_contents", 0, 2**64 - 1),
+    ],
+)
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_typed_whole_numbers_are_what_was_written(datatype, field, lowest, highest, data):
+    values = data.draw(
+        st.lists(st.one_of(st.integers(lowest, highest), st.integers(max(lowest, -2), min(highest, 200))), max_size=20)
+    )
+    message = v2.ModelInferRequest(model_name="m")
+    getattr(message.inputs.add(name="x", datatype=datatype, shape=[len(values)]).contents, field).extend(values)
+    ((_, raw),) = read(message.SerializeToString())[0].typed
+    assert np.frombuffer(bytes(raw), DTYPES[datatype]).tolist() == values
+
+
+@given(st.lists(st.floats(width=32), max_size=20))
+def test_typed_fractions_are_what_was_written(values):
+    for datatype, field in (("FP32", "fp32_contents"), ("FP64", "fp64_contents")):
+        message = v2.ModelInferRequest(model_name="m")
+        getattr(message.inputs.add(name="x", datatype=datatype, shape=[len(values)]).contents, field).extend(values)
+        ((_, raw),) = read(message.SerializeToString())[0].typed
+        np.testing.assert_array_equal(np.frombuffer(bytes(raw), DTYPES[datatype]), values)
+
+
+def test_typed_contents_with_unknown_fields_beside_them_are_read_all_the_same():
+    message = v2.ModelInferRequest(model_name="m")
+    tensor = message.inputs.add(name="x", datatype="INT32", shape=[2])
+    tensor.contents.MergeFromString(b"\xa0\x06\x01" + b"\x10\x05" + b"\x12\x01\x06")  # field 100; 5 unpacked, then 6 packed
+    ((_, raw),) = read(message.SerializeToString())[0].typed
+    assert np.frombuffer(bytes(raw), "<i4").tolist() == [5, 6]
+
+
+def many_parameters(message):
+    for index in range(65):
+        message.parameters[f"p{index}"].int64_param = index
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.raw_input_contents.extend([b""] * 9000), "more than 8192 fields"),
+        (lambda m: [m.inputs.add(name=f"i{n}") for n in range(1024)], "1025 inputs"),
+        (lambda m: [m.outputs.add(name=f"o{n}") for n in range(1025)], "1025 outputs"),
+        (many_parameters, "65 parameters"),
+    ],
+)
+def test_what_would_keep_the_server_busy_for_long_is_refused(change, words):
+    message = request()
+    change(message)
+    with pytest.raises(InputRefused, match=words):
+        read(message.SerializeToString())
+
+
+def test_bytes_elements_in_great_numbers_are_to_be_sent_raw():
+    message = v2.ModelInferRequest(model_name="m")
+    message.inputs.add(name="x", datatype="BYTES", shape=[70_000]).contents.bytes_contents.extend([b""] * 70_000)
+    with pytest.raises(InputRefused, match="70000 elements"):
+        read(message.SerializeToString())

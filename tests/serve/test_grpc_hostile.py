@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tenure.serve import http2_send as wire
 from tenure.serve import v2
+from tenure.serve.codec_infer import encode_varint
 from tenure.serve.http2_send import FIRST_WINDOW, PREFACE, frame
 from tenure.serve.limits import DoorLimits
 from tenure.serve.tensors import TensorMetadata
@@ -139,6 +141,21 @@ def test_content_that_is_not_compressed_as_it_says_is_refused(door, content):
     with RawPeer(door.port) as peer:
         peer.send(peer.headers(1, ("grpc-encoding", "gzip")) + frame(wire.DATA, wire.END_STREAM, 1, framed(content, flag=1)))
         assert peer.status(1)["grpc-status"] == "3"
+
+
+def test_others_are_served_while_messages_that_unpack_to_much_are_unpacked(door, plane):
+    content = zlib.compress(BODY.SerializeToString() + b"\x42" + encode_varint(7 << 20) + bytes(7 << 20))  # an unknown field
+    with RawPeer(door.port) as peer:
+        for id in range(1, 41, 2):
+            peer.send(
+                peer.headers(id, ("grpc-encoding", "deflate")) + frame(wire.DATA, wire.END_STREAM, id, framed(content, flag=1))
+            )
+        door.until(lambda: door.door._work)
+        answers(door)
+        assert door.run(lambda: len(door.door._work)) > 1
+        peer.send(frame(wire.RST_STREAM, 0, 39, b"\0\0\0\x08"))
+        peer.status(1)
+    door.until(lambda: not door.door._work)
 
 
 def test_http1_is_told_what_this_port_speaks(door):

@@ -35,6 +35,8 @@ _TYPED = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+MAX_TYPED_BYTES_ELEMENTS = 65_536
+"""Of BYTES written as typed contents, which only Python can take apart."""
 _WIDTHS = {
     "bool_contents": np.bool_,
     "int_contents": np.int32,
@@ -98,10 +100,35 @@ def typed_array(tensor: Any) -> Array:
     if len(elements) != count:
         raise InputRefused(f'tensor "{tensor.name}" has {len(elements)} elements; shape {list(tensor.shape)} takes {count}')
     if dtype.kind == "O":
+        if count > MAX_TYPED_BYTES_ELEMENTS:
+            raise InputRefused(
+                f'tensor "{tensor.name}" has {count} elements in bytes_contents; at most {MAX_TYPED_BYTES_ELEMENTS} are taken. '
+                "Send larger ones raw"
+            )
         return np.array([*elements, None], dtype=object)[:-1].reshape(tensor.shape)
-    wide = _WIDTHS[field]  # as wide as the field: converting at once would wrap 300 into a UINT8 of 44
-    found: Array = np.fromiter(elements, dtype=wide, count=count)
-    array = found.astype(dtype)
+    found = _elements(tensor.contents, _WIDTHS[field]) if count else np.empty(0, _WIDTHS[field])
+    array = found.astype(dtype)  # as wide as the field before: converting at once would wrap 300 into a UINT8 of 44
     if dtype.kind in "iu" and not np.array_equal(array, found):
         raise InputRefused(f'tensor "{tensor.name}" has elements outside the range of {tensor.datatype}')
     return array.reshape(tensor.shape)
+
+
+def _elements(contents: Any, dtype: Any) -> Array:
+    """Return the elements of the one field that is set, from its packed encoding: one by one takes 50 times as long."""
+    contents.DiscardUnknownFields()
+    packed = contents.SerializeToString()
+    start = 1  # after the field's tag: the length of the packed elements
+    while packed[start] & 0x80:
+        start += 1
+    octets: Array = np.frombuffer(packed, np.uint8, offset=start + 1)
+    if dtype in (np.float32, np.float64):
+        return octets.view(np.dtype(dtype).newbyteorder("<"))
+    ends = np.flatnonzero(octets < 0x80)
+    if len(ends) == len(octets):
+        return octets.astype(dtype)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    values = np.zeros(len(ends), np.uint64)
+    for place in range(int((ends - starts).max()) + 1):
+        here = np.flatnonzero(starts + place <= ends)
+        values[here] |= (octets[starts[here] + place] & 0x7F).astype(np.uint64) << np.uint64(7 * place)
+    return values.view(np.int64).astype(dtype) if np.dtype(dtype).kind == "i" else values.astype(dtype)

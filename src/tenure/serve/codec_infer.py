@@ -20,8 +20,10 @@ from tenure.serve.faults import InputRefused, TooLarge
 from tenure.serve.plane import ALIGNMENT, Answer, Output, TensorRef, Wanted
 from tenure.serve.tensors import dtype_of, element_count, to_raw
 
-MAX_DESCRIPTION = 8 << 20
+MAX_DESCRIPTION = 4 << 20
 """Longest request, raw contents left out. Typed contents are in it: larger tensors are to be sent raw."""
+MAX_FIELDS, MAX_TENSORS, MAX_PARAMETERS = 8192, 1024, 64
+"""Top-level fields of a request; inputs, and outputs asked for; parameters of one thing: read one by one, in Python."""
 _KEPT = 256
 _KEPT_BYTES = 4096
 """How many descriptions are kept, and the longest."""
@@ -97,12 +99,15 @@ def split(data: memoryview, start: int, stop: int) -> tuple[bytes, tuple[tuple[i
 
     Raises InputRefused for bytes that are no message, and for groups, which no message of the protocol has.
     """
-    at, since = start, start
+    at, since, left = start, start, MAX_FIELDS
     rest: list[bytes] = []
     raws: list[tuple[int, int]] = []
     id = ""
     while at < stop:
         field = at
+        left -= 1
+        if not left:
+            raise InputRefused(f"the request has more than {MAX_FIELDS} fields")
         tag = data[at]
         at += 1
         if tag > 127:
@@ -142,10 +147,14 @@ def split(data: memoryview, start: int, stop: int) -> tuple[bytes, tuple[tuple[i
 
 
 def first_raw(data: memoryview, start: int, stop: int) -> int:
-    """Return where, from `start`, the first raw content of a message lies of which data[start:stop] is here; else 0."""
-    at = start
+    """Return where, from `start`, the first raw content of a message lies of which data[start:stop] is here; else 0.
+
+    Looks at the first 256 fields only.
+    """
+    at, left = start, 256
     try:
-        while at < stop:
+        while at < stop and left:
+            left -= 1
             tag, at = _varint(data, at, stop, 5)
             if tag & 7 == 2:
                 length, at = _varint(data, at, stop, 5)
@@ -192,6 +201,9 @@ def describe(rest: bytes, raws: Sequence[tuple[int, int]]) -> Template:
         message = v2.ModelInferRequest.FromString(rest)
     except DecodeError as error:
         raise InputRefused(f"the request is not a ModelInferRequest: {error}") from error
+    if max(len(message.inputs), len(message.outputs)) > MAX_TENSORS:
+        found = f"{len(message.inputs)} inputs and asks for {len(message.outputs)} outputs"
+        raise InputRefused(f"the request has {found}; at most {MAX_TENSORS} of each are taken")
     asked = _parameters(message.parameters, "the request")
     if asked.get("sequence_id", 0) not in (0, ""):
         raise InputRefused("sequence_id is given, but models here keep no state between requests; send it without a sequence")
@@ -279,6 +291,8 @@ def _wanted(outputs: Any) -> tuple[Wanted, ...]:
 
 def _parameters(parameters: Any, what: str) -> dict[str, Any]:
     asked = {}
+    if len(parameters) > MAX_PARAMETERS:
+        raise InputRefused(f"{what} has {len(parameters)} parameters; at most {MAX_PARAMETERS} are taken")
     for name, value in parameters.items():
         kind = value.WhichOneof("parameter_choice")
         if kind is None:

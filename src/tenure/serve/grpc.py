@@ -33,8 +33,8 @@ MAX_UNSENT_BYTES = 256 << 20
 """Answers not taken by their clients, in all; past it, new requests are refused."""
 MAX_CONNECTION_UNSENT_BYTES = 128 << 20
 """Answers not taken by one client; past it, its connection is closed."""
-MAX_WORK = 16
-"""Loads and unloads of models at a time."""
+UNPACKING = 2
+"""Compressed messages that are unpacked at a time, in turns with other work; the others wait, within the memory budget."""
 TICK_S = 1.0
 
 
@@ -63,6 +63,7 @@ class GrpcDoor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._work: set[asyncio.Task[None]] = set()
+        self.unpacking = asyncio.Semaphore(UNPACKING)
         self._closing = False
 
     async def open(self, bound: socket.socket) -> None:
@@ -134,11 +135,11 @@ class GrpcDoor:
             self._loop.call_soon(self._flush)
         self._dirty.append(connection)
 
-    def work(self, job: Coroutine[Any, Any, None]) -> None:
-        """Run something that takes long. Raises Overloaded when too much is running already."""
-        if len(self._work) >= MAX_WORK:
+    def work(self, job: Coroutine[Any, Any, None], most: int = MAX_DOOR_STREAMS) -> None:
+        """Run something that takes long. Raises Overloaded when `most` things are going on already."""
+        if len(self._work) >= most:
             job.close()
-            raise Overloaded(f"{MAX_WORK} models are being loaded or unloaded already")
+            raise Overloaded(f"{most} loads, unloads or other long calls are being worked on already")
         task = asyncio.get_running_loop().create_task(job)
         self._work.add(task)
         task.add_done_callback(self._work.discard)

@@ -18,7 +18,7 @@ from tenure.serve.codec_infer import Template, first_raw, stream_error
 from tenure.serve.faults import InputRefused, Overloaded, TooLarge
 from tenure.serve.grpc_inflate import inflate
 from tenure.serve.grpc_request import DOOR, Plan, Request, Slot, placed
-from tenure.serve.grpc_service import INFER, STREAM
+from tenure.serve.grpc_service import INFER, STREAM, UNARY
 from tenure.serve.grpc_status import HEADERS, TRAILERS, StatusError
 from tenure.serve.http2 import Connection
 from tenure.serve.http2_headers import Head
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 1024
 """Messages up to this length need no buffer of the plane: health checks are answered when the budget is used up."""
+MAX_WORK = 16
+"""Loads and unloads of models at a time."""
+MAX_UNARY_BYTES = 1 << 20
+"""Of calls that are no inference."""
 MAX_HELD_BYTES = 8 << 20
 """Answers that one peer's windows keep here; past it, its new requests are refused."""
 MAX_STREAM_REQUESTS = 4096
@@ -106,7 +110,7 @@ class Calls:
     def data(self, stream: Stream, data: memoryview, start: int, stop: int, last: bool) -> None:
         """See Handler. The usual call, one inference in one frame, goes the short way."""
         assert isinstance(stream, Request)
-        if last and stop - start >= 5 and stream.kind == INFER and stream.view is None:
+        if last and stop - start >= 5 and stream.kind == INFER and stream.view is None and stream.later is None:
             flag, length = _PREFIX.unpack_from(data, start)
             if not flag and stop - start - 5 == length and not stream.partial and not stream.has_message:
                 try:
@@ -119,6 +123,10 @@ class Calls:
 
     def take(self, stream: Request, data: memoryview, start: int, stop: int, last: bool) -> None:
         """Take body bytes data[start:stop] in the general way."""
+        if stream.later is not None:
+            stream.later += data[start:stop]
+            stream.later_last = stream.later_last or last
+            return
         try:
             self._assemble(stream, data, start, stop, last)
         except Exception as error:
@@ -137,6 +145,9 @@ class Calls:
                     at += taken
                 if stream.at < stream.stop:
                     break
+                if stream.compressed:
+                    self._unpack(stream, data[at:stop], last)
+                    return
                 self._message(stream)
             elif stream.skip:
                 skipped = min(stop - at, stream.skip)
@@ -173,6 +184,8 @@ class Calls:
         stream.began_s = self._door.now_s()
         try:
             self._check_room(length)
+            if stream.kind == UNARY and length > MAX_UNARY_BYTES:
+                raise TooLarge(f"the request has {length} bytes; at most {MAX_UNARY_BYTES} are taken by this call")
             if length <= SMALL_BYTES:
                 stream.view, stream.base = memoryview(bytearray(length)), 0
             else:
@@ -194,9 +207,7 @@ class Calls:
             self.h2.open_window(stream, missing + (0 if slow else FIRST_WINDOW))
 
     def _message(self, stream: Request) -> None:
-        """A message is there whole."""
-        if stream.compressed:
-            self._inflate(stream)
+        """A message is there whole, and unpacked."""
         if stream.kind != STREAM:
             stream.has_message = True
             return
@@ -213,20 +224,41 @@ class Calls:
         finally:
             self._free(stream)
 
-    def _inflate(self, stream: Request) -> None:
-        """Replace a compressed message by what it holds."""
-        view, buffer = stream.view, stream.buffer
+    def _unpack(self, stream: Request, rest: memoryview, last: bool) -> None:
+        """Unpack a compressed message a piece at a time, between other work; what follows it waits until then.
+
+        That is no more than the stream's window: it is not opened meanwhile.
+        """
+        view, base, stop, buffer = stream.view, stream.base, stream.stop, stream.buffer
         assert view is not None
+        self._door.work(self._unpacked(stream, view[base:stop], buffer))
+        stream.later, stream.later_last = bytearray(rest), last
+        stream.view = stream.buffer = None
+
+    async def _unpacked(self, stream: Request, content: memoryview, buffer: Buffer | None) -> None:
+        found = None
         try:
-            stream.buffer, stream.view, stream.base, stream.stop = inflate(
-                view[stream.base : stream.stop], self._limits.max_request_bytes, self._plane, DOOR
-            )
-            stream.at = stream.stop
+            async with self._door.unpacking:
+                found = await inflate(content, self._limits.max_request_bytes, self._plane, DOOR, lambda: self._waits(stream))
+        except Exception as error:
+            self._fail(stream, error)
         finally:
             if buffer is not None:
-                if stream.buffer is buffer:
-                    stream.buffer = stream.view = None
                 self._plane.release(buffer)
+        if found is not None:
+            stream.buffer, stream.view, stream.base, stream.stop = found
+            stream.at = stream.stop
+            stream.compressed = False
+            later, stream.later = stream.later, None
+            assert later is not None
+            if self._waits(stream):
+                self.take(stream, memoryview(later), 0, len(later), stream.later_last)
+            else:
+                self._free(stream)
+        self.mark()
+
+    def _waits(self, stream: Request) -> bool:
+        return self.h2.streams.get(stream.id) is stream
 
     def _body_ended(self, stream: Request) -> None:
         """The peer has sent all it will: answer, or say what is missing."""
@@ -301,17 +333,17 @@ class Calls:
         if isinstance(answer, bytes):
             self._answer(stream, answer)
         else:
-            self._door.work(self._later(stream, answer))
+            self._door.work(self._later(stream, answer), MAX_WORK)
 
     async def _later(self, stream: Request, waiting: Awaitable[bytes]) -> None:
         try:
             answer = await waiting
         except Exception as error:
-            if self.h2.streams.get(stream.id) is stream:
+            if self._waits(stream):
                 self._fail(stream, error)
                 self.mark()
             return
-        if self.h2.streams.get(stream.id) is stream:
+        if self._waits(stream):
             self._answer(stream, answer)
             self.mark()
 
@@ -343,7 +375,7 @@ class Calls:
         if not isinstance(error, TenureError):
             _log.error("a call of %s failed in the door", stream.head.path[:120], exc_info=error)
             error = InternalError(f"the server failed at this call: {type(error).__name__}")
-        if self.h2.streams.get(stream.id) is not stream:
+        if not self._waits(stream):
             self._free(stream)
             return
         code = grpc_status.code_of(error)
@@ -402,7 +434,7 @@ class Calls:
         while slots and slots[0].parts is not None:
             self.h2.send_data(stream, slots.popleft().parts or [])
         if stream.ended and not slots:
-            if self.h2.streams.get(stream.id) is stream:
+            if self._waits(stream):
                 self._end(stream, TRAILERS)
             return
         between = stream.view is None and not stream.skip

@@ -77,6 +77,8 @@ class Request(Stream):
         "ended",
         "has_message",
         "kind",
+        "later",
+        "later_last",
         "partial",
         "plan",
         "skip",
@@ -99,6 +101,9 @@ class Request(Stream):
         self.buffer: Buffer | None = None
         """Whose memory `view` is, if it is the plane's."""
         self.compressed = self.has_message = self.ended = False
+        self.later: bytearray | None = None
+        """While a compressed message is being unpacked: what came after it; `later_last`: and the body's end."""
+        self.later_last = False
         self.skip = 0
         """Bytes to come of a message that was refused, on a stream that goes on."""
         self.call: Call | None = None
