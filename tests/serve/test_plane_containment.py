@@ -312,3 +312,62 @@ def test_an_instance_started_later_knows_the_regions(tmp_path, shared_memory):  
         assert found["y"].region == "r"
 
     on_plane(write_models(tmp_path, "mortal"), body)
+
+
+def test_many_regions_reach_an_instance_that_is_busy_and_one_that_starts(tmp_path, shared_memory):  # noqa: F811
+    async def body(plane):
+        busy = asyncio.ensure_future(ask(plane, "slow", {"x": row(0.2)}))
+        await until(lambda: plane.statistics("slow")[("slow", "1")].queue.count == 1)
+        key = shared_memory(4096)
+        for number in range(300):
+            plane.register_region(f"r{number}", f"/{key}", 0, 4096)
+            if number % 2:
+                plane.unregister_region(f"r{number}")
+        await busy
+        ref = TensorRef("x", "FP32", (1, 4), 0, 16, "r298")
+        assert "y" in await ask(plane, "slow", {}, inputs=(ref,))
+        await plane.load("slow")
+        assert "y" in await ask(plane, "slow", {}, inputs=(ref,))
+        assert plane.statistics("slow")[("slow", "1")].restarts == 0
+
+    on_plane(write_models(tmp_path, "slow"), body)
+
+
+def test_urgent_calls_go_first(tmp_path):
+    async def body(plane):
+        order = []
+
+        async def go(priority):
+            await ask(plane, "slow", {"x": row(0.001 * priority)}, priority=priority)
+            order.append(priority)
+
+        running = asyncio.ensure_future(ask(plane, "slow", {"x": row(0.05)}))
+        await until(lambda: plane.statistics("slow")[("slow", "1")].queue.count == 1)
+        await asyncio.gather(*(go(priority) for priority in (3, 0, 1, 3, 1)), running)
+        assert order == [1, 1, 0, 3, 3]
+
+    on_plane(write_models(tmp_path, "slow"), body, limits(priority_levels=3))
+
+
+def test_calls_that_cannot_be_stacked_are_answered_each_and_counted_each(tmp_path):
+    async def body(plane):
+        pairs = [{"a": np.array([i, 1]), "b": np.array([1, i])} for i in range(200)]
+        for _ in range(3):
+            found = await asyncio.gather(*(ask(plane, "sums", pair) for pair in pairs))
+            assert [list(answer["sum"]) for answer in found] == [[i + 1, i + 1] for i in range(200)]
+        statistics = plane.statistics("sums")[("sums", "1")]
+        assert (statistics.inference_count, statistics.execution_count) == (600, 600)
+        assert plane.config("sums")["max_batch_size"] == 0
+
+    on_plane(write_models(tmp_path, "sums"), body)
+
+
+def test_rows_of_calls_that_wait_together_run_together(tmp_path):
+    async def body(plane):
+        await asyncio.gather(*(ask(plane, "double", {"x": row(i)}) for i in range(64)))
+        statistics = plane.statistics("double")[("double", "1")]
+        assert (statistics.inference_count, statistics.execution_count) == (64, 8)
+        assert list(statistics.batches) == [8]
+        assert [each.count for each in statistics.batches[8]] == [8, 8, 8]
+
+    on_plane(write_models(tmp_path, "double"), body, limits(max_batch_rows=8))

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from tenure.serve.server import Address, serve
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit code."""
     options = _parser().parse_args(argv)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a descriptor, and so is a region
     folder = worker_dir(os.environ)
 
     def listening(endpoints: Mapping[str, str]) -> None:

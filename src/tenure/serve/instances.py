@@ -29,6 +29,7 @@ from tenure.serve.regions import Region
 if TYPE_CHECKING:
     from tenure.serve.lane import Batch
 
+_MAX_OUTBOX = 8192
 LOADER = "tenure.serve.engines:load_engine"
 
 
@@ -72,6 +73,7 @@ class Instance:
         self._space = bytearray(wire.MAX_MESSAGE_BYTES)
         self._seen = memoryview(self._space)
         self._killed_for = ""
+        self._outbox: deque[tuple[bytes, Region | None]] = deque()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._link = ours
@@ -95,23 +97,44 @@ class Instance:
         """The process."""
         return self._process.pid
 
-    def send(self, message: bytes) -> None:
-        """Send one order. A process that is just dying takes none: its end is told soon."""
+    def send(self, message: bytes, region: Region | None = None) -> None:
+        """Send one order, with a region's descriptor if it is about one.
+
+        A process that is just dying takes none: its end is told soon.
+        """
+        if not self._outbox and self._sent(message, region):
+            return
+        if len(self._outbox) >= _MAX_OUTBOX:
+            self.kill(f"it left {_MAX_OUTBOX} orders unread")
+            return
+        if not self._outbox:
+            self._loop.add_writer(self._link.fileno(), self._writable)
+        self._outbox.append((message, region))
+
+    def _sent(self, message: bytes, region: Region | None) -> bool:
         try:
-            self._link.send(message)
-        except (ConnectionError, BlockingIOError):
-            self.kill("it does not take orders any more")
+            if region is None:
+                self._link.send(message)
+            elif region.fd >= 0:  # else it has been unregistered since
+                socket.send_fds(self._link, [message], [region.fd])
+        except BlockingIOError:
+            return False  # the system queues a few orders only
         except OSError as error:
             self.kill(f"it could not be sent an order: {error.strerror}")
+        return True
+
+    def _writable(self) -> None:
+        while self._outbox:
+            if not self._sent(*self._outbox[0]):
+                return
+            self._outbox.popleft()
+        self._loop.remove_writer(self._link.fileno())
 
     def map_region(self, region: Region) -> None:
         """Hand a shared-memory object to the process."""
         status = region.status
         order = wire.MapRegion(region.number, status.offset, status.nbytes, region.writable)
-        try:
-            socket.send_fds(self._link, [wire.encode(order)], [region.fd])
-        except OSError:
-            self.kill("it does not take orders any more")
+        self.send(wire.encode(order), region)
 
     def drop_region(self, region: Region) -> None:
         """Have the process forget a shared-memory object."""
@@ -165,6 +188,7 @@ class Instance:
         self.ready = False
         self._loop.remove_reader(self._pidfd)
         self._loop.remove_reader(self._link.fileno())
+        self._loop.remove_writer(self._link.fileno())
         os.close(self._pidfd)
         self._link.close()
         self.ended.set()
