@@ -225,21 +225,23 @@ def test_options_that_make_no_sense_are_refused(wrong, digits):
 
 @pytest.mark.parametrize("scheme", ["http", "grpc", "shm"])
 def test_who_never_answers_is_unavailable_when_the_timeout_has_passed(scheme):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with Model(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", "digits", timeout_s=0.3) as model:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        Model(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", "digits", timeout_s=0.3) as model,
+    ):
 
-            async def ask():
-                try:
-                    await model.predict_async([1.0])
-                finally:
-                    await model.close_async()
+        async def ask():
+            try:
+                await model.predict_async([1.0])
+            finally:
+                await model.close_async()
 
-            began_s = time.monotonic()
-            with pytest.raises(Unavailable):
-                model.predict([1.0])
-            with pytest.raises(Unavailable):
-                asyncio.run(ask())
-            assert time.monotonic() - began_s < 60
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable):
+            model.predict([1.0])
+        with pytest.raises(Unavailable):
+            asyncio.run(ask())
+        assert time.monotonic() - began_s < 60
 
 
 @pytest.mark.parametrize(("address", "shm"), [("grpc://127.0.0.1:1", True), ("shm://127.0.0.1:1", False)])
