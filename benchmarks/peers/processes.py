@@ -6,6 +6,7 @@ Not here: what each one needs (the peers' modules).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Self
 from benchmarks.harness import Skip
 from benchmarks.peers.programs.procs import born, tree
 
+_LIBC = ctypes.CDLL(None)
 READY_S = 90.0
 END_S = 15.0
 
@@ -104,6 +106,7 @@ def start(name: str, launch: Launch, folder: Path) -> Served:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
+            preexec_fn=_die_with_parent,
         )
     served = Served(name, process, launch.addresses, log)
     try:
@@ -128,6 +131,11 @@ def free_ports(count: int) -> list[int]:
         for one in found:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in found]
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for a SIGTERM when the benchmark ends, however it ends (prctl(2), PR_SET_PDEATHSIG = 1)."""
+    _LIBC.prctl(1, signal.SIGTERM)
 
 
 def _wait_ready(served: Served, path: str) -> None:
