@@ -25,7 +25,7 @@ TOLD = {}
 x = np.random.default_rng(5).normal(size=(6, 16)).astype(np.float32)
 LIBS = {"http": http_lib, "grpc": grpc_lib}
 CHECKS = {}
-HTTP_STATUS = {"absent": ("404", "400"), "wrong": ("400",), "region": ("404", "400"), "large": ("413", "400")}
+HTTP_STATUS = {"absent": ("404", "400", "503"), "wrong": ("400",), "region": ("404", "400"), "large": ("413", "400")}
 GRPC_STATUS = {
     "absent": ("NOT_FOUND", "UNAVAILABLE"),
     "wrong": ("INVALID_ARGUMENT",),

@@ -141,16 +141,11 @@ def answer_json(answer: Answer, id: str, raw_outputs: frozenset[str] | None) -> 
     raw: list[memoryview] = []
     for output in answer.outputs:
         tensor: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-        if output.data is None:
-            tensor["parameters"] = {
-                "shared_memory_region": output.region,
-                "shared_memory_byte_size": output.nbytes,
-                "shared_memory_offset": output.offset,
-            }
-        elif raw_outputs is None or output.name in raw_outputs:
+        # Parameters would be read as a binary tensor's by Triton's C++ client: an output in a region has none.
+        if output.data is not None and (raw_outputs is None or output.name in raw_outputs):
             tensor["parameters"] = {"binary_data_size": output.data.nbytes}
             raw.append(output.data)
-        else:
+        elif output.data is not None:
             tensor["data"] = msgspec.Raw(to_json(output.data, output.datatype, output.shape))
         outputs.append(tensor)
     header: dict[str, Any] = {"id": id} if id else {}
