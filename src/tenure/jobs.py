@@ -112,7 +112,7 @@ class ServerOptions:
     instances: int = 0
     """Loaded copies of each model, each a process."""
     threads: int = 0
-    """Per instance."""
+    """Of each model, shared by its instances."""
     max_batch_rows: int = 0
     """Rows of one run of a model, over all requests in it."""
     max_delay_s: float = 0.0

@@ -67,7 +67,10 @@ def serve(
         int | None, typer.Option("--instances", metavar="N", min=1, help="Loaded copies of each model, each a process.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="Of each instance [default: the lease's cores].")
+        int | None,
+        typer.Option(
+            "--threads", metavar="N", min=1, help="Of each model, shared by its instances [default: the lease's cores]."
+        ),
     ] = None,
     max_batch_rows: Annotated[
         int | None,
