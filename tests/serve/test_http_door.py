@@ -373,3 +373,14 @@ def test_a_door_that_fails_says_so_and_goes_on(caplog):
 
     run(go)
     assert "our own mistake" in caplog.text
+
+
+def test_a_head_that_cannot_be_read_is_told_why_though_the_request_before_wanted_no_body():
+    async def go(bench):
+        wire = await bench.wire()
+        assert (await wire.ask(b"HEAD /v2 HTTP/1.1\r\nHost: x\r\n\r\n", "HEAD")).status == 200
+        reply = await wire.ask(b"POST /v2 HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n")
+        assert reply.status == 400
+        assert "content-length" in reply.json["error"]
+
+    run(go)

@@ -169,6 +169,8 @@ class Writing(asyncio.BufferedProtocol):
             error = InternalError(f"the server failed: {type(error).__name__}")
         if self._gone:
             return
+        if self.state == HEAD and not done:
+            self._head = _NO_HEAD  # what could not be read is not the request before it: that one may have wanted no body
         if self.state == LINGER:
             self.abort()
         elif done:
