@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from multiprocessing import shared_memory
 from pathlib import Path
 from random import Random
@@ -57,6 +58,8 @@ SLACK_BYTES = 64 * 10**6
 ALONE_SHARE = 0.15
 """Of batches that go out request by request; they are smaller ones."""
 CONTROL_BATCHES = 40
+REGION_BYTES = 1 << 16
+SAY_EVERY_S = 15.0
 
 
 def run(options: Options) -> Result:
@@ -82,7 +85,13 @@ def run(options: Options) -> Result:
         holds=holds,
         why=" | ".join(broken[:5]) or why,
         control=control,
-        details={**details, "failed": report.failed, "outcomes": report.table(), "failures": broken},
+        details={
+            **details,
+            "failed": report.failed,
+            "outcomes": report.table(),
+            "reasons": dict(report.reasons.most_common(60)),
+            "failures": broken,
+        },
     )
 
 
@@ -91,6 +100,7 @@ def _fuzz(folder: Path, x: np.ndarray, y: np.ndarray, *, wanted: int, max_s: flo
     with _server(folder) as (process, endpoints), _regions() as regions:
         http, grpc = (_address(endpoints[kind]) for kind in ("http", "grpc"))
         tree = psutil.Process(process.pid)
+        _register(http, regions)
         witness = Witness(endpoints, x, y, report)
         witness.start()
         _warm_up(http, grpc, seed, regions)
@@ -101,7 +111,7 @@ def _fuzz(folder: Path, x: np.ndarray, y: np.ndarray, *, wanted: int, max_s: flo
         crowd.start()
         watch = _Watch(tree)
         watch.start()
-        began_s = time.monotonic()
+        began_s = said_s = time.monotonic()
         enough = threading.Event()
         senders = [
             threading.Thread(target=_send, args=(module, address, n + 2 * seed, regions, report, enough), daemon=True)
@@ -113,6 +123,9 @@ def _fuzz(folder: Path, x: np.ndarray, y: np.ndarray, *, wanted: int, max_s: flo
             report.mutated < wanted and time.monotonic() - began_s < max_s and process.poll() is None and report.failed < 1000
         ):
             time.sleep(0.1)
+            if time.monotonic() > said_s + SAY_EVERY_S:
+                said_s = time.monotonic()
+                print(f"{report.mutated:,} mutated requests in {said_s - began_s:.0f} s, {report.failed} failures", flush=True)
         took_s = time.monotonic() - began_s
         enough.set()
         for sender in senders:
@@ -173,16 +186,16 @@ class _Watch(threading.Thread):
 
     def __init__(self, tree: psutil.Process) -> None:
         super().__init__(daemon=True)
-        self._tree, self._stop = tree, threading.Event()
+        self._tree, self._leave = tree, threading.Event()
         self.peak_bytes = 0
         self.cpu_s = 0.0
 
     def run(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._leave.wait(0.5):
             self.peak_bytes = max(self.peak_bytes, _pss(self._tree))
 
     def stop(self) -> None:
-        self._stop.set()
+        self._leave.set()
         self.join(10)
         if self._tree.is_running():
             times = self._tree.cpu_times()
@@ -244,13 +257,23 @@ def _server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str
 
 @contextmanager
 def _regions() -> Iterator[list[str]]:
-    """Make shared memory that requests may name; what registers it is among the mutated requests."""
-    memory = shared_memory.SharedMemory(create=True, size=1 << 16)
+    """Make shared memory that requests name; give the name that it is registered by, and its key."""
+    memory = shared_memory.SharedMemory(create=True, size=REGION_BYTES)
     try:
-        yield ["r0", memory.name]
+        yield ["r0", f"/{memory.name.lstrip('/')}"]
     finally:
         memory.close()
         memory.unlink()
+
+
+def _register(http: tuple[str, int], regions: list[str]) -> None:
+    name, key = regions
+    client = HTTPConnection(*http, timeout=10)
+    body = json.dumps({"key": key, "offset": 0, "byte_size": REGION_BYTES})
+    client.request("POST", f"/v2/systemsharedmemory/region/{name}/register", body)
+    answer = client.getresponse()
+    assert answer.status == 200, answer.read()
+    client.close()
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -288,4 +311,5 @@ def _control(seed: int) -> Control:
         finally:
             process.kill()
     how = report.failures[0][:200] if report.failures else "it failed nothing"
-    return Control("http.server that trusts what it reads", float(report.failed), report.failed > 0, how)
+    name = "http.server that trusts what it reads"
+    return Control(name=name, value=float(report.failed), failed=report.failed > 0, how=how)

@@ -31,7 +31,7 @@ class Crowd(threading.Thread):
     def __init__(self, http: tuple[str, int], grpc: tuple[str, int]) -> None:
         super().__init__(daemon=True)
         self._http, self._grpc = http, grpc
-        self._stop = threading.Event()
+        self._leave = threading.Event()
         self.rounds: Counter[str] = Counter()
         """Misbehaviour -> connections that the server, or we after a while, ended."""
 
@@ -41,7 +41,7 @@ class Crowd(threading.Thread):
 
     def stop(self) -> None:
         """Hang up everywhere and return when that is done."""
-        self._stop.set()
+        self._leave.set()
         self.join(30)
 
     async def _run(self) -> None:
@@ -68,7 +68,7 @@ class Crowd(threading.Thread):
             for name, (address, what) in kinds.items()
             for _ in range(EACH)
         ]
-        while not self._stop.is_set():
+        while not self._leave.is_set():
             await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
@@ -136,7 +136,7 @@ class Witness(threading.Thread):
     def __init__(self, endpoints: dict[str, str], x: np.ndarray, y: np.ndarray, report: Report) -> None:
         super().__init__(daemon=True)
         self._endpoints, self._x, self._y, self._report = endpoints, x, y, report
-        self._stop = threading.Event()
+        self._leave = threading.Event()
         self.latencies_s: list[float] = []
         self.overloaded = 0
 
@@ -148,7 +148,7 @@ class Witness(threading.Thread):
                 for kind, address in self._endpoints.items()
             ]
             turn = 0
-            while not self._stop.wait(WITNESS_EVERY_S):
+            while not self._leave.wait(WITNESS_EVERY_S):
                 turn += 1
                 row = turn % len(self._x)
                 began_s = time.perf_counter()
@@ -166,5 +166,5 @@ class Witness(threading.Thread):
 
     def stop(self) -> None:
         """Return when the last answer is in."""
-        self._stop.set()
+        self._leave.set()
         self.join(30)

@@ -141,6 +141,7 @@ class _Stream:
     case: Case
     body: bytearray = field(default_factory=bytearray)
     status: str = ""
+    reason: bytes = b""
 
 
 _CALLS = (
@@ -421,7 +422,7 @@ class Sender:
 
     def _judge(self, stream: _Stream) -> None:
         case, status = stream.case, stream.status
-        self._report.ended(case.kind, status)
+        self._report.ended(case.kind, status, stream.reason)
         if case.kind == "grpc-valid" and status != "8" and not (status == "0" and stream.body.endswith(case.expected or b"")):
             self._report.fail(f"a valid call among the mutated ones got {status}: {bytes(stream.body[:200])!r}")
         elif (
@@ -504,6 +505,7 @@ class _Link:
                 fields = dict(self._decoder.decode(payload, raw=True))
                 if stream is not None:
                     http = fields.get(b":status", b"200").decode()
+                    stream.reason = fields.get(b"grpc-message", b"")
                     stream.status = fields.get(b"grpc-status", b"").decode() or (
                         stream.status if http == "200" else f"http{http}"
                     )

@@ -263,7 +263,7 @@ class Sender:
             self.close()
 
     def _judge(self, case: Case, status: int, body: bytes) -> None:
-        self._report.ended(case.kind, str(status))
+        self._report.ended(case.kind, str(status), body[10:] if status == 400 else b"")
         if case.kind == "http-valid" and (status != 200 or not body.endswith(case.expected or b"")) and status != 429:
             self._report.fail(f"a valid request among the mutated ones got {status}: {body[:200]!r}")
         elif case.expected is not None and status == 200 and not body.endswith(case.expected):

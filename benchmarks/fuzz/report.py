@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 
-MAX_TOLD = 20
+MAX_TOLD, MAX_REASONS = 20, 2000
+_QUOTED = re.compile(r"""-?[0-9][0-9.,]*|\\?"[^"]*"|'[^']*'|%22.*?%22""")
 
 
 class Report:
@@ -14,13 +16,17 @@ class Report:
     def __init__(self) -> None:
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """(where it was mutated, how it ended) -> requests."""
+        self.reasons: Counter[str] = Counter()
+        """What refusals said, with what they quote left out: how deep the requests came."""
         self.failures: list[str] = []
         self.failed = 0
         self._lock = threading.Lock()
 
-    def ended(self, kind: str, outcome: str) -> None:
-        """Count one request."""
+    def ended(self, kind: str, outcome: str, reason: bytes = b"") -> None:
+        """Count one request. reason: what its refusal said."""
         self.outcomes[(kind, outcome)] += 1  # one thread per kind
+        if reason and len(self.reasons) < MAX_REASONS:
+            self.reasons[kind[:4] + " " + _QUOTED.sub("#", reason[:100].decode("latin-1"))[:60]] += 1
 
     def fail(self, what: str) -> None:
         """Note what must not happen."""
