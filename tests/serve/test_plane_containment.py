@@ -156,6 +156,41 @@ def test_a_call_that_waits_past_its_time_is_told_and_not_run(tmp_path):
     on_plane(write_models(tmp_path, "mortal"), body)
 
 
+def test_a_call_may_wait_less_than_its_answer_may_take(tmp_path):
+    async def body(plane):
+        running = asyncio.ensure_future(ask(plane, "slow", {"x": row(0.3)}))
+        await until(lambda: plane.statistics("slow")[("slow", "1")].queue.count == 1)
+        with pytest.raises(Unavailable, match=r"within 0\.05 s"):
+            await ask(plane, "slow", {"x": row(0)})
+        assert "y" in await running
+
+    on_plane(write_models(tmp_path, "slow"), body, limits(queue_timeout_s=0.05))
+
+
+def test_a_model_says_in_its_folder_how_it_is_served(tmp_path):
+    write_models(tmp_path / "double", "double")
+    (tmp_path / "double" / "double.fake").rename(tmp_path / "double" / "model.fake")
+    (tmp_path / "double" / "model.toml").write_text("max_batch_rows = 4\ninstances = 2\n")
+    write_models(tmp_path, "picky")
+
+    async def body(plane):
+        config = plane.config("double")
+        assert (config["max_batch_size"], config["instance_group"][0]["count"]) == (4, 2)
+        assert [tensor["dims"] for tensor in config["input"]] == [[4]]
+        assert plane.metadata("double").inputs[0].shape == (-1, 4)
+        assert plane.config("picky")["max_batch_size"] == 16
+        (tmp_path / "double" / "model.toml").write_text("max_batch_rows = 1\n")
+        await plane.load("double")
+        config = plane.config("double")
+        assert (config["max_batch_size"], config["input"][0]["dims"]) == (0, [-1, 4])
+        (tmp_path / "double" / "model.toml").write_text("max_rows = 1\n")
+        with pytest.raises(SpecError, match="max_rows"):
+            await plane.load("double")
+        np.testing.assert_array_equal((await ask(plane, "double", {"x": X}))["y"], X * 2)
+
+    on_plane(tmp_path, body, limits(max_batch_rows=16))
+
+
 def test_a_call_cancelled_while_it_runs_is_never_told_and_keeps_its_memory_till_then(tmp_path):
     async def body(plane):
         call, future = make_call(plane, "slow", {"x": row(0.2)})

@@ -236,6 +236,9 @@ class DataPlane:
         spec = InstanceSpec(
             path=model,
             threads=options.threads or max(1, self.limits.threads // count),
+            device=options.device,
+            precision=options.precision,
+            max_batch_rows=options.max_batch_rows,
             max_answer_bytes=self.limits.max_answer_bytes,
             loader=self._loader,
         )

@@ -34,8 +34,11 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     loader: str
-    """``module:function``, called with the path and `threads`; returns an Engine."""
+    """``module:function``, called with the path and the four options below; returns an Engine."""
     threads: int
+    device: str
+    precision: str
+    max_batch_rows: int
     parent: int
     """Process id of the server."""
     socket: int
@@ -100,7 +103,13 @@ def _serve(link: socket.socket, runner: Runner) -> None:
 
 def _load(start: Start) -> Any:
     module, _, function = start.loader.partition(":")
-    return getattr(importlib.import_module(module), function)(Path(start.path), threads=start.threads)
+    return getattr(importlib.import_module(module), function)(
+        Path(start.path),
+        threads=start.threads,
+        device=start.device,
+        precision=start.precision,
+        max_batch_rows=start.max_batch_rows,
+    )
 
 
 def _map(fd: int, protection: int) -> mmap.mmap:

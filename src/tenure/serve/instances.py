@@ -39,6 +39,10 @@ class InstanceSpec:
 
     path: Path
     threads: int = 1
+    device: str = "cpu"
+    precision: str = "fp32"
+    max_batch_rows: int = 0
+    """The largest batch it will get; 0: as the engine and the model's shapes say."""
     warmup_rows: int = 0
     max_answer_bytes: int = 64 << 20
     """Of all outputs of a call, and of a batch."""
@@ -204,6 +208,9 @@ def _start(spec: InstanceSpec, link: int, arena_fd: int, answers: Sequence[int])
         path=str(spec.path),
         loader=spec.loader,
         threads=spec.threads,
+        device=spec.device,
+        precision=spec.precision,
+        max_batch_rows=spec.max_batch_rows,
         parent=os.getpid(),
         socket=link,
         arena=arena_fd,

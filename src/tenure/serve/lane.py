@@ -38,15 +38,16 @@ _TOLD, _QUEUED, _RUNNING = range(3)
 class Ticket(Waiting):
     """A call in a lane."""
 
-    __slots__ = ("form", "lane", "state")
+    __slots__ = ("answer_by_s", "form", "lane", "state")
 
-    def __init__(
-        self, lane: Lane, call: Call, form: Form, arrived_at_s: float, deadline_s: float, kind: object, priority: int
-    ) -> None:
+    def __init__(self, lane: Lane, call: Call, form: Form, *, arrived_at_s: float, timeout_s: float, priority: int) -> None:
         self.lane = lane
         self.request: Call = call
         self.arrived_at_s = arrived_at_s
-        self.deadline_s = deadline_s
+        self.answer_by_s = arrived_at_s + timeout_s
+        queue_timeout_s = lane.options.queue_timeout_s
+        self.deadline_s = arrived_at_s + min(queue_timeout_s, timeout_s) if queue_timeout_s else self.answer_by_s
+        """When it has waited too long; once it runs, when it has to be answered."""
         if lane.stackable:
             self.rows, self.kind = form.rows, form.kind
         else:  # such calls share a message, not a run
@@ -125,9 +126,8 @@ class Lane:
         priority = 1
         if options.priority_levels:
             priority = min(call.priority, options.priority_levels) if call.priority > 0 else (options.priority_levels + 1) // 2
-        ticket = Ticket(
-            self, call, form, now_s, now_s + (min(call.timeout_s, options.timeout_s) or options.timeout_s), form.kind, priority
-        )
+        timeout_s = min(call.timeout_s, options.timeout_s) or options.timeout_s
+        ticket = Ticket(self, call, form, arrived_at_s=now_s, timeout_s=timeout_s, priority=priority)
         if not self._queue.add(ticket):
             raise Overloaded(
                 f'model "{self.metadata.name}" has {len(self._queue)} requests waiting, its limit; try again',
@@ -224,6 +224,7 @@ class Lane:
         offsets, layouts, expires_at_s, queued_s = [], [], math.inf, 0.0
         for ticket in tickets:
             ticket.state = _RUNNING
+            ticket.deadline_s = ticket.answer_by_s
             buffer = ticket.request.buffer
             offsets.append(buffer.offset if buffer is not None else 0)
             layouts.append(ticket.form.layout)

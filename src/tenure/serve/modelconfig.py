@@ -15,6 +15,7 @@ from tenure.serve.tensors import ModelMetadata, TensorMetadata
 def model_config(metadata: ModelMetadata, options: ModelOptions, *, stackable: bool) -> dict[str, Any]:
     """Return the configuration as JSON would hold it."""
     first = 1 if stackable else 0
+    kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
     config: dict[str, Any] = {
         "name": metadata.name,
         "platform": metadata.platform,
@@ -23,7 +24,7 @@ def model_config(metadata: ModelMetadata, options: ModelOptions, *, stackable: b
         "max_batch_size": options.max_batch_rows if stackable else 0,
         "input": [{**_tensor(meta, first), "format": "FORMAT_NONE"} for meta in metadata.inputs],
         "output": list(_tensors(metadata.outputs, first)),
-        "instance_group": [{"name": metadata.name, "kind": "KIND_CPU", "count": options.instances}],
+        "instance_group": [{"name": metadata.name, "kind": kind, "count": options.instances}],
     }
     if stackable:
         config["dynamic_batching"] = {

@@ -86,7 +86,7 @@ class Served:
             metadata,
             self.version,
             self.options,
-            stackable=all(each.stackable for each in loaded),
+            stackable=self.options.max_batch_rows > 1 and all(each.stackable for each in loaded),
             release=self._shared.release,
         )
         for instance in instances:
