@@ -6,10 +6,12 @@ It runs on one event loop and does no work on tensors itself: models run in proc
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tenure.decide.threads import choose_threads
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve.arena import Arena
 from tenure.serve.faults import Overloaded
@@ -232,10 +234,18 @@ class DataPlane:
     def _made(self, name: str, version: str) -> Served:
         model = self.files.find(name, version)
         options = self.files.options(name, self.limits.options)
-        count = options.instances or 1
+        chosen = choose_threads(
+            self.limits.threads,
+            kind=model.suffix,
+            model_bytes=model.stat().st_size,
+            device=options.device,
+            instances=options.instances,
+            threads=options.threads,
+        )
+        options = dataclasses.replace(options, instances=chosen.instances, threads=chosen.threads)
         spec = InstanceSpec(
             path=model,
-            threads=options.threads or max(1, self.limits.threads // count),
+            threads=chosen.threads,
             device=options.device,
             precision=options.precision,
             max_batch_rows=options.max_batch_rows,
