@@ -85,8 +85,9 @@ class Lane:
         stackable: bool,
         release: Callable[[Buffer], None],
         clock: Callable[[], float] = time.monotonic,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """options: with nothing left to choose. release: gives a buffer back to the arena."""
+        """options: with nothing left to choose. release: gives a buffer back to the arena. loop: else the running one."""
         self.metadata = metadata
         self.version = version
         self.options = options
@@ -97,7 +98,7 @@ class Lane:
         """Those that are ready."""
         self._release = release
         self._clock = clock
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._max_calls = _max_calls(metadata)
         rows = min(options.max_batch_rows, self._max_calls) if stackable else 1
         self._queue = BatchQueue(
