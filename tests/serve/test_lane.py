@@ -233,6 +233,16 @@ def test_outputs_asked_for_in_another_order_do_not_share_a_batch():
     assert len(tickets(bench.instances[0])) == 1
 
 
+def test_how_many_sizes_are_counted_apart_is_not_for_clients_to_say():
+    bench = Bench()
+    for rows in range(1, 31):
+        bench.ask(rows)
+        bench.loop.advance(0)
+        bench.instances[0].batches[0].tickets[0].rows = rows * 100
+        bench.answer(bench.instances[0])
+    assert set(bench.lane.statistics.batches) == {100, 200, 256, 512, 1024, 2048}
+
+
 _STEP = st.tuples(st.sampled_from(("ask", "slow", "cancel", "answer", "fail", "again", "die", "wait")), st.integers(0, 30))
 
 

@@ -27,7 +27,7 @@ from tenure.serve.instance import Start
 from tenure.serve.regions import Region
 
 if TYPE_CHECKING:
-    from tenure.serve.lane import Batch
+    from tenure.serve.tickets import Batch
 
 _MAX_OUTBOX = 8192
 LOADER = "tenure.serve.engines:load_engine"

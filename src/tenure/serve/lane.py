@@ -18,12 +18,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tenure.decide.batching import BatchPolicy, BatchQueue, Waiting
+from tenure.decide.batching import BatchPolicy, BatchQueue
 from tenure.errors import TenureError, Unavailable
 from tenure.serve import batchwire as wire
 from tenure.serve.faults import InputRefused, ModelFailed, Overloaded
-from tenure.serve.plane import Answer, Buffer, Call, Durations, ModelOptions, ModelStatistics, Output
+from tenure.serve.plane import Answer, Buffer, Call, ModelOptions, Output
+from tenure.serve.tally import Tally
 from tenure.serve.tensors import ModelMetadata
+from tenure.serve.tickets import QUEUED, RUNNING, TOLD, Batch, Ticket
 
 if TYPE_CHECKING:
     from tenure.serve.instances import Instance
@@ -32,45 +34,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _SHORT_RUN_S = 0.002
 """Calls that cannot be stacked share a message as long as they take less than this together."""
-_TOLD, _QUEUED, _RUNNING = range(3)
-
-
-class Ticket(Waiting):
-    """A call in a lane."""
-
-    __slots__ = ("answer_by_s", "form", "lane", "state")
-
-    def __init__(self, lane: Lane, call: Call, form: Form, *, arrived_at_s: float, timeout_s: float, priority: int) -> None:
-        self.lane = lane
-        self.request: Call = call
-        self.arrived_at_s = arrived_at_s
-        self.answer_by_s = arrived_at_s + timeout_s
-        queue_timeout_s = lane.options.queue_timeout_s
-        self.deadline_s = arrived_at_s + min(queue_timeout_s, timeout_s) if queue_timeout_s else self.answer_by_s
-        """When it has waited too long; once it runs, when it has to be answered."""
-        if lane.stackable:
-            self.rows, self.kind = form.rows, form.kind
-        else:  # such calls share a message, not a run
-            self.rows, self.kind = 1, None
-        self.priority = priority
-        self.queued = False
-        self.hurried = False
-        self.form = form
-        self.state = _QUEUED
-
-
-class Batch:
-    """Calls that were sent to an instance together."""
-
-    __slots__ = ("began_at_s", "expires_at_s", "number", "slot", "tickets")
-
-    def __init__(self, number: int, slot: int, tickets: list[Ticket], began_at_s: float, expires_at_s: float) -> None:
-        self.number = number
-        self.slot = slot
-        self.tickets = tickets
-        self.began_at_s = began_at_s
-        self.expires_at_s = expires_at_s
-        """The earliest deadline of its calls that have not been told."""
 
 
 class Lane:
@@ -91,7 +54,8 @@ class Lane:
         self.metadata = metadata
         self.version = version
         self.options = options
-        self.statistics = ModelStatistics()
+        self._tally = Tally()
+        self.statistics = self._tally.statistics
         self.accepting = True
         self.stackable = stackable
         self.instances: list[Instance] = []
@@ -111,8 +75,6 @@ class Lane:
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at_s = math.inf
-        self._row_s = 0.0
-        """Mean time of the engine per row, lately."""
         self._empty: asyncio.Future[None] | None = None
         self._all_outputs = tuple((meta.name, meta.datatype) for meta in metadata.outputs)
 
@@ -142,21 +104,25 @@ class Lane:
 
     def cancel(self, ticket: Ticket) -> None:
         """Tell nobody about a call; drop it if it still waits."""
-        if ticket.state == _TOLD:
+        if ticket.state == TOLD:
             return
-        self._count("cancelled")
+        self._tally.ended("cancelled")
         ticket.request.ticket = None
-        queued = ticket.state == _QUEUED
-        ticket.state = _TOLD
+        queued = ticket.state == QUEUED
+        ticket.state = TOLD
         if queued:
             if not self._queue.drop(ticket):
                 self._again.remove(ticket)
             self._end(ticket)
 
+    def refused(self, error: TenureError) -> None:
+        """Count a call that was refused before it was queued."""
+        self._tally.failed(error, 0.0)
+
     def retry_after_s(self) -> float:
         """Return when a place should be free, seconds: half of what is queued at the rate measured lately."""
         places = max(1, len(self.instances))
-        return min(10.0, max(0.01, self._queue.rows * self._row_s / places / 2))
+        return min(10.0, max(0.01, self._queue.rows * self._tally.row_s / places / 2))
 
     def add(self, instance: Instance) -> None:
         """Let a ready instance have work."""
@@ -224,7 +190,7 @@ class Lane:
         instance.slot = slot = (instance.slot + 1) % wire.SLOTS
         offsets, layouts, expires_at_s, queued_s = [], [], math.inf, 0.0
         for ticket in tickets:
-            ticket.state = _RUNNING
+            ticket.state = RUNNING
             ticket.deadline_s = ticket.answer_by_s
             buffer = ticket.request.buffer
             offsets.append(buffer.offset if buffer is not None else 0)
@@ -255,7 +221,7 @@ class Lane:
                     for ticket in batch.tickets:
                         if ticket.deadline_s <= now_s:
                             self._fail(ticket, self._late(ticket))
-                    left = [ticket.deadline_s for ticket in batch.tickets if ticket.state != _TOLD]
+                    left = [ticket.deadline_s for ticket in batch.tickets if ticket.state != TOLD]
                     batch.expires_at_s = min(left, default=math.inf)
                 self._wake_at(min(batch.expires_at_s, max(now_s + 0.01, batch.began_at_s + self.options.timeout_s)))
         self._pump()
@@ -269,7 +235,9 @@ class Lane:
         if instance.batches:
             instance.batches[0].began_at_s = now_s
         rows = sum(ticket.rows for ticket in batch.tickets)
-        self._count_run(report, rows)
+        self._tally.ran(report, rows)
+        if not self.stackable:
+            self._share(min(self._max_calls, int(_SHORT_RUN_S / max(self._tally.row_s, 1e-9))))
         if self.stackable and not report.stackable:
             self._stop_stacking()
         if self._queue or self._again:
@@ -287,10 +255,10 @@ class Lane:
             self.instances.remove(instance)
         for position, batch in reversed(list(enumerate(instance.batches))):
             for ticket in reversed(batch.tickets):
-                if ticket.state == _TOLD:
+                if ticket.state == TOLD:
                     self._end(ticket)
                 elif position or len(batch.tickets) > 1:
-                    ticket.state = _QUEUED
+                    ticket.state = QUEUED
                     self._again.appendleft(ticket)
                 else:
                     self._fail(ticket, Unavailable(f'the process of model "{self.metadata.name}" ended in this request: {why}'))
@@ -306,8 +274,8 @@ class Lane:
         at, told, count, total_s = 0, 0, 0, 0.0
         for ticket in tickets:
             length = ticket.rows
-            if ticket.state != _TOLD:
-                ticket.state = _TOLD
+            if ticket.state != TOLD:
+                ticket.state = TOLD
                 told += 1
                 count += length
                 total_s += now_s - ticket.arrived_at_s
@@ -338,14 +306,14 @@ class Lane:
                 self._release(ticket.request.buffer)
             at += length
         self._closed(len(tickets))
-        self._count_ok(told, count, total_s)
+        self._tally.answered(told, count, total_s)
 
     def _tell_ended(self, ticket: Ticket, ended: wire.Ended, memory: memoryview, now_s: float) -> None:
-        if ticket.state == _TOLD:
+        if ticket.state == TOLD:
             self._end(ticket)
             return
         if ended.code == wire.AGAIN:
-            ticket.state = _QUEUED
+            ticket.state = QUEUED
             self._again.append(ticket)
             self._schedule()
             return
@@ -364,21 +332,20 @@ class Lane:
             else:
                 data = memory[found.offset : found.offset + found.nbytes]
                 outputs.append(Output(name, datatype, found.shape, data, "", 0, found.nbytes))
-        ticket.state = _TOLD
+        ticket.state = TOLD
         call.ticket = None
         call.answer = Answer(self.metadata.name, self.version, tuple(outputs))
-        self._count_ok(1, ticket.rows, now_s - ticket.arrived_at_s)
+        self._tally.answered(1, ticket.rows, now_s - ticket.arrived_at_s)
         self._end(ticket)
         self._call_done(call)
 
     def _fail(self, ticket: Ticket, error: TenureError) -> None:
         """Tell a call that it failed, unless it was told before; its memory is given back by `_end`."""
-        if ticket.state == _TOLD:
+        if ticket.state == TOLD:
             return
-        ticket.state = _TOLD
+        ticket.state = TOLD
         ticket.request.ticket = None
-        self._count(outcome(error))
-        self.statistics.fail.add(self._clock() - ticket.arrived_at_s)
+        self._tally.failed(error, self._clock() - ticket.arrived_at_s)
         ticket.request.error = error
         self._call_done(ticket.request)
 
@@ -417,51 +384,6 @@ class Lane:
         calls = 1 << max(calls, 1).bit_length() - 1
         if calls != self._queue.policy.max_batch_rows:
             self._queue.policy = BatchPolicy(max_batch_rows=calls, max_waiting=self.options.max_queue)
-
-    # ---- counting
-
-    def refused(self, error: TenureError) -> None:
-        """Count a call that was refused before it was queued."""
-        self._count(outcome(error))
-        self.statistics.fail.add(0.0)
-
-    def _count(self, outcome: str) -> None:
-        outcomes = self.statistics.outcomes
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-
-    def _count_ok(self, calls: int, rows: int, total_s: float) -> None:
-        if calls:
-            found = self.statistics
-            found.success.count += calls
-            found.success.total_s += total_s
-            found.inference_count += rows
-            found.last_inference_at_s = time.time()
-            found.outcomes["ok"] = found.outcomes.get("ok", 0) + calls
-
-    def _count_run(self, report: wire.Done, rows: int) -> None:
-        found = self.statistics
-        found.execution_count += report.runs
-        times = (report.input_s, report.infer_s, report.output_s)
-        batch = found.batches.get(rows)
-        if batch is None:
-            batch = found.batches[rows] = (Durations(), Durations(), Durations())
-        for total, part, seconds in zip(
-            (found.compute_input, found.compute_infer, found.compute_output), batch, times, strict=True
-        ):
-            total.count += report.runs
-            total.total_s += seconds
-            part.count += report.runs
-            part.total_s += seconds
-        row_s = sum(times) / max(rows, 1)
-        self._row_s = row_s if not self._row_s else 0.9 * self._row_s + 0.1 * row_s
-        if not self.stackable:
-            self._share(min(self._max_calls, int(_SHORT_RUN_S / max(self._row_s, 1e-9))))
-
-
-def outcome(error: TenureError) -> str:
-    """Return the word that an error is counted under."""
-    kinds = ((InputRefused, "refused"), (Overloaded, "overloaded"), (Unavailable, "timed_out"))
-    return next((name for kind, name in kinds if isinstance(error, kind)), "failed")
 
 
 def _max_calls(metadata: ModelMetadata) -> int:
