@@ -67,6 +67,12 @@ def _slow(inputs):
     return {"y": inputs["x"] * 2}
 
 
+def _sleepy(inputs):
+    """Take 10 ms for each row."""
+    time.sleep(0.01 * len(inputs["x"]))
+    return {"y": inputs["x"] * 2}
+
+
 def _blob(inputs):
     return {"y": np.zeros((inputs["x"].shape[0], int(inputs["x"].max())), np.uint8)}
 
@@ -90,6 +96,7 @@ KINDS: Mapping[str, Kind] = {
     "sums": Kind(_PAIR, tuple(TensorMetadata(name, "INT64", (2,)) for name in ("sum", "difference")), _sums),
     "mortal": Kind(_X, _Y, _mortal),
     "slow": Kind(_X, _Y, _slow),
+    "sleepy": Kind(_X, _Y, _sleepy),
     "blob": Kind((TensorMetadata("x", "INT64", (-1,)),), (TensorMetadata("y", "UINT8", (-1, -1)),), _blob),
     "sizes": Kind((TensorMetadata("x", "INT64", (-1,)),), (TensorMetadata("y", "INT64", (-1,)),), _sizes),
     "process": Kind(_X, (TensorMetadata("pid", "INT64", (-1,)),), _process),

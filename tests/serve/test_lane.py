@@ -238,7 +238,7 @@ def test_how_many_sizes_are_counted_apart_is_not_for_clients_to_say():
     for rows in range(1, 31):
         bench.ask(rows)
         bench.loop.advance(0)
-        bench.instances[0].batches[0].tickets[0].rows = rows * 100
+        bench.instances[0].batches[0].tickets[0].form.rows = rows * 100
         bench.answer(bench.instances[0])
     assert set(bench.lane.statistics.batches) == {100, 200, 256, 512, 1024, 2048}
 

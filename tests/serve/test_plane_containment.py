@@ -397,6 +397,18 @@ def test_calls_that_cannot_be_stacked_are_answered_each_and_counted_each(tmp_pat
     on_plane(write_models(tmp_path, "sums"), body)
 
 
+def test_a_model_whose_rows_cost_the_same_in_company_is_run_call_by_call_and_counts_its_rows(tmp_path):
+    async def body(plane):
+        assert plane.config("sleepy")["max_batch_size"] > 1
+        found = await asyncio.gather(*(ask(plane, "sleepy", {"x": X + i}) for i in range(5)))
+        assert all(np.array_equal(answer["y"], (X + i) * 2) for i, answer in enumerate(found))
+        statistics = plane.statistics("sleepy")[("sleepy", "1")]
+        assert (statistics.inference_count, statistics.execution_count) == (10, 5)
+        assert {rows: each[1].count for rows, each in statistics.batches.items()} == {2: 5}
+
+    on_plane(write_models(tmp_path, "sleepy"), body)
+
+
 def test_rows_of_calls_that_wait_together_run_together(tmp_path):
     async def body(plane):
         await asyncio.gather(*(ask(plane, "double", {"x": row(i)}) for i in range(64)))

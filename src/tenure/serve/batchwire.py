@@ -86,7 +86,8 @@ class Loaded(msgspec.Struct, array_like=True, tag=0):
     inputs: list[Tensor]
     outputs: list[Tensor]
     stackable: bool
-    """What was run to warm up, if anything, gave one row back for each row."""
+    pays: bool
+    """Both as `warmup.Warmth` says."""
 
 
 class NotLoaded(msgspec.Struct, array_like=True, tag=1):

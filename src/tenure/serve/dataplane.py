@@ -158,7 +158,7 @@ class DataPlane:
     def config(self, name: str, version: str = "") -> Mapping[str, Any]:
         """See Plane."""
         served = self._find(name, version)
-        return model_config(served.lane.metadata, served.options, stackable=served.lane.stackable)
+        return model_config(served.lane.metadata, served.options, batchable=served.batchable and not served.lane.mixed_up)
 
     def statistics(self, name: str = "", version: str = "") -> Mapping[tuple[str, str], ModelStatistics]:
         """See Plane."""

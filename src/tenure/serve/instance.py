@@ -22,7 +22,8 @@ import msgspec
 
 from tenure.errors import MissingExtra, TenureError
 from tenure.serve import batchwire as wire
-from tenure.serve.runner import Runner, warm_up
+from tenure.serve.runner import Runner
+from tenure.serve.warmup import warm_up
 
 _PR_SET_PDEATHSIG = 1
 _IDLE_S = 10
@@ -45,7 +46,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     arena: int
     answers: tuple[int, ...]
     warmup_rows: int
-    """Rows of the largest batch to warm up with; 0: none."""
+    """As `warm_up` takes it."""
 
 
 def main(argument: str) -> int:
@@ -59,14 +60,14 @@ def main(argument: str) -> int:
     link = socket.socket(fileno=start.socket)
     try:
         engine = _load(start)
-        stackable = warm_up(engine, start.warmup_rows)
+        warmth = warm_up(engine, start.warmup_rows)
     except Exception as error:  # whatever a library raises while it loads: the server has to hear of it
         link.send(wire.encode(_reason(error)))
         return 3
     runner = Runner(
         engine, _map(start.arena, mmap.PROT_READ), [_map(fd, mmap.PROT_READ | mmap.PROT_WRITE) for fd in start.answers]
     )
-    link.send(wire.encode(wire.Loaded(engine.platform, _described(engine.inputs), _described(engine.outputs), stackable)))
+    link.send(wire.encode(wire.Loaded(engine.platform, _described(engine.inputs), _described(engine.outputs), *warmth)))
     with contextlib.suppress(ConnectionError):
         _serve(link, runner)
     return 0

@@ -46,6 +46,7 @@ class Lane:
         options: ModelOptions,
         *,
         stackable: bool,
+        batchable: bool = True,
         release: Callable[[Buffer], None],
         clock: Callable[[], float] = time.monotonic,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -58,6 +59,11 @@ class Lane:
         self.statistics = self._tally.statistics
         self.accepting = True
         self.stackable = stackable
+        """Whether calls are run as one."""
+        self.batchable = batchable
+        """Whether a call's first dimension is its rows."""
+        self.mixed_up = False
+        """Whether a stacked run had not one row for each row, which it promised by its signature."""
         self.instances: list[Instance] = []
         """Those that are ready."""
         self._release = release
@@ -122,7 +128,7 @@ class Lane:
     def retry_after_s(self) -> float:
         """Return when a place should be free, seconds: half of what is queued at the rate measured lately."""
         places = max(1, len(self.instances))
-        return min(10.0, max(0.01, self._queue.rows * self._tally.row_s / places / 2))
+        return min(10.0, max(0.01, self._queue.rows * self._tally.unit_s / places / 2))
 
     def add(self, instance: Instance) -> None:
         """Let a ready instance have work."""
@@ -234,10 +240,11 @@ class Lane:
         now_s = self._clock()
         if instance.batches:
             instance.batches[0].began_at_s = now_s
-        rows = sum(ticket.rows for ticket in batch.tickets)
-        self._tally.ran(report, rows)
+        units = sum(ticket.rows for ticket in batch.tickets)
+        rows = sum(ticket.form.rows for ticket in batch.tickets) if self.batchable else len(batch.tickets)
+        self._tally.ran(report, rows, units)
         if not self.stackable:
-            self._share(min(self._max_calls, int(_SHORT_RUN_S / max(self._tally.row_s, 1e-9))))
+            self._share(min(self._max_calls, int(_SHORT_RUN_S / max(self._tally.unit_s, 1e-9))))
         if self.stackable and not report.stackable:
             self._stop_stacking()
         if self._queue or self._again:
@@ -335,7 +342,7 @@ class Lane:
         ticket.state = TOLD
         call.ticket = None
         call.answer = Answer(self.metadata.name, self.version, tuple(outputs))
-        self._tally.answered(1, ticket.rows, now_s - ticket.arrived_at_s)
+        self._tally.answered(1, ticket.form.rows if self.batchable else 1, now_s - ticket.arrived_at_s)
         self._end(ticket)
         self._call_done(call)
 
@@ -376,7 +383,7 @@ class Lane:
             self._loop.call_soon(self._scheduled_pump)
 
     def _stop_stacking(self) -> None:
-        self.stackable = False
+        self.stackable, self.mixed_up = False, True
         self._share(1)
 
     def _share(self, calls: int) -> None:

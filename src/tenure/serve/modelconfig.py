@@ -12,21 +12,21 @@ from tenure.serve.plane import ModelOptions
 from tenure.serve.tensors import ModelMetadata, TensorMetadata
 
 
-def model_config(metadata: ModelMetadata, options: ModelOptions, *, stackable: bool) -> dict[str, Any]:
+def model_config(metadata: ModelMetadata, options: ModelOptions, *, batchable: bool) -> dict[str, Any]:
     """Return the configuration as JSON would hold it."""
-    first = 1 if stackable else 0
+    first = 1 if batchable else 0
     kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
     config: dict[str, Any] = {
         "name": metadata.name,
         "platform": metadata.platform,
         "backend": metadata.platform.split("_")[0],
         "version_policy": {"all": {}},
-        "max_batch_size": options.max_batch_rows if stackable else 0,
+        "max_batch_size": options.max_batch_rows if batchable else 0,
         "input": [{**_tensor(meta, first), "format": "FORMAT_NONE"} for meta in metadata.inputs],
         "output": list(_tensors(metadata.outputs, first)),
         "instance_group": [{"name": metadata.name, "kind": kind, "count": options.instances}],
     }
-    if stackable:
+    if batchable:
         config["dynamic_batching"] = {
             "preferred_batch_size": [options.max_batch_rows],
             "max_queue_delay_microseconds": round(options.max_delay_s * 1e6),

@@ -6,7 +6,6 @@ one bad call fails alone, and rows are never mixed up. Not here: the process and
 
 from __future__ import annotations
 
-import math
 import mmap
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,7 @@ import numpy as np
 from tenure.serve import batchwire as wire
 from tenure.serve.engines import Engine
 from tenure.serve.faults import InputRefused, ModelFailed
-from tenure.serve.signature import chosen_rows
-from tenure.serve.tensors import DTYPES, Array, TensorMetadata, datatype_of, from_raw, to_raw
+from tenure.serve.tensors import DTYPES, Array, datatype_of, from_raw, to_raw
 
 _ALIGNMENT = 64
 _MAX_LAYOUTS = 512
@@ -230,36 +228,3 @@ class _Space:
             np.copyto(place.reshape(content.shape), content)
         self.used = (offset + size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
         return offset
-
-
-def warm_up(engine: Engine, rows: int) -> bool:
-    """Run zeros as one row and as `rows`, where shapes are known; return whether calls of this model may be stacked.
-
-    rows: -1 is as many as a batch has where nobody chose, 0 runs nothing. Calls may be stacked when each input and output
-    has an open first dimension, and the runs gave one row for each. A model that dislikes zeros still serves.
-    """
-    tensors = (*engine.inputs, *engine.outputs)
-    stackable = bool(engine.inputs) and all(meta.shape[:1] == (-1,) for meta in tensors)
-    rows = chosen_rows(engine.inputs) if rows < 0 else rows
-    for count in sorted({1, rows if stackable else 1}) if rows else ():
-        feed = {meta.name: _zeros(meta, count) for meta in engine.inputs if -1 not in meta.shape[1:]}
-        if len(feed) < len(engine.inputs):
-            break
-        try:
-            found = engine.infer(feed)
-        except Exception:  # zeros need not be input that the model knows what to do with
-            break
-        if stackable and any(not array.ndim or array.shape[0] != count for array in found.values()):
-            stackable = False
-        if not stackable:
-            break
-    return stackable
-
-
-def _zeros(meta: TensorMetadata, rows: int) -> Array:
-    shape = tuple(rows if length < 0 else length for length in meta.shape)
-    if meta.datatype != "BYTES":
-        return np.zeros(shape, DTYPES[meta.datatype])
-    text = np.empty(math.prod(shape), dtype=object)
-    text[:] = b""
-    return text.reshape(shape)

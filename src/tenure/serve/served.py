@@ -44,6 +44,8 @@ class Served:
         self.name = name
         self.version = version
         self.options = options
+        self.batchable = False
+        """Whether its rows do not depend on each other, so that calls could be run as one."""
         self.lane: Lane
         self.signature: Signature
         self._spec = spec
@@ -80,13 +82,16 @@ class Served:
             await self.kill()
             raise
         metadata = _metadata(self.name, loaded[0])
+        asked = self.options.max_batch_rows > 1  # whoever asks for batches gets them, whether or not it was seen to pay
         self.options = _chosen(self.options, metadata)
+        self.batchable = self.options.max_batch_rows > 1 and all(each.stackable for each in loaded)
         self.signature = Signature(metadata, self._shared.regions.find)
         self.lane = Lane(
             metadata,
             self.version,
             self.options,
-            stackable=self.options.max_batch_rows > 1 and all(each.stackable for each in loaded),
+            stackable=self.batchable and (asked or all(each.pays for each in loaded)),
+            batchable=self.batchable,
             release=self._shared.release,
         )
         for instance in instances:

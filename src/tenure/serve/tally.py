@@ -19,8 +19,8 @@ class Tally:
 
     def __init__(self) -> None:
         self.statistics = ModelStatistics()
-        self.row_s = 0.0
-        """Mean time of the instance per row, lately; 0 before the first."""
+        self.unit_s = 0.0
+        """Mean time of the instance per unit of the queue, lately: a row, or a call that runs by itself. 0: none has run."""
 
     def ended(self, outcome: str) -> None:
         """Count one call by how it ended."""
@@ -42,12 +42,13 @@ class Tally:
             found.last_inference_at_s = time.time()
             found.outcomes["ok"] = found.outcomes.get("ok", 0) + calls
 
-    def ran(self, report: wire.Done, rows: int) -> None:
-        """Count a batch. Above 256 rows only powers of two are kept apart: how many there are is for clients to say."""
+    def ran(self, report: wire.Done, rows: int, units: int) -> None:
+        """Count what was run for one message. Above 256 rows only powers of two are kept apart: clients choose how many."""
         found = self.statistics
         found.execution_count += report.runs
         times = (report.input_s, report.infer_s, report.output_s)
-        kept = rows if rows <= _MAX_EXACT_ROWS else 1 << rows.bit_length() - 1
+        each = rows // max(report.runs, 1)
+        kept = each if each <= _MAX_EXACT_ROWS else 1 << each.bit_length() - 1
         batch = found.batches.get(kept)
         if batch is None:
             batch = found.batches[kept] = (Durations(), Durations(), Durations())
@@ -57,8 +58,8 @@ class Tally:
             total.total_s += seconds
             part.count += report.runs
             part.total_s += seconds
-        row_s = sum(times) / max(rows, 1)
-        self.row_s = self.row_s + _NEWEST * (row_s - self.row_s) if self.row_s else row_s
+        unit_s = sum(times) / max(units, 1)
+        self.unit_s = self.unit_s + _NEWEST * (unit_s - self.unit_s) if self.unit_s else unit_s
 
 
 def outcome(error: TenureError) -> str:
