@@ -209,7 +209,6 @@ def test_a_chunked_body_past_the_limit_or_the_budget_is_refused():
         (head(4, "Content-Length: 5") + b"abcde", 400),
         (head(None, "Transfer-Encoding: chunked") + b"zz\r\n", 400),
         (head(None, "Transfer-Encoding: gzip, chunked"), 501),
-        (head(3, "Content-Encoding: br") + b"abc", 415),
         (head(3, "Expect: tea"), 417),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", 431),
@@ -223,6 +222,26 @@ def test_what_is_no_request_ends_the_connection_with_the_reason(request_, status
         assert (reply.status, reply.headers["connection"], bool(reply.json["error"])) == (status, "close", True)
         assert await wire.ended() == b""  # nothing after it is taken for a request
         assert bench.plane.calls == []
+
+    run(go)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (head(3, "Content-Encoding: br") + b"abc", 415),
+        (head(3, "Inference-Header-Content-Length: -1") + b"abc", 400),
+        (head(3, path="/v2/%ff/infer") + b"abc", 400),
+        (get("*", method="OPTIONS"), 400),
+    ],
+)
+def test_a_request_whose_end_is_sure_is_refused_and_the_next_one_answered(request_, status):
+    async def go(bench):
+        wire = await bench.wire()
+        for _ in range(2):
+            reply = await wire.ask(request_ + raw_request())
+            assert (reply.status, bool(reply.json["error"])) == (status, True)
+            served(await wire.reply())
 
     run(go)
 

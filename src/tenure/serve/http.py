@@ -122,7 +122,7 @@ class HttpDoor:
         found = self._heads.get(raw)
         if found is None:
             found = parse_head(raw)
-            found.target = infer_target(found.path) if found.method == "POST" else None
+            found.target = infer_target(found.path) if found.method == "POST" and found.refused is None else None
             json_length = found.length if found.json_length is None else found.json_length
             found.direct = (
                 found.target is not None

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from tenure.errors import TenureError
 
 _HEAD = re.compile(
-    rb"([A-Z]{1,20}) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n"
+    rb"([A-Z]{1,20}) ((?:/|http://)[!-~]*|\*) HTTP/([0-9])\.([0-9])\r\n"
     rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
 )
 _ONCE = (
@@ -78,6 +78,8 @@ class Head:
     """Inference-Header-Content-Length."""
     expects: bool = False
     """The client waits for 100 Continue before it sends the body."""
+    refused: BadMessage | None = None
+    """What is wrong with it, where it is still sure where the request ends: the connection goes on."""
     target: tuple[str, str] | None = None
     """Model and version to infer with; the door sets it."""
     direct: bool = False
@@ -87,7 +89,7 @@ class Head:
 
 
 def parse_head(raw: bytes) -> Head:
-    """Return a request head. raw: all of it, to the end of the blank line. Raises BadMessage."""
+    """Return a request head. raw: all of it, to the end of the blank line. Raises BadMessage where its end is not sure."""
     found = _HEAD.fullmatch(raw)
     if found is None:
         raise BadMessage("the request's head does not follow HTTP/1.1")
@@ -110,22 +112,26 @@ def parse_head(raw: bytes) -> Head:
     head = Head(
         raw=raw,
         method=method.decode(),
-        path=_path(target),
+        path=(),
         keep_alive=b"close" not in options and (not old or b"keep-alive" in options),
         old=old,
         length=_whole(headers, b"content-length") or 0,
         chunked=_chunked(headers, old),
-        encoding=_encoding(headers.get(b"content-encoding", b"")),
-        json_length=_whole(headers, b"inference-header-content-length"),
     )
-    accept = headers.get(b"accept-encoding", b"").lower()
-    head.accept = accept.decode() if accept in (b"gzip", b"deflate") else ""
     expect = headers.get(b"expect")
     if expect is not None:
         if expect.lower() != b"100-continue":
             raise BadMessage("the only expectation met here is 100-continue", 417)
         head.expects = not old
+    accept = headers.get(b"accept-encoding", b"").lower()
+    head.accept = accept.decode() if accept in (b"gzip", b"deflate") else ""
     head.plain = head.keep_alive and not old and not head.accept
+    try:
+        head.path = _path(target)
+        head.encoding = _encoding(headers.get(b"content-encoding", b""))
+        head.json_length = _whole(headers, b"inference-header-content-length")
+    except BadMessage as error:
+        head.refused = error
     return head
 
 

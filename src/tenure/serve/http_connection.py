@@ -24,7 +24,7 @@ from tenure.serve.http1 import CONTINUE, BadMessage, Head
 from tenure.serve.http_bodies import Body
 from tenure.serve.http_requests import MAX_INLINE_BYTES, Known, check_raw, prepare
 from tenure.serve.http_routes import Reply, reply
-from tenure.serve.http_writing import BODY, BUSY, COLLECT, DISCARD, HEAD, LINGER, Writing
+from tenure.serve.http_writing import BODY, BUSY, COLLECT, DISCARD, HEAD, LINGER, NO_HEAD, Writing
 from tenure.serve.plane import Buffer, Call
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ class Connection(Writing):
         return size
 
     def _read_head(self, data: bytes | bytearray, view: memoryview, size: int) -> Head | None:
+        self._head = NO_HEAD  # whatever is wrong with this one is not answered as the last one asked
         limit = self._door.limits.max_head_bytes
         end = data.find(b"\r\n\r\n", 0, size) + 4
         if (end if end > 3 else size) > limit:
@@ -235,6 +236,8 @@ class Connection(Writing):
         max_bytes = self._door.limits.max_request_bytes if head.target else MAX_CONTROL_BYTES
         self.since_s = self._door.now_s
         try:
+            if head.refused is not None:
+                raise head.refused
             if head.length > max_bytes:
                 raise TooLarge(f"a request may have {max_bytes} bytes here; this one has {head.length}")
             if head.chunked or (head.encoding and head.length):

@@ -36,7 +36,7 @@ DISCARD_BYTES = 1 << 20
 """A refused body's rest up to this is read and forgotten, so that the connection stays usable; past it, it is closed."""
 _LEAVING_S = 0.25
 """How long a client may take to leave when the door closes."""
-_NO_HEAD = Head(raw=b"\0", method="", path=(), keep_alive=False, old=False)
+NO_HEAD = Head(raw=b"\0", method="", path=(), keep_alive=False, old=False)
 _NOTHING_KNOWN = Known(("", ""), b"\0", Template((), (), None, 0))
 
 
@@ -53,7 +53,7 @@ class Writing(asyncio.BufferedProtocol):
         """When the state was entered, by the door's coarse clock; while an answer is stuck: when it last moved."""
         self.unsent_bytes = 0
         """Of the present answer, waiting for the client to read."""
-        self._head = _NO_HEAD
+        self._head = NO_HEAD
         self._known = _NOTHING_KNOWN
         self._pending = b""
         """Read, not used."""
@@ -169,8 +169,6 @@ class Writing(asyncio.BufferedProtocol):
             error = InternalError(f"the server failed: {type(error).__name__}")
         if self._gone:
             return
-        if self.state == HEAD and not done:
-            self._head = _NO_HEAD  # what could not be read is not the request before it: that one may have wanted no body
         if self.state == LINGER:
             self.abort()
         elif done:
