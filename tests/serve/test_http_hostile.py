@@ -246,6 +246,30 @@ def test_a_request_whose_end_is_sure_is_refused_and_the_next_one_answered(reques
     run(go)
 
 
+class Asked(FakePlane):
+    """A plane that counts how often it was asked whether it is ready."""
+
+    asked = 0
+
+    @property
+    def ready(self):
+        self.asked += 1
+        return True
+
+
+def test_a_row_of_requests_that_are_answered_at_once_lets_others_in_between():
+    async def go(bench):
+        many, one = await bench.wire(), await bench.wire()
+        served(await one.ask(raw_request()))
+        many.send(get("/v2/health/ready") * 1000)
+        served(await one.ask(raw_request()))
+        assert bench.plane.asked < 500
+        for _ in range(1000):
+            assert (await many.reply()).json == {"ready": True}
+
+    run(go, plane=Asked("double"))
+
+
 def test_past_the_most_connections_new_ones_wait_to_be_accepted():
     async def go(bench):
         first = [await bench.wire() for _ in range(4)]

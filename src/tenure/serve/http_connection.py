@@ -131,6 +131,7 @@ class Connection(Writing):
     # Reading
 
     def _go_on(self) -> None:
+        self._soon = False
         try:
             self._work_off()
         except Exception as error:
@@ -147,6 +148,11 @@ class Connection(Writing):
                 used = self._take(data, memoryview(data), len(data))
                 if not used:
                     break
+                if self.state == HEAD and used < len(data):  # answered at once: others have their turn before the next
+                    self._pending = data[used:]
+                    self._transport.pause_reading()
+                    self._go_on_soon()
+                    return
             elif state == BODY:
                 used = self._fill(data)
             elif state == COLLECT:

@@ -67,6 +67,8 @@ class Writing(asyncio.BufferedProtocol):
         self._call: Call | None = None
         self._owed: TenureError | None = None
         """Why the body that is being discarded was refused."""
+        self._soon = False
+        """What has been read is about to be looked at."""
         self._gone = False
         """Nothing more is read or written here."""
 
@@ -213,6 +215,11 @@ class Writing(asyncio.BufferedProtocol):
         self.state = HEAD
         self.since_s = self._door.now_s
         if self._pending:
+            self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._soon:
+            self._soon = True
             self._door.loop.call_soon(self._go_on)
 
     def _linger(self) -> None:
