@@ -108,8 +108,7 @@ def test_json_requests_and_answers_decode_to_themselves(array, nested):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=5), max_size=5))
 def test_json_strings_decode_to_themselves(texts):
-    text = json.dumps(texts).encode()
-    data = JsonData(text, "BYTES", (len(texts),), tensor="x")
+    data = JsonData(memoryview(json.dumps(texts).encode()), "BYTES", (len(texts),), tensor="x")
     raw = bytearray(data.nbytes)
     data.write(memoryview(raw))
     assert json.loads(to_json(raw, "BYTES", (len(texts),))) == texts
@@ -117,11 +116,28 @@ def test_json_strings_decode_to_themselves(texts):
 
 def test_long_json_arrays_are_converted_piece_by_piece():
     array = np.arange(200_000, dtype=np.int64).reshape(2, 1000, 100) - 70_000
-    data = JsonData(json.dumps(array.tolist(), indent=1).encode(), "INT64", array.shape, tensor="x")
+    data = JsonData(memoryview(json.dumps(array.tolist(), indent=1).encode()), "INT64", array.shape, tensor="x")
     raw = bytearray(data.nbytes)
     data.write(memoryview(raw))
     assert raw == array.tobytes()
     assert json.loads(to_json(raw, "INT64", array.shape)) == array.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"[" + b"1" * 200_000 + b"]", "element of more than"),
+        (b"[" + b" " * 200_000 + b"1.5]", ""),
+        (b"[[1" + b"," * 3 + b"1]]", "v2 JSON"),
+    ],
+)
+def test_long_elements_are_refused_and_long_blanks_are_not(data, reason):
+    content = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":%b}]}' % data
+    if reason:
+        with pytest.raises(InputRefused, match=reason):
+            arrays_in(content, None)
+    else:
+        assert arrays_in(content, None)[1]["x"].tolist() == [1.5]
 
 
 def test_nan_reads_null_in_json_and_passes_raw():

@@ -200,7 +200,7 @@ def _inputs(parsed: Sequence[_Tensor]) -> tuple[list[TensorRef], dict[str, JsonD
             refs.append(TensorRef(name, tensor.datatype, shape, at, size))
             at += size
         else:
-            typed[name] = data = JsonData(bytes(tensor.data), tensor.datatype, shape, tensor=name)
+            typed[name] = data = JsonData(memoryview(tensor.data), tensor.datatype, shape, tensor=name)
             refs.append(TensorRef(name, tensor.datatype, shape, 0, data.nbytes))
     return refs, typed, at
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -49,13 +50,13 @@ _strings = msgspec.json.Decoder(list[Any])
 class JsonData:
     """One tensor's `data`, checked against its shape: how long it is raw, and its raw bytes."""
 
-    def __init__(self, text: bytes, datatype: str, shape: Sequence[int], *, tensor: str) -> None:
+    def __init__(self, text: memoryview, datatype: str, shape: Sequence[int], *, tensor: str) -> None:
         """Raises InputRefused. text: the JSON of an array, flat or nested."""
         self._tensor, self._datatype, self._text = tensor, datatype, text
         self._dtype = dtype_of(datatype, tensor=tensor)
         self._count = element_count(shape, tensor=tensor)
         self._elements: list[bytes] = []
-        if text[:1] != b"[":
+        if bytes(text[:1]) != b"[":
             raise InputRefused(f'input "{tensor}" needs "data", an array of elements, or "binary_data_size" with raw bytes')
         if datatype == "BYTES":
             self._elements = self._read_strings()
@@ -72,17 +73,28 @@ class JsonData:
         if not self._count:
             return
         out = np.frombuffer(into, self._dtype)
-        text, at, written = self._text, 0, 0
-        while at < len(text):
-            end = text.find(b",", at + PIECE_BYTES)
-            end = len(text) if end < 0 else end
-            values = self._numbers(text[at:end].translate(None, _BLANK))
+        written = 0
+        for piece in self._pieces():
+            values = self._numbers(piece)
             if written + len(values) > self._count:
                 raise self._irregular(written + len(values))
             out[written : written + len(values)] = values
-            at, written = end + 1, written + len(values)
+            written += len(values)
         if written != self._count:
             raise self._irregular(written)
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Cut the text between elements, without brackets and blanks. Raises InputRefused for an element without end."""
+        kept = b""
+        for piece in _slices(self._text):
+            kept += piece.translate(None, _BLANK)
+            cut = kept.rfind(b",")
+            if cut >= 0:
+                yield kept[:cut]
+                kept = kept[cut + 1 :]
+            elif len(kept) > PIECE_BYTES:
+                raise InputRefused(f'input "{self._tensor}" has an element of more than {PIECE_BYTES} bytes')
+        yield kept
 
     def _numbers(self, piece: bytes) -> Any:
         try:
@@ -98,13 +110,12 @@ class JsonData:
             raise InputRefused(f'input "{self._tensor}" has elements that are not {self._datatype}: {reason}') from error
 
     def _check_nesting(self) -> None:
-        found = self._text.translate(None, _OTHERS)
-        if not self._count:
-            if self._text.translate(None, _BLANK + b","):
-                raise self._irregular(found.count(b",") + 1)
+        found = b"".join(piece.translate(None, _OTHERS) for piece in _slices(self._text))
+        elements = found.count(b",") + 1
+        if not self._count and not any(piece.translate(None, _BLANK + b",") for piece in _slices(self._text)):
             return
-        if found.count(b",") + 1 != self._count or not _regular(found):
-            raise self._irregular(found.count(b",") + 1)
+        if elements != self._count or not _regular(found):
+            raise self._irregular(elements)
 
     def _read_strings(self) -> list[bytes]:
         if len(self._text) > MAX_TEXT_BYTES:
@@ -130,6 +141,14 @@ class JsonData:
             f'the "data" of input "{self._tensor}" is not a regular array of as many elements as its shape has,'
             f" {self._count}; found {found} elements"
         )
+
+
+def _slices(text: memoryview) -> Iterator[bytes]:
+    """Copy a text slice by slice; where that is done in a thread, other threads get their turn in between."""
+    for at in range(0, len(text), PIECE_BYTES):
+        if at:
+            time.sleep(0)  # lets go of the interpreter, which else changes hands every 5 ms
+        yield bytes(text[at : at + PIECE_BYTES])
 
 
 def _regular(structure: bytes) -> bool:
@@ -159,8 +178,12 @@ def to_json(raw: bytes | memoryview, datatype: str, shape: Sequence[int]) -> byt
     if datatype == "BYTES":
         return msgspec.json.encode([element.decode(errors="replace") for element in _elements(raw)])
     array = np.frombuffer(raw, dtype_of(datatype, tensor=""), count=math.prod(shape))
-    step = PIECE_BYTES
-    pieces = [msgspec.json.encode(array[at : at + step].tolist())[1:-1] for at in range(0, array.size, step)]
+    step = PIECE_BYTES // 8
+    pieces = []
+    for at in range(0, array.size, step):
+        pieces.append(msgspec.json.encode(array[at : at + step].tolist())[1:-1])
+        if at:
+            time.sleep(0)  # as in `_slices`
     return b"[%b]" % b",".join(pieces)
 
 
