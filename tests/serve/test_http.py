@@ -151,6 +151,14 @@ def test_raw_strings_that_lie_about_their_lengths_are_refused(server):
         assert found[0] == 400
 
 
+def test_raw_booleans_other_than_0_and_1_are_refused(server):
+    for raw, status in ((b"\x00\x01", 200), (b"\x00\x02", 400)):
+        tensor = {"name": "x", "datatype": "BOOL", "shape": [2], "parameters": {"binary_data_size": 2}}
+        header = json.dumps({"inputs": [tensor]}).encode()
+        found = infer(server, header + raw, {"Inference-Header-Content-Length": str(len(header))}, model="same_bool")
+        assert found[0] == status
+
+
 def test_unknown_models_versions_outputs_and_methods_are_named(server, digits):
     assert infer(server, json_request(digits.x[:1]), model="nothing")[0] == 404
     assert exchange(server, "GET", "/v2/models/digits/versions/9")[0] == 404
