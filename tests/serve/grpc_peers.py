@@ -66,6 +66,7 @@ class OpenDoor:
             self.clock_s += seconds
             for connection in list(self.door.connections):
                 self.door.look(connection, self.clock_s)
+            self.door.make_room(self.clock_s)
 
         self.run(look)
 

@@ -196,7 +196,7 @@ def test_a_body_that_dawdles_loses_its_buffer(door, plane):
         assert plane.held_bytes > 100_000
         door.pass_time(2)
         assert plane.held_bytes == 0
-        assert peer.status(1)["grpc-status"] == "14"
+        assert peer.status(1)["grpc-status"] == "4"
 
 
 @pytest.mark.parametrize("content", [b"", PREFACE[:10], PREFACE, PREFACE + frame(wire.SETTINGS, 0, 0)[:5]])
@@ -227,21 +227,65 @@ def test_an_idle_connection_is_asked_to_leave(door):
         assert peer.ended() == wire.NO_ERROR
 
 
+def test_a_silent_peer_with_a_call_open_is_asked_whether_it_is_there_and_left_if_it_does_not_answer(door, plane):
+    plane.paused = True
+    stream = f"/{v2.SERVICE}/ModelStreamInfer"
+    with RawPeer(door.port) as alive, RawPeer(door.port) as gone:
+        for peer in (alive, gone):
+            peer.send(peer.headers(1, path=stream) + frame(wire.DATA, 0, 1, framed(infer(row()))))
+        door.until(lambda: len(plane.calls) == 2)
+        door.pass_time(1)
+        door.pass_time(LIMITS.idle_timeout_s / 2 + 2)
+        for peer in (alive, gone):
+            question = peer.until(wire.PING)
+        alive.send(frame(wire.PING, wire.ACK, 0, question))
+        door.until(lambda: any(c.h2.acked for c in door.door.connections))
+        door.pass_time(1)
+        door.pass_time(LIMITS.idle_timeout_s / 2)
+        assert gone.ended() is None
+        plane.paused = False
+        door.run(plane.resume)
+        assert alive.until(wire.DATA, 1)
+
+
+def fill(door, peer, wanted_bytes):
+    """Have answers held that the peer has no window for; return the next stream."""
+    id, unsent, content = 1, door.door.unsent, framed(BODY)
+    while door.door.unsent <= wanted_bytes:
+        peer.send(peer.headers(id) + frame(wire.DATA, 0, id, content[:FIRST_WINDOW]))
+        peer.until(wire.WINDOW_UPDATE, id)
+        peer.send(frame(wire.DATA, wire.END_STREAM, id, content[FIRST_WINDOW:]))
+        door.until(lambda before=unsent: door.door.unsent > before)
+        id, unsent = id + 2, door.door.unsent
+    return id
+
+
 def test_a_peer_whose_window_stays_shut_is_refused_more_and_then_closed(door):
-    content = framed(BODY)
     with RawPeer(door.port, settings=b"\0\4\0\0\0\0") as peer:
-        id, unsent = 1, 0
-        while unsent <= 8 << 20:
-            peer.send(peer.headers(id) + frame(wire.DATA, 0, id, content[:FIRST_WINDOW]))
-            peer.until(wire.WINDOW_UPDATE, id)
-            peer.send(frame(wire.DATA, wire.END_STREAM, id, content[FIRST_WINDOW:]))
-            door.until(lambda before=unsent: door.door.unsent > before)
-            id, unsent = id + 2, door.door.unsent
+        id = fill(door, peer, 8 << 20)
         peer.request(id, infer(row()))
         assert peer.status(id)["grpc-status"] == "8"
         answers(door)
         door.pass_time(LIMITS.write_timeout_s + 1)
         peer.ended()
+
+
+def test_slow_readers_that_keep_others_out_are_left_one_by_one(door, monkeypatch):
+    monkeypatch.setattr(door.door, "max_unsent_bytes", 2 << 20)
+    shut = b"\0\4\0\0\0\0"
+    with RawPeer(door.port, settings=shut) as most, RawPeer(door.port, settings=shut) as less:
+        fill(door, less, 500_000)
+        fill(door, most, 2 << 20)
+        with RawPeer(door.port) as other:
+            other.request(1, infer(row()))
+            assert other.status(1)["grpc-status"] == "8"
+        door.pass_time(1)
+        for _ in range(2):
+            door.pass_time(LIMITS.write_timeout_s / 3 - 1)
+            less.send(frame(wire.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"))
+            assert less.until(wire.DATA, 1)
+        most.ended()
+        answers(door)
 
 
 def test_a_peer_that_never_reads_is_not_read_from_and_then_closed(door):

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from tenure.errors import Unavailable
 from tenure.serve.codec_infer import AnswerWriter, RequestReader
 from tenure.serve.faults import Overloaded
 from tenure.serve.grpc_connection import GrpcConnection
 from tenure.serve.grpc_request import Request
-from tenure.serve.grpc_service import STREAM, Service
+from tenure.serve.grpc_service import Service
+from tenure.serve.grpc_status import DEADLINE_EXCEEDED, StatusError
 from tenure.serve.limits import DoorLimits
 from tenure.serve.plane import Plane
 
@@ -57,6 +57,7 @@ class GrpcDoor:
         """Calls that are open now."""
         self.unsent = 0
         """Answer bytes that clients have not taken."""
+        self._full_since_s: float | None = None
         self.connections: set[GrpcConnection] = set()
         self._dirty: list[GrpcConnection] = []
         self._server: asyncio.Server | None = None
@@ -157,7 +158,17 @@ class GrpcDoor:
         now_s = self.now_s()
         for connection in list(self.connections):
             self.look(connection, now_s)
+        self.make_room(now_s)
         self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def make_room(self, now_s: float) -> None:
+        """Part with the client that takes least of its answers, once such clients have kept others out for a while."""
+        if self.unsent <= self.max_unsent_bytes:
+            self._full_since_s = None
+        elif self._full_since_s is None:
+            self._full_since_s = now_s
+        elif now_s - self._full_since_s > self.limits.write_timeout_s / 3:
+            max(self.connections, key=lambda connection: connection.unsent).transport.abort()
 
     def look(self, connection: GrpcConnection, now_s: float) -> None:
         """End what a client has kept waiting longer than the limits say."""
@@ -179,16 +190,23 @@ class GrpcDoor:
             connection.stuck_s, connection.stuck_at = now_s, h2.frames
         elif now_s - connection.stuck_s > limits.head_timeout_s:
             connection.transport.abort()
-        if not h2.streams and quiet_s > limits.idle_timeout_s:
-            h2.go_away(last=True)
+        if quiet_s <= limits.idle_timeout_s / 2:
+            connection.pinged = False
+        elif not h2.streams:
+            if quiet_s > limits.idle_timeout_s:
+                h2.go_away(last=True)
+                connection.flush()
+                connection.transport.close()
+        elif not connection.pinged:  # calls are open and nothing comes: is anybody there?
+            connection.pinged = True
+            h2.ping()
             connection.flush()
-            connection.transport.close()
+        elif quiet_s > limits.idle_timeout_s:
+            connection.transport.abort()
         for stream in list(h2.streams.values()):
             assert isinstance(stream, Request)
-            if stream.remote_closed or (
-                stream.kind == STREAM and stream.view is None and not stream.partial and not stream.skip
-            ):
+            if stream.remote_closed or stream.between_messages:
                 continue
             allowed_s = min(limits.body_timeout_s, stream.plan.timeout_s or limits.body_timeout_s)
             if now_s - stream.began_s > allowed_s:
-                connection.expire(stream, Unavailable(f"the request did not come within {allowed_s:g} s"))
+                connection.expire(stream, StatusError(DEADLINE_EXCEEDED, f"the request did not come within {allowed_s:g} s"))

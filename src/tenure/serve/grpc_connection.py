@@ -34,6 +34,8 @@ class GrpcConnection(Calls, asyncio.BufferedProtocol):
         """Whether bytes came since the door last looked."""
         self.paused = False
         """Whether the peer does not read what is sent to it."""
+        self.pinged = False
+        """Whether the peer, which has been silent, was asked whether it is still there."""
         self.opened_s = self.last_seen_s = self.progress_s = door.now_s()
         self.unsent = 0
         self.dirty = False

@@ -109,6 +109,11 @@ class Request(Stream):
         self.call: Call | None = None
         self.slots: deque[Slot] | None = deque() if self.kind == STREAM else None
 
+    @property
+    def between_messages(self) -> bool:
+        """Whether this is a stream that may be silent for as long as it likes."""
+        return self.slots is not None and self.view is None and not self.partial and not self.skip
+
 
 def placed(
     plane: Plane, template: Template, view: memoryview, base: int, stop: int, buffer: Buffer | None
