@@ -273,6 +273,11 @@ BROKEN = {
         wire.COMPRESSION_ERROR,
         True,
     ),
+    "a table resized over and over": (
+        frame(wire.HEADERS, 5, 1, b"\x20\x3f\xe1\x1f" * 2 + b"\x83"),
+        wire.COMPRESSION_ERROR,
+        True,
+    ),
     "padding beyond the frame": (frame(wire.HEADERS, 13, 1, b"\x09\x83"), wire.PROTOCOL_ERROR, True),
     "a frame too long": (b"\x00\x40\x01\x04\0\0\0\0\0", wire.FRAME_SIZE_ERROR, True),
     "a data frame too long": (b"\x10\x00\x01\x00\0\0\0\0\1", wire.FRAME_SIZE_ERROR, True),

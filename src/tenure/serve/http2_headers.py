@@ -7,6 +7,7 @@ Source: RFC 7541 (2.3.2, 4.2: what changes the table), RFC 9113 (8.2, 8.3: what 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import hpack
@@ -14,6 +15,8 @@ import hpack
 _KNOWN_BLOCKS = 8
 _KNOWN_BYTES = 512
 """Longest block that is remembered."""
+_SIZE_UPDATES = re.compile(rb"(?:[\x20-\x3e]|\x3f[\x80-\xff]*[\x00-\x7f]){3}")
+"""More size updates than there is a use for (RFC 7541, 4.2); thousands would cost milliseconds."""
 _PSEUDO = frozenset((b":method", b":path", b":scheme", b":authority"))
 _CONNECTION = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
 
@@ -60,6 +63,8 @@ class HeaderReader:
 
     def read(self, block: bytes) -> Head:
         """Return what a block says. Raises Malformed, after which the connection cannot go on."""
+        if _SIZE_UPDATES.match(block):
+            raise Malformed("a header block changes the table's size more than twice")
         table = self._decoder.header_table
         before = self._state(table)
         try:
