@@ -32,7 +32,7 @@ class OpenDoor:
         self.clock_s = 0.0
         self.loop = asyncio.new_event_loop()
         self.door = GrpcDoor(plane, limits=limits, now_s=lambda: self.clock_s)
-        bound = socket.create_server(("127.0.0.1", 0))
+        bound = self._bound = socket.create_server(("127.0.0.1", 0))
         self.port = bound.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -75,6 +75,7 @@ class OpenDoor:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(20)
         self.loop.close()
+        self._bound.close()
 
 
 class RawPeer:

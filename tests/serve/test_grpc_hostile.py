@@ -306,15 +306,17 @@ def flood(door, peer):
         door.run(lambda: [connection.h2.refill(1.0) for connection in door.door.connections])
 
 
-def test_past_the_bound_new_connections_are_turned_away(door):
+def test_past_the_bound_new_connections_wait_until_another_leaves(door):
     peers = [RawPeer(door.port) for _ in range(LIMITS.max_connections)]
     door.until(lambda: len(door.door.connections) == LIMITS.max_connections)
     with RawPeer(door.port) as late:
-        assert late.ended() is None
+        late.request(1, infer(row()))
+        answered = [door.run(lambda: len(door.door.connections)) for _ in range(20)]
+        assert set(answered) == {LIMITS.max_connections}
+        peers.pop().socket.close()
+        assert late.status(1)["grpc-status"] == "0"
     for peer in peers:
         peer.socket.close()
-    door.until(lambda: not door.door.connections)
-    answers(door)
 
 
 frames = st.builds(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from tenure.serve.accepting import Acceptor
 from tenure.serve.codec_infer import AnswerWriter, RequestReader
 from tenure.serve.faults import Overloaded
 from tenure.serve.grpc_connection import GrpcConnection
@@ -60,7 +61,7 @@ class GrpcDoor:
         self._full_since_s: float | None = None
         self.connections: set[GrpcConnection] = set()
         self._dirty: list[GrpcConnection] = []
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._work: set[asyncio.Task[None]] = set()
@@ -68,16 +69,18 @@ class GrpcDoor:
         self._closing = False
 
     async def open(self, bound: socket.socket) -> None:
-        """Start accepting on a bound socket."""
+        """Start accepting on a bound, listening socket, which stays the caller's."""
         self._loop = asyncio.get_running_loop()
-        self._server = await self._loop.create_server(lambda: GrpcConnection(self), sock=bound, backlog=1024)
+        self._acceptor = Acceptor(
+            bound, lambda: GrpcConnection(self), most=self.limits.max_connections, open_now=lambda: len(self.connections)
+        )
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     async def close(self, grace_s: float) -> None:
         """Stop accepting, ask clients to leave, wait up to `grace_s` for answers that are due, then close."""
         self._closing = True
-        if self._server is not None:
-            self._server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         asked: dict[GrpcConnection, int] = {}
         for connection in list(self.connections):
             asked[connection] = connection.h2.acked
@@ -108,8 +111,8 @@ class GrpcDoor:
     # For connections
 
     def admit(self, connection: GrpcConnection) -> bool:
-        """Take a new connection in, if there is room."""
-        if self._closing or len(self.connections) >= self.limits.max_connections:
+        """Take a new connection in, unless the door is closing."""
+        if self._closing:
             return False
         self.connections.add(connection)
         return True
@@ -119,6 +122,8 @@ class GrpcDoor:
         self.connections.discard(connection)
         self.unsent -= connection.unsent
         connection.unsent = 0
+        if self._acceptor is not None:
+            self._acceptor.resume()
 
     def account(self, connection: GrpcConnection, unsent: int) -> None:
         """Note how much of its answers a connection has not taken."""
@@ -159,6 +164,8 @@ class GrpcDoor:
         for connection in list(self.connections):
             self.look(connection, now_s)
         self.make_room(now_s)
+        if self._acceptor is not None:
+            self._acceptor.resume()
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     def make_room(self, now_s: float) -> None:
