@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.contracts.engine_contract import EngineContract, Sample
+from tests.contracts.engine_contract import EngineContract, Sample, assert_same
 from tests.serve.conftest import make_digits, make_identity
 
 from tenure.errors import MissingExtra, NotFound, SpecError
@@ -98,8 +98,23 @@ class TestScikit(EngineContract):
         return self._dump(fitted, folder / "heavy.skops"), fitted.coef_.nbytes
 
     def test_untrusted_types_are_refused(self, tmp_path):
-        with pytest.raises(SpecError, match="not trusted"):
+        with pytest.raises(SpecError, match=r"does not trust.*to_onnx"):
             load_engine(self._dump(Path("x"), tmp_path / "odd.skops"))
+
+    def test_trees_are_refused_with_the_way_out_which_works(self, tmp_path):
+        from sklearn.ensemble import RandomForestClassifier
+
+        to_onnx = pytest.importorskip("skl2onnx", reason="skl2onnx (extra demo) is not installed").to_onnx
+        x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
+        forest = RandomForestClassifier(3, random_state=0).fit(x, [0, 1] * 3)
+        with pytest.raises(SpecError, match=r"sklearn\.tree\._tree\.Tree.*to_onnx"):
+            load_engine(self._dump(forest, tmp_path / "forest.skops"))
+        (tmp_path / "forest.onnx").write_bytes(
+            to_onnx(forest, x[:1], options={"zipmap": False}, target_opset=17).SerializeToString()
+        )
+        found = load_engine(tmp_path / "forest.onnx").infer({"X": x})
+        np.testing.assert_array_equal(found["label"], forest.predict(x))
+        assert_same(found["probabilities"], forest.predict_proba(x).astype(np.float32))
 
     def test_a_regressor_gives_predictions_and_text_classes_are_bytes(self, tmp_path):
         from sklearn.linear_model import LinearRegression

@@ -28,7 +28,10 @@ def load(path: Path, setting: Setting) -> ScikitEngine:
     try:
         untrusted = skops.io.get_untrusted_types(file=path)
         if untrusted:
-            raise SpecError(f"{path} holds types that are not trusted: {', '.join(untrusted)}. Export the model to ONNX")
+            raise SpecError(
+                f"{path} holds types that skops does not trust: {', '.join(untrusted)}. Export the model to ONNX, as with "
+                "skl2onnx.to_onnx(model, x[:1], options={'zipmap': False})"
+            )
         estimator = skops.io.load(path, trusted=[])
     except SpecError:
         raise
