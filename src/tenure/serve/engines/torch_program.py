@@ -70,6 +70,7 @@ class TorchEngine:
             for name, value in zip(_output_names(program.call_spec.out_spec, len(results)), results, strict=True)
         )
         self._torch = torch
+        self._dtypes = [value.dtype for value in results]
         self._threads = setting.threads
         self._ranges = _ranges(program, values)
         self._writes_inputs = bool(signature.user_inputs_to_mutate)
@@ -83,7 +84,8 @@ class TorchEngine:
             fixed = all(-1 not in meta.shape[1:] for meta in self.inputs)
             self._graphs = GraphRunner(Cuda(torch, setting.device), self._call)
             if stackable and fixed and not self._writes_inputs:
-                self._graphs.capture([(v.shape[1:], v.dtype) for v in values], setting.max_batch_rows or MAX_ROWS)
+                with torch.inference_mode():
+                    self._graphs.capture([(v.shape[1:], v.dtype) for v in values], setting.max_batch_rows or MAX_ROWS)
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] = ()) -> dict[str, Array]:
         """See Engine."""
@@ -117,7 +119,8 @@ class TorchEngine:
         tree = self._torch.utils._pytree
         arguments, named = tree.tree_unflatten(list(tensors), self._in_spec)
         with self._around():
-            return list(tree.tree_leaves(self._module(*arguments, **named)))
+            found = tree.tree_leaves(self._module(*arguments, **named))
+            return [tensor.to(dtype) for tensor, dtype in zip(found, self._dtypes, strict=True)]  # half precision stays inside
 
     def _check_ranges(self, inputs: Mapping[str, Array]) -> None:
         for name, axis, low, high in self._ranges:

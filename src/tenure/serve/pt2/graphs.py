@@ -33,7 +33,7 @@ def prepared(torch: Any, program: Any, setting: Setting) -> tuple[Any, Callable[
     if setting.precision != "fp16":
         return program, contextlib.nullcontext
     halve(torch, program.state_dict)
-    return program, lambda: torch.autocast("cuda", dtype=torch.float16)
+    return program, lambda: torch.autocast("cuda", dtype=torch.float16, cache_enabled=False)
 
 
 def halve(torch: Any, state: dict[str, Any]) -> None:
