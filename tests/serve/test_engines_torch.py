@@ -337,6 +337,18 @@ def test_half_precision_halves_matrices_and_leaves_vectors():
     }  # fmt: skip
 
 
+def test_half_precision_stays_inside(tmp_path):
+    torch.manual_seed(0)
+    module, x = Dense(), torch.randn(5, 4)
+    engine = load_engine(export(module, x, tmp_path / "dense.pt2"))
+    engine._around = lambda: torch.autocast("cpu", dtype=torch.bfloat16)  # what fp16 does on a device
+    found = engine.infer({"x": x.numpy()})["score"]
+    assert found.dtype == np.float32
+    expected = module(x)["score"].detach().numpy()
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -10,9 +10,10 @@ Measured on a shared machine of two cores at a load of 5 to 11, in turns, images
 | MobileNetV1 0.25 uint8, LiteRT, 0.5 MB | 268/s, 0.77 ms | 403/s, 0.51 ms | 602/s, 0.52 ms |
 
 So a second thread costs 10-15 % more CPU per image, and half as much again where a run takes half a millisecond. What it
-buys is the time of a single request, and one copy of the weights instead of two. Hence: models whose runs are long get
-one instance with all threads, up to four, then more instances; small ones get one thread. Who has many clients and no
-hurry sets instances = cores, threads = 1. Beyond two cores nothing was measured.
+buys is the time of a single request (the best of many: 6.9 to 4.0 ms for the third row, 0.44 to 0.26 ms for the last),
+and one copy of the weights instead of two. Hence: models whose runs are long get one instance with all threads, up to
+four, then more instances; small ones get one thread. Who has many clients and no hurry sets instances = cores,
+threads = 1. Beyond two cores nothing was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tenure.errors import SpecError
 MAX_THREADS = 4
 MAX_INSTANCES = 8
 SMALL_BYTES = 2_000_000
-"""A model file below this has runs too short to share among threads."""
+"""A model file below this has runs so short that a second thread costs half as much CPU again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def choose_threads(
     if model_bytes < SMALL_BYTES:
         few = min(MAX_INSTANCES, max(1, cores // 2))
         return Threads(
-            few, 1, f"a model of {model_bytes} bytes has runs too short for threads; half of {share} leave the doors room"
+            few, 1, f"a model of {model_bytes} bytes is too small for a second thread; half of {share} leave the doors room"
         )
     each = min(MAX_THREADS, cores)
     many = min(MAX_INSTANCES, cores // each)
