@@ -167,11 +167,11 @@ class EngineContract:
             engine.close()
 
         use()
-        use()
         before = psutil.Process().memory_info().rss
-        for _ in range(4):
+        for _ in range(12):
             use()
-        assert psutil.Process().memory_info().rss - before < 1.5 * weights_bytes
+        # allocators keep up to a few models' worth of freed memory; kept models would be twelve
+        assert psutil.Process().memory_info().rss - before < 6 * weights_bytes
 
     @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
     def test_a_model_on_one_thread_starts_no_other(self, case):
