@@ -50,6 +50,18 @@ def test_every_target_gives_the_same_answer_sync_and_async(target, digits):
             np.testing.assert_allclose(answer["probability"], digits.probability, atol=1e-5)
 
 
+def test_many_requests_at_once_are_answered_in_their_order(target, digits):
+    with Model(target, "digits") as model:
+        for count in (0, 1, 20):
+            found = model.predict_many([digits.x[index : index + 2] for index in range(count)])
+            assert len(found) == count
+            for index, answer in enumerate(found):
+                np.testing.assert_array_equal(answer["label"], digits.label[index : index + 2])
+        with pytest.raises(InputRefused):
+            model.predict_many([digits.x, digits.x[:, :3], digits.x])
+        np.testing.assert_array_equal(model.predict_many([digits.x], outputs=["label"])[0], digits.label)
+
+
 def test_one_output_comes_as_an_array_and_float64_is_taken(target, digits):
     with Model(target, "digits") as model:
         np.testing.assert_array_equal(model.predict(digits.x.astype(float), outputs=["label"]), digits.label)

@@ -243,6 +243,28 @@ def test_retry_ends_with_the_timeout_and_is_off_unless_asked_for(ask):
         assert 3 <= server.infers <= 8
 
 
+def test_many_at_once_survive_refusals_and_connections_that_were_closed(shares):
+    refused = iter([1, 1])
+
+    def handle(request: Request):
+        if request.path.endswith("/infer") and next(refused, None):
+            return request.answer(429, {"error": "full"}, "Retry-After-Ms: 5")
+        return shares(request)
+
+    xs = [BIG + turn for turn in range(12)]
+    with WireServer(handle, extensions=SHM) as server, Model(server.url, "same", timeout_s=5) as model:
+        for _ in range(3):
+            for x, found in zip(xs, model.predict_many(xs), strict=True):
+                np.testing.assert_array_equal(found, x)
+            server.drop()
+            shares.forget()
+        assert shares.from_body == 0
+        model.predict(BIG)
+        server.close()
+        with pytest.raises(Unavailable):
+            model.predict_many(xs)
+
+
 def test_many_in_flight_share_a_bounded_number_of_connections():
     from tenure.serve.http_client.streaming import MAX_CONNECTIONS
 
@@ -314,7 +336,8 @@ class Shares:
         if verb == "status":
             return request.answer(*((200, []) if name in self.regions else (400, {"error": "unknown"})))
         if verb == "unregister":
-            os.close(self.regions.pop(name))
+            if name in self.regions:
+                os.close(self.regions.pop(name))
         elif self.refuse:
             return request.answer(400, {"error": self.refuse})
         else:

@@ -10,12 +10,12 @@ results were taken; when nobody takes results, nothing is read. Files that can't
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,19 +113,20 @@ class _Task:
                 found[place] = Classified(path, error=str(error))
             else:
                 good.append(place)
+        asked = []
         for start in range(0, len(good), self.rows):
-            places = good[start : start + self.rows]
-            count = self.rows if self.fixed else len(places)  # what a fixed number lacks is sent as zeros
-            for place, row in zip(places, self._scores_of(x[start : start + count]), strict=False):
-                found[place] = self._best(paths[place], row)
+            count = self.rows if self.fixed else min(self.rows, len(good) - start)  # what a fixed number lacks is sent as zeros
+            asked.append({self.input: x[start : start + count]})
+        answers = self.model.predict_many(asked, outputs=[self.output])
+        scores = [self._checked(answer, len(each[self.input])) for answer, each in zip(answers, asked, strict=True)]
+        for place, row in zip(good, itertools.chain.from_iterable(scores), strict=False):
+            found[place] = self._best(paths[place], row)
         return [each for each in found if each is not None]
 
-    def _scores_of(self, x: Array) -> Array:
-        answer = self.model.predict_patiently({self.input: x}, outputs=[self.output])
-        scores = answer[self.output]
-        if scores.ndim < _SMALLEST_RANK or scores.shape[0] != len(x):
-            raise ModelFailed(f'output "{self.output}" has shape {list(scores.shape)}; {len(x)} rows of scores were expected')
-        return scores.reshape(len(x), -1)
+    def _checked(self, scores: Array, rows: int) -> Array:
+        if scores.ndim < _SMALLEST_RANK or scores.shape[0] != rows:
+            raise ModelFailed(f'output "{self.output}" has shape {list(scores.shape)}; {rows} rows of scores were expected')
+        return scores.reshape(rows, -1)
 
     def _best(self, path: str, row: Array) -> Classified:
         best = np.argsort(-row.astype(np.float64), kind="stable")[: self.top]
@@ -138,7 +139,7 @@ def _ordered(task: _Task, paths: Iterator[str], workers: int) -> Iterator[Classi
     try:
         while True:
             while len(under_way) < workers * _UNDER_WAY:
-                part = list(islice(paths, max(task.rows, _AT_A_TIME // task.rows * task.rows)))
+                part = list(itertools.islice(paths, max(task.rows, _AT_A_TIME // task.rows * task.rows)))
                 if not part:
                     break
                 under_way.append(pool.submit(task.run, part))

@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from tenure.serve.http_client.response import Head, ResponseReader
+from tenure.serve.http_client.response import Head, NotHttp, ResponseReader
 
 Buffer = bytes | memoryview
 Answered = tuple[Head, memoryview, float, float]
 """Head and body of an answer, when its request was written and when it began (perf_counter)."""
-MAX_IDLE = 64
+MAX_IDLE = 256
 _MAX_PARTS = 512
 """Of one sendmsg; the kernel takes 1,024."""
 
@@ -32,17 +32,21 @@ class Connection:
         self._poll = select.poll()
         self._watched = 0
         self.reader = ResponseReader()
+        self.kept = False
+        """Whether it has answered before."""
+        self.reusable = False
+        self.sent_s = 0.0
+        self._written = True
 
-    def exchange(self, parts: Sequence[Buffer], ends_at_s: float) -> tuple[bool, float, float]:
-        """Write a request and read its answer into `reader`.
+    def send(self, parts: Sequence[Buffer], ends_at_s: float) -> None:
+        """Write a request. Raises TimeoutError past the deadline."""
+        self.reader.start()
+        self._written = self._write(parts, ends_at_s)
+        self.sent_s = time.perf_counter()
 
-        Returns whether the connection may be used again, and when the request was written and the answer began.
-        Raises OSError (TimeoutError past the deadline), NotHttp.
-        """
+    def receive(self, ends_at_s: float) -> Answered:
+        """Read the answer to what was sent. Raises OSError (TimeoutError past the deadline), NotHttp."""
         reader = self.reader
-        reader.start()
-        written = self._write(parts, ends_at_s)
-        sent_s = time.perf_counter()
         self._wait(select.POLLIN, ends_at_s)
         answered_s = time.perf_counter()
         while True:
@@ -59,7 +63,9 @@ class Connection:
                 break
             if reader.began:
                 self._wait(select.POLLIN, ends_at_s)
-        return written and reader.clean and reader.head is not None and reader.head.keep_alive, sent_s, answered_s
+        assert reader.head is not None
+        self.reusable = self._written and reader.clean and reader.head.keep_alive
+        return reader.head, reader.body, self.sent_s, answered_s
 
     def close(self) -> None:
         """Close the socket."""
@@ -111,27 +117,61 @@ class Connections:
         nothing, so it may be sent again. Raises OSError, NotHttp.
         """
         ends_at_s = time.monotonic() + timeout_s
+        connection = self._connection(ends_at_s)
         try:
-            connection, kept = self._idle.pop(), True
+            connection.send(parts, ends_at_s)
+        except BaseException:
+            connection.close()
+            raise
+        return self._answer(connection, parts, ends_at_s)
+
+    def exchange_all(self, requests: Sequence[Sequence[Buffer]], timeout_s: float) -> list[Answered | OSError | NotHttp]:
+        """Send several requests, each on a connection of its own, then read their answers; errors in their place."""
+        ends_at_s = time.monotonic() + timeout_s
+        sent: list[Connection | OSError] = []
+        for parts in requests:
+            try:
+                connection = self._connection(ends_at_s)
+            except OSError as error:
+                sent.append(error)
+                continue
+            sent.append(connection)
+            try:
+                connection.send(parts, ends_at_s)
+            except OSError as error:
+                connection.close()
+                sent[-1] = error
+        found: list[Answered | OSError | NotHttp] = []
+        for parts, each in zip(requests, sent, strict=True):
+            try:
+                found.append(each if isinstance(each, OSError) else self._answer(each, parts, ends_at_s))
+            except (OSError, NotHttp) as error:
+                found.append(error)
+        return found
+
+    def _connection(self, ends_at_s: float) -> Connection:
+        try:
+            return self._idle.pop()
         except IndexError:
-            connection, kept = Connection(self._host, self._port, ends_at_s), False
+            return Connection(self._host, self._port, ends_at_s)
+
+    def _answer(self, connection: Connection, parts: Sequence[Buffer], ends_at_s: float) -> Answered:
         try:
             try:
-                reusable, sent_s, answered_s = connection.exchange(parts, ends_at_s)
+                found = connection.receive(ends_at_s)
             except ConnectionError:
-                if not kept or connection.reader.began:
+                if not connection.kept or connection.reader.began:
                     raise
                 connection.close()
                 self._drop_idle()  # the others are as old as this one
                 connection = Connection(self._host, self._port, ends_at_s)
-                reusable, sent_s, answered_s = connection.exchange(parts, ends_at_s)
+                connection.send(parts, ends_at_s)
+                found = connection.receive(ends_at_s)
         except BaseException:
             connection.close()
             raise
-        reader = connection.reader
-        assert reader.head is not None
-        found = reader.head, reader.body, sent_s, answered_s
-        if reusable and not self._closed and len(self._idle) < MAX_IDLE:
+        if connection.reusable and not self._closed and len(self._idle) < MAX_IDLE:
+            connection.kept = True
             self._idle.append(connection)
         else:
             connection.close()

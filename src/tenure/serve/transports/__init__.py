@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from tenure.errors import SpecError
+from tenure.errors import SpecError, TenureError
 from tenure.serve.tensors import Array, ModelMetadata
 
 _MODULES = {
@@ -48,6 +48,12 @@ class Transport(Protocol):
 
     def infer(self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> tuple[dict[str, Array], Stages]:
         """Run the model. Raises Unavailable, NotFound, InputRefused, TooLarge, Overloaded, ModelFailed."""
+        ...
+
+    def infer_many(
+        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
+    ) -> list[dict[str, Array] | TenureError]:
+        """Run the model on several requests, all sent before the first answer is read; errors in their place."""
         ...
 
     async def infer_async(

@@ -84,6 +84,22 @@ class GrpcTransport:
             raise Unavailable(f"grpc://{self._address} cannot be used: {error}") from error
         return _answered(found, began_s, sent_s)
 
+    def infer_many(
+        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
+    ) -> list[dict[str, Array] | TenureError]:
+        """See Transport."""
+        try:
+            calls = [self._infer.future(self._request(name, each, outputs), timeout=self._timeout_s) for each in many]
+        except ValueError as error:
+            raise Unavailable(f"grpc://{self._address} cannot be used: {error}") from error
+        found: list[dict[str, Array] | TenureError] = []
+        for call in calls:
+            try:
+                found.append(codec_grpc.decode_outputs(call.result()))
+            except grpc.RpcError as error:
+                found.append(self._translated(error))
+        return found
+
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
     ) -> tuple[dict[str, Array], Stages]:

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenure.errors import Unavailable
+from tenure.errors import TenureError, Unavailable
 from tenure.serve.http_client import v2json
 from tenure.serve.http_client.blocking import Answered, Buffer, Connections
+from tenure.serve.http_client.regions import Part
 from tenure.serve.http_client.response import NotHttp
 from tenure.serve.http_client.shared import SharedInputs, here
 from tenure.serve.tensors import Array, ModelMetadata, to_raw
@@ -80,6 +81,39 @@ class HttpTransport:
                 return _finished(answered, began_s)
         return _finished(self._ask(self._request(key, name, inputs, outputs)), began_s)
 
+    def infer_many(
+        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
+    ) -> list[dict[str, Array] | TenureError]:
+        """See Transport."""
+        parts: list[Part | None] = []
+        requests: list[Sequence[Buffer]] = []
+        try:
+            for inputs in many:
+                key = v2json.request_key(name, inputs, outputs)
+                part = self._shared.take(inputs) if self._shared.fits(inputs) else None
+                parts.append(part)
+                if part is None:
+                    requests.append(self._request(key, name, inputs, outputs))
+                else:
+                    requests.append([self._shared.request(part, key, name, inputs, outputs)])
+            answers = self._sync.exchange_all(requests, self._timeout_s)
+        finally:
+            for part in parts:
+                if part is not None:
+                    self._shared.give(part)
+        found: list[dict[str, Array] | TenureError] = []
+        for inputs, part, answered in zip(many, parts, answers, strict=True):
+            try:
+                if isinstance(answered, (OSError, NotHttp)):
+                    raise self._unavailable(answered) from answered
+                if part is not None and self._shared.was_lost(part, answered[0].status):
+                    found.append(self.infer(name, inputs, outputs)[0])
+                else:
+                    found.append(v2json.read_answer(answered[0], answered[1]))
+            except TenureError as error:
+                found.append(error)
+        return found
+
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
     ) -> tuple[dict[str, Array], Stages]:
@@ -141,20 +175,16 @@ class HttpTransport:
     def _ask(self, buffers: Sequence[Buffer], timeout_s: float | None = None) -> Answered:
         try:
             return self._sync.exchange(buffers, timeout_s or self._timeout_s)
-        except OSError as error:
+        except (OSError, NotHttp) as error:
             raise self._unavailable(error) from error
-        except NotHttp as error:
-            raise Unavailable(f"http://{self._named} cannot be used: {error}") from error
 
     async def _ask_async(self, streams: Streams, buffers: Sequence[Buffer]) -> Answered:
         try:
             return await streams.exchange(buffers, self._timeout_s)
-        except OSError as error:
+        except (OSError, NotHttp) as error:
             raise self._unavailable(error) from error
-        except NotHttp as error:
-            raise Unavailable(f"http://{self._named} cannot be used: {error}") from error
 
-    def _unavailable(self, error: OSError) -> Unavailable:
+    def _unavailable(self, error: OSError | NotHttp) -> Unavailable:
         reason = f"no answer within {self._timeout_s:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
         return Unavailable(f"http://{self._named} cannot be used: {reason}")
 

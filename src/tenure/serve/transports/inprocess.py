@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tenure.errors import SpecError
+from tenure.errors import SpecError, TenureError
 from tenure.serve.engines import Engine, load_engine
 from tenure.serve.tensors import Array, ModelMetadata, check_inputs, check_outputs
 from tenure.serve.transports import Stages
@@ -54,6 +54,18 @@ class InProcess:
             return found, Stages(0.0, time.perf_counter() - started_at_s, 0.0)
         finally:
             self._idle.put(engine)
+
+    def infer_many(
+        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
+    ) -> list[dict[str, Array] | TenureError]:
+        """See Transport."""
+        found: list[dict[str, Array] | TenureError] = []
+        for inputs in many:
+            try:
+                found.append(self.infer(name, inputs, outputs)[0])
+            except TenureError as error:
+                found.append(error)
+        return found
 
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
