@@ -181,7 +181,7 @@ def fill(row: Array, pixels: Array, how: Preparation) -> None:
 def _decoded_jpeg(content: bytes, how: Preparation) -> Image.Image | None:
     """Return a JPEG decoded by simplejpeg, or None where Pillow must do it.
 
-    A picture more than twice as large as needed is made smaller while it is decoded, never below twice: labels stay.
+    A picture four times as large as needed is made smaller while it is decoded, never below twice: labels stay.
     """
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
