@@ -143,6 +143,7 @@ def clients(served: Served, door: str, scratch: Path, seconds: float, seed: int,
     assert done.returncode == 0, f"the clients over {door} failed: {done.stderr.strip()[-400:]}"
     seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert seen["answered"], f"{served.name} answered nobody over {door}; lost: {seen['lost']}"
+    assert seen["per_s"], f"{served.name} answered too slowly over {door} for a rate: {seen['answered']} in {seconds:g} s"
     assert not seen["wrong"], f"{seen['wrong']} answers of {served.name} over {door} were another image's"
     return seen
 
