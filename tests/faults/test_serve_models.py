@@ -1,0 +1,155 @@
+"""A model that crashes, hangs, is swapped or cannot be loaded, under load over both doors: others do not notice."""
+
+import contextlib
+import json
+import signal
+
+import numpy as np
+import pytest
+from tests.serve.conftest import Server
+
+from tenure.errors import Unavailable
+from tenure.serve.client import Model
+
+from .serving import WIDTH, ask_http, instances, loads, until, write_scaled, write_slow
+
+pytestmark = pytest.mark.real
+X = np.ones((1, WIDTH), np.float32)
+LATENCY_MAX_S = 2.0
+"""Of others' requests: far above what they take, far below what a hang takes."""
+
+
+@contextlib.contextmanager
+def serving(tmp_path, *options, **factors):
+    """Serve models that multiply."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name, factor in factors.items():
+        write_scaled(models / f"{name}.onnx", factor)
+    server = Server(models, tmp_path / "w", "--threads", "1", *options)
+    try:
+        yield server, models
+    finally:
+        server.end()
+
+
+def outcomes(server, model):
+    _, found, _ = ask_http(server, "GET", f"/v2/models/{model}/stats")
+    (stats,) = found["model_stats"]
+    return stats["inference_stats"]["success"]["count"], stats["inference_stats"]["fail"]["count"]
+
+
+def test_an_instance_killed_under_load_is_started_again_and_only_its_own_calls_may_fail(tmp_path):
+    with serving(tmp_path, doomed=2.0, other=3.0) as (server, _), loads(server, "other") as others:
+        with loads(server, "doomed") as its_own:
+            for _ in range(3):
+                for load in its_own:
+                    load.more()
+                (instance,) = until(lambda: instances(server, "doomed"), "an instance lives")
+                instance.kill()
+                until(lambda pid=instance.pid: all(i.pid != pid for i in instances(server, "doomed")), "it is gone")
+            for load in its_own:
+                load.more()
+        assert server.process.poll() is None
+        for load in its_own:
+            assert load.right(2.0)
+            assert all(isinstance(error, Unavailable) for error in load.errors), load.errors
+        for load in others:
+            load.more()
+    for load in others:
+        assert load.errors == []
+        assert load.right(3.0)
+        assert load.slowest_s < LATENCY_MAX_S
+
+
+@pytest.mark.parametrize("door", ["http", "grpc"])
+def test_a_model_that_stops_is_ended_after_its_time_and_works_again(door, tmp_path):
+    with serving(tmp_path, "--timeout-s", "0.7", stuck=2.0, other=3.0) as (server, _), loads(server, "other") as others:
+        (instance,) = instances(server, "stuck")
+        instance.send_signal(signal.SIGSTOP)
+        with Model(f"{door}://{server.endpoints[door]}", "stuck", shm=False) as model:
+            with pytest.raises(Unavailable):
+                model.predict(X)
+            until(lambda: not instance.is_running(), "the stopped process is ended")
+
+            def answered():
+                with contextlib.suppress(Unavailable):
+                    return model.predict(X)[0, 0] == 2.0
+
+            until(answered, "the model answers again")
+        for load in others:
+            load.more()
+    for load in others:
+        assert load.errors == []
+        assert load.right(3.0)
+        assert load.slowest_s < LATENCY_MAX_S
+
+
+def test_no_request_fails_while_a_model_is_swapped_and_a_bad_file_changes_nothing(tmp_path):
+    with serving(tmp_path, model=2.0) as (server, models), loads(server, "model") as both:
+        for factor in (4.0, 8.0):
+            for load in both:
+                load.more()
+            write_scaled(models / "model.onnx", factor)
+            assert ask_http(server, "POST", "/v2/repository/models/model/load")[0] == 200
+            with Model(f"http://{server.http}", "model") as model:  # from the load's answer on, nobody gets the old one
+                assert model.predict(X)[0, 0] == factor
+        (models / "model.onnx").write_bytes(b"no model")
+        status, told, _ = ask_http(server, "POST", "/v2/repository/models/model/load")
+        assert status == 400
+        assert "model.onnx" in told["error"]
+        for load in both:
+            load.more()
+    for load in both:
+        assert load.errors == []
+        assert load.right(2.0, 4.0, 8.0)
+        assert load.factors() == {2.0, 4.0, 8.0}
+
+
+def test_unloading_answers_what_was_accepted_and_refuses_the_rest_in_words(tmp_path):
+    with serving(tmp_path, gone=2.0, other=3.0) as (server, _), loads(server, "other") as others:
+        with loads(server, "gone") as both:
+            for load in both:
+                load.more()
+            assert ask_http(server, "POST", "/v2/repository/models/gone/unload")[0] == 200
+            until(lambda: all(load.errors for load in both), "both doors refuse")
+        for load in both:
+            assert load.right(2.0)
+            assert "gone" in str(load.errors[0])
+        assert not instances(server, "gone")
+        assert ask_http(server, "POST", "/v2/repository/models/gone/load")[0] == 200
+        with Model(f"grpc://{server.grpc}", "gone") as model:
+            assert model.predict(X)[0, 0] == 2.0
+    for load in others:
+        assert load.errors == []
+        assert load.right(3.0)
+
+
+def test_sigterm_under_load_answers_all_that_was_accepted_over_both_doors(tmp_path):
+    with serving(tmp_path, model=2.0) as (server, models):
+        write_slow(models / "slow.onnx")
+        assert ask_http(server, "POST", "/v2/repository/models/slow/load")[0] == 200
+        with loads(server, "slow") as both:
+            for load in both:
+                load.more(3)
+            server.process.terminate()
+            until(lambda: server.process.poll() is not None, "the server leaves")
+            until(lambda: all(load.errors for load in both), "both doors are closed")
+        assert server.process.returncode == 0
+        assert json.loads((tmp_path / "w" / "result.json").read_text()) == {"state": "done", "drained": True}
+        for load in both:
+            assert load.right(1.0)
+            assert all(isinstance(error, Unavailable) for error in load.errors), load.errors
+
+
+def test_a_server_killed_under_load_leaves_a_clear_error_and_no_process(tmp_path):
+    with serving(tmp_path, model=2.0) as (server, _), loads(server, "model") as both:
+        for load in both:
+            load.more()
+        left = instances(server, "model")
+        server.process.kill()
+        until(lambda: not any(process.is_running() and process.status() != "zombie" for process in left), "instances leave")
+        until(lambda: all(load.errors for load in both), "clients are told")
+    for load in both:
+        assert load.right(2.0)
+        assert all(isinstance(error, Unavailable) for error in load.errors), load.errors
