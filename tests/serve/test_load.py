@@ -36,10 +36,11 @@ def run(spec, tmp_path):
 
 
 @pytest.mark.parametrize("interaction", ["sync", "async"])
-@pytest.mark.parametrize("kind", ["simple", "http", "grpc"])
+@pytest.mark.parametrize("kind", ["simple", "http", "shm", "grpc"])
 def test_an_application_measures_every_cell_and_finds_every_answer_right(kind, interaction, spec, server, tmp_path):
     if kind != "simple":
-        spec = replace(spec, target=f"{kind}://{server.endpoints[kind]}", model="digits")
+        door = "http" if kind == "shm" else kind
+        spec = replace(spec, target=f"{kind}://{server.endpoints[door]}", model="digits")
     done = run(replace(spec, interaction=interaction, concurrency=3), tmp_path)
     assert done.returncode == 0, done.stderr
     result = read_load_result(tmp_path)

@@ -26,7 +26,7 @@ class LoadSpec:
     """One application of study 3."""
 
     target: str
-    """``simple:PATH``, ``http://host:port`` or ``grpc://host:port``."""
+    """``simple:PATH``, ``http://host:port`` (never by shared memory), ``shm://host:port`` or ``grpc://host:port``."""
     model: str = ""
     """Name at the server; may be empty in-process."""
     interaction: Literal["sync", "async"] = "sync"
@@ -55,8 +55,8 @@ class LoadSpec:
     """In-process; 0: the lease's CPU share."""
 
     def __post_init__(self) -> None:
-        if not self.target.startswith(("simple:", "http://", "grpc://")):
-            raise SpecError(f"load.target is simple:PATH, http://host:port or grpc://host:port; found {self.target!r}")
+        if not self.target.startswith(("simple:", "http://", "shm://", "grpc://")):
+            raise SpecError(f"load.target is simple:PATH, or http, shm or grpc://host:port; found {self.target!r}")
         if self.interaction not in ("sync", "async"):
             raise SpecError(f"load.interaction is sync or async; found {self.interaction!r}")
         if not self.batches or min(self.batches) < 1 or max(self.batches) > 1 << 20:
