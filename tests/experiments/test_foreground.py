@@ -141,7 +141,8 @@ def start(home, *argv):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_folder_is_served_until_it_is_interrupted_and_then_all_is_free(home, folder, number):
     ports = ("--http-port", 0, "--grpc-port", 0)
-    with start(home, folder, *ports, "--cpus", 0.5, "--memory", "512MiB", "--json") as process:
+    batching = ("--instances", 2, "--threads", 2, "--max-batch-rows", 8, "--max-delay", "2ms", "--memory-budget", "16MiB")
+    with start(home, folder, *ports, "--cpus", 0.5, "--memory", "512MiB", *batching, "--json") as process:
         try:
             told = json.loads(process.stdout.readline())["listening"]
             (lease,) = verbs.leases(home=home, live=True)
@@ -161,6 +162,7 @@ def test_a_folder_is_served_until_it_is_interrupted_and_then_all_is_free(home, f
     assert process.returncode == 0, err
     ended = json.loads(out)
     assert (ended["run"]["state"], ended["exit_code"], ended["failed"]) == ("done", 0, "")
+    assert "; 3 requests answered; " in ended["closing"][-1]
     assert "CPU-s, peak memory" in ended["closing"][-1]
     assert not verbs.leases(home=home, live=True)
 

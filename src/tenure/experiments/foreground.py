@@ -8,6 +8,7 @@ until Ctrl-C (`stage_serve`), printing (`cli`).
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import math
@@ -184,6 +185,20 @@ def look(lease_id: str, endpoints: Mapping[str, str], path: Path) -> Listening:
     names = list(ModelFiles(path).scan())
     models = tuple(_look_at(address, name) for name in names[:MAX_TOLD])
     return Listening(lease_id=lease_id, endpoints=dict(endpoints), models=models)
+
+
+def answered(endpoints: Mapping[str, str]) -> str:
+    """Return how many requests a server has answered and how many failed, for people; empty when it does not say."""
+    client = http.client.HTTPConnection(reachable(endpoints["http"]), timeout=2.0)
+    try:
+        client.request("GET", "/v2/models/stats")
+        found = json.loads(client.getresponse().read())["model_stats"]
+        done, failed = (sum(stats["inference_stats"][key]["count"] for stats in found) for key in ("success", "fail"))
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return ""
+    finally:
+        client.close()
+    return f"; {done:,} requests answered" + (f", {failed:,} refused or failed" if failed else "")
 
 
 def reachable(address: str) -> str:

@@ -26,7 +26,7 @@ from tenure.experiments.architectures import (
     server_command,
 )
 from tenure.experiments.context import RunContext, undisturbed
-from tenure.experiments.foreground import Listening, look
+from tenure.experiments.foreground import Listening, answered, look
 from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
 from tenure.protocols import Exit, ExitKind, Launched, LaunchRequest
@@ -271,6 +271,7 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     if context.listening is not None:
         _tell(context, job, look(server.lease_id, server.endpoints, model))
     context.step(job.name, "serve", envelope.describe())
+    told = ""
     try:
         ended = _held(context, server, envelope, f"serving {what} at {where}")
     except KeyboardInterrupt:
@@ -278,6 +279,7 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
             raise
         with undisturbed():
             context.progress("answering what was accepted, then leaving")
+            told = answered(server.endpoints)
             ended = server.stop()
     if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
         raise JobFailed(
@@ -287,11 +289,9 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     if context.listening is not None and (ended.result or {}).get("drained") is False:
         raise JobFailed(f"stage {job.name}: some requests that the server had accepted were not answered within {DRAIN_S:g} s")
     held_s = ended.ended_at_s - ended.started_at_s
-    used = ended.usage
-    spent = (
-        f"; {used.cpu_s:.1f} CPU-s, peak memory {show_bytes(used.peak_memory_bytes)} of {envelope.describe()}" if used else ""
-    )
-    line = f"served at {where} for {held_s:.1f} s; ended {ended.kind}{spent}"
+    line = f"served at {where} for {held_s:.1f} s; ended {ended.kind}{told}"
+    if (used := ended.usage) is not None:
+        line += f"; {used.cpu_s:.1f} CPU-s, peak memory {show_bytes(used.peak_memory_bytes)} of {envelope.describe()}"
     context.close_step(job.name, "serve", line)
 
 
