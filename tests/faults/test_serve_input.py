@@ -62,6 +62,7 @@ WRONG = {
     "a length of 2^63 - 1": tensor(shape=[HUGE, WIDTH]),
     "a thousand dimensions": tensor(shape=[1] * 1000),
     "no dimension": tensor(shape=[]),
+    "nothing, of lengths that no array has": tensor(shape=[0, 2**62, 2**62]),
 }
 
 
@@ -87,6 +88,22 @@ def test_a_tensor_that_does_not_fit_is_refused_with_a_reason_by_grpc(what, serve
     code, told = call(server, v2.ModelInferRequest(model_name="one", inputs=[one], raw_input_contents=[bytes(ROW_BYTES)]))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, told
     assert told
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [2**32, 0, 10**15, 2**32], [0, WIDTH + 1], [HUGE, 0]])
+def test_an_empty_tensor_of_impossible_lengths_is_refused_by_every_encoding(shape, server):
+    typed = {"name": "x", "datatype": "FP32", "shape": shape}
+    one = v2.ModelInferRequest.InferInputTensor(**typed)
+    for message in (
+        v2.ModelInferRequest(model_name="one", inputs=[one]),
+        v2.ModelInferRequest(model_name="one", inputs=[one], raw_input_contents=[b""]),
+    ):
+        code, told = call(server, message)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, told
+    text = json.dumps({"inputs": [{**typed, "parameters": {"binary_data_size": 0}}]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    assert ask_http(server, "POST", "/v2/models/one/infer", text, headers.items())[0] == 400
+    assert ask_http(server, "POST", "/v2/models/one/infer", json.dumps({"inputs": [{**typed, "data": []}]}).encode())[0] == 400
 
 
 def call(server, message):

@@ -40,6 +40,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+_MAX_ELEMENTS = 1 << 59
+"""NumPy counts bytes in a signed 64-bit number and leaves zeros out of the count."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMetadata:
     """One input or output of a model."""
@@ -80,9 +84,14 @@ def dtype_of(datatype: str, *, tensor: str) -> np.dtype[Any]:
 
 
 def element_count(shape: Sequence[int], *, tensor: str) -> int:
-    """Return how many elements a shape claims, as an exact integer. Raises InputRefused for negative lengths, rank > 32."""
+    """Return how many elements a shape claims, as an exact integer.
+
+    Raises InputRefused for negative lengths, rank > 32, and lengths that no array can have beside one of zero.
+    """
     if len(shape) > 32 or any(length < 0 for length in shape):
         raise InputRefused(f'tensor "{tensor}" has shape {list(shape)[:33]}; lengths must be >= 0, at most 32 of them')
+    if 0 in shape and math.prod(length or 1 for length in shape) > _MAX_ELEMENTS:
+        raise InputRefused(f'tensor "{tensor}" has shape {list(shape)}, whose other lengths no array can have')
     return math.prod(shape)
 
 
