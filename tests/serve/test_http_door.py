@@ -11,8 +11,11 @@ import pytest
 from tenure.errors import Unavailable
 from tenure.serve.faults import ModelFailed, Overloaded
 from tenure.serve.limits import DoorLimits
+from tenure.serve.tensors import TensorMetadata
 
+from .fakes import FakePlane
 from .http_door import X, get, head, json_request, raw_body, raw_request, run
+from .models import Kind
 
 
 def doubled(reply, x=X):
@@ -222,6 +225,33 @@ def test_old_and_closing_clients_are_answered_as_they_ask():
         doubled(await wire.ask(raw_request().replace(b"HTTP/1.1", b"HTTP/1.0")))
         assert await wire.ended() == b""
         assert (await bench.ask(b"\r\n" + get("/v2/health/live"))).status == 200
+
+    run(go)
+
+
+def test_a_thousand_outputs_are_written_together():
+    names = tuple(TensorMetadata(f"y{n}", "FP32", (-1, 4)) for n in range(1100))
+    wide = Kind((TensorMetadata("x", "FP32", (-1, 4)),), names, lambda arrays: {each.name: arrays["x"] for each in names})
+
+    async def go(bench):
+        wire = await bench.wire()
+        for _ in range(2):
+            reply = await wire.ask(raw_request(path="/v2/models/wide/infer"))
+            assert (reply.array(np.float32).reshape(1100, 2, 4) == X).all()
+
+    run(go, plane=FakePlane(wide=wide))
+
+
+def test_what_goes_wrong_while_a_long_answer_is_written_is_told(caplog, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    async def go(bench):
+        wire = await bench.wire()
+        monkeypatch.setattr("tenure.serve.http_answers.pack", fail)
+        reply = await wire.ask(raw_request(np.ones((40_000, 4), np.float32), "Accept-Encoding: gzip"))
+        assert (reply.status, "ZeroDivisionError" in reply.json["error"]) == (500, True)
+        doubled(await wire.ask(raw_request()))
 
     run(go)
 

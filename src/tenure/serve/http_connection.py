@@ -188,7 +188,7 @@ class Connection(Writing):
             self._note_arrival()
             return 0
         known = self._known
-        if known.target is not target or len(known.content) != end - at or not data.startswith(known.content, at):
+        if known.target != target or len(known.content) != end - at or not data.startswith(known.content, at):
             other = None if whole and data.find(_IN_REGION, at, end) < 0 else self._recall(target, view[at:end])
             if other is None:
                 self._begin(head)

@@ -34,6 +34,8 @@ HEAD, BODY, COLLECT, BUSY, DISCARD, LINGER = range(6)
 client's leaving."""
 DISCARD_BYTES = 1 << 20
 """A refused body's rest up to this is read and forgotten, so that the connection stays usable; past it, it is closed."""
+_MAX_PARTS = 512
+"""Of one write; systems take about a thousand."""
 _LEAVING_S = 0.25
 """How long a client may take to leave when the door closes."""
 NO_HEAD = Head(raw=b"\0", method="", path=(), keep_alive=False, old=False)
@@ -133,11 +135,13 @@ class Writing(asyncio.BufferedProtocol):
     async def _render_aside(self, work: Callable[[], tuple[bytes, list[memoryview]]], sizes: int) -> None:
         try:
             first, parts = await self._door.in_thread(work)
+            if not self._gone:
+                self._send(first, parts)
+                self._next()
+        except Exception as error:
+            self._fail(error, done=True)
         finally:
             self._door.unsent_bytes -= sizes
-        if not self._gone:
-            self._send(first, parts)
-            self._next()
 
     def _reply(self, found: Reply) -> None:
         self._send(message(found, self._head, close=self._door.leaving or not self._head.keep_alive), [])
@@ -180,6 +184,8 @@ class Writing(asyncio.BufferedProtocol):
 
     def _send(self, first: bytes, parts: list[memoryview]) -> None:
         """Write to the socket itself; what it does not take is kept by the transport, and reading stops meanwhile."""
+        if len(parts) > _MAX_PARTS:
+            first, parts = b"".join([first, *parts]), []
         try:
             sent = os.writev(self._fd, [first, *parts]) if not self.unsent_bytes else 0
         except (BlockingIOError, InterruptedError):
