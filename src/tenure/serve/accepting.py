@@ -58,7 +58,11 @@ class Acceptor:
                 return
             task = self._loop.create_task(self._connect(accepted))
             self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._opening.discard(task)
+        self.resume()  # a connection that has just been made was counted twice until now
 
     async def _connect(self, accepted: socket.socket) -> None:
         try:

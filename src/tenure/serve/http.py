@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import errno
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from tenure.errors import Unavailable
+from tenure.serve.accepting import Acceptor
 from tenure.serve.codec_http import Template, decode_request
 from tenure.serve.http1 import Head, parse_head
 from tenure.serve.http_connection import Connection
@@ -29,7 +29,6 @@ _SCRATCH_BYTES = 64 << 10
 _MAX_KNOWN = 1024
 _MAX_KNOWN_BYTES = 4 << 10
 """Of one head or JSON that is remembered: 2 × 1024 × 4 KiB in all."""
-_ACCEPTS_AT_ONCE = 64
 _T = TypeVar("_T")
 
 
@@ -56,12 +55,10 @@ class HttpDoor:
         self.tick_s = min(1.0, min(times) / 4)
         self._clock = clock
         self._connections: set[Connection] = set()
-        self._opening = 0
         self._heads: dict[bytes, Head] = {}
         self._known: dict[tuple[tuple[str, str], bytes], Known] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._bound: socket.socket | None = None
-        self._accepting = False
+        self._acceptor: Acceptor | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
@@ -69,14 +66,17 @@ class HttpDoor:
 
     async def open(self, bound: socket.socket) -> None:
         """Start accepting on a bound, listening socket, which stays the caller's."""
-        bound.setblocking(False)
-        self._loop, self._bound = asyncio.get_running_loop(), bound
+        self._loop = asyncio.get_running_loop()
+        self._acceptor = Acceptor(
+            bound, lambda: Connection(self), most=self.limits.max_connections, open_now=lambda: len(self._connections)
+        )
         self._tick()
 
     async def close(self, grace_s: float) -> None:
         """Stop accepting, tell connections to leave, wait for the answers that are due, at most `grace_s`; then close all."""
         self.leaving = True
-        self._pause_accepting()
+        if self._acceptor is not None:
+            self._acceptor.close()
         for connection in list(self._connections):
             connection.leave()
         try:
@@ -110,11 +110,14 @@ class HttpDoor:
     def joined(self, connection: Connection) -> None:
         """Count a connection that has been made."""
         self._connections.add(connection)
+        if self.leaving:
+            connection.leave()
 
     def left(self, connection: Connection) -> None:
         """Forget a connection that is no more."""
         self._connections.discard(connection)
-        self._resume_accepting()
+        if self._acceptor is not None:
+            self._acceptor.resume()
         self._changed.set()
 
     def head(self, raw: bytes) -> Head:
@@ -199,56 +202,15 @@ class HttpDoor:
         except RuntimeError:
             pass  # the loop is closed: so is the plane
 
-    # Accepting and time
+    # Time
 
     def _tick(self) -> None:
         self.now_s = self._clock()
         for connection in list(self._connections):
             connection.check(self.now_s)
-        self._resume_accepting()
+        if self._acceptor is not None:
+            self._acceptor.resume()
         self._timer = self.loop.call_later(self.tick_s, self._tick)
-
-    def _resume_accepting(self) -> None:
-        if not self._accepting and self._bound is not None and not self.leaving and not self._full:
-            self._accepting = True
-            self.loop.add_reader(self._bound.fileno(), self._accept)
-
-    def _pause_accepting(self) -> None:
-        if self._bound is not None and self._accepting:
-            self._accepting = False
-            self.loop.remove_reader(self._bound.fileno())
-
-    @property
-    def _full(self) -> bool:
-        return len(self._connections) + self._opening >= self.limits.max_connections
-
-    def _accept(self) -> None:
-        assert self._bound is not None
-        for _ in range(_ACCEPTS_AT_ONCE):
-            if self._full:
-                self._pause_accepting()  # whoever leaves makes room
-                return
-            try:
-                accepted, _ = self._bound.accept()
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._pause_accepting()  # not a busy loop: the next tick tries again
-                return
-            self._opening += 1
-            self.start(self._connect(accepted))
-
-    async def _connect(self, accepted: socket.socket) -> None:
-        try:
-            accepted.setblocking(False)
-            await self.loop.connect_accepted_socket(lambda: Connection(self), accepted)
-        except OSError:
-            accepted.close()  # it left before it was met
-        finally:
-            self._opening -= 1
-            self._resume_accepting()
-            if self.leaving:
-                for connection in list(self._connections):
-                    connection.leave()
 
 
 def _remember(cache: dict[Any, Any], key: Any, found: Any, size_bytes: int) -> None:
