@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,6 +137,29 @@ class TestScikit(EngineContract):
         engine = load_engine(self._dump(near, tmp_path / "near.skops"), threads=1)
         assert engine._estimator[0].n_jobs == 1
         np.testing.assert_array_equal(engine.infer({"x": x})["label"], near.predict(x))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages and needs the GNU C library")
+def test_memory_that_only_loading_needed_is_given_back(tmp_path):
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    names = ["x", *(f"x{index}" for index in range(1, 12)), "y"]
+    weights = np.random.default_rng(0).normal(size=(12, 256, 256, 3, 3)).astype(np.float32)
+    save(
+        tmp_path / "deep.onnx",
+        [helper.make_node("Conv", [names[i], f"w{i}"], [names[i + 1]], pads=[1] * 4) for i in range(12)],
+        [helper.make_tensor_value_info("x", kind, ["n", 256, 8, 8])],
+        [helper.make_tensor_value_info("y", kind, ["n", 256, 8, 8])],
+        [helper.make_tensor(f"w{i}", kind, weights[i].shape, weights[i].tobytes(), raw=True) for i in range(12)],
+    )
+    code = (
+        "import sys, psutil, tenure.serve.engines.onnx_runtime, onnxruntime; from tenure.serve.engines import load_engine\n"
+        "before = psutil.Process().memory_info().rss; engine = load_engine(sys.argv[1])\n"
+        "print(psutil.Process().memory_info().rss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "deep.onnx")], capture_output=True, timeout=60, check=True
+    )
+    assert int(done.stdout) < 1.8 * weights.nbytes  # 3 without giving back
 
 
 def test_onnx_text_passes_and_text_that_is_not_utf8_is_refused(tmp_path):
