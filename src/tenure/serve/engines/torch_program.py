@@ -9,6 +9,7 @@ On a CUDA device calls go through `pt2.graphs`.
 from __future__ import annotations
 
 import ctypes
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,13 +36,15 @@ def load(path: Path, setting: Setting) -> TorchEngine:
         import torch  # heavy: only where such a model is really loaded
     except ImportError as error:
         raise MissingExtra("torch", "torch", "Running an exported program of torch") from error
-    check_program(path)
+    content = io.BytesIO(path.read_bytes())
+    check_program(content, path)
+    content.seek(0)
     if setting.device != "cpu" and not torch.cuda.is_available():
         raise SpecError(f'{path} is to run on device "{setting.device}", but torch finds no CUDA device here')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's about its own insides
-            return TorchEngine(torch, torch.export.load(path), path, setting)
+            return TorchEngine(torch, torch.export.load(content), path, setting)
     except TenureError:
         raise
     except Exception as error:  # a program of another version of torch raises whatever its reader met

@@ -61,12 +61,15 @@ _FUNCTIONS = frozenset(
 )  # fmt: skip
 
 
-def check_program(path: Path) -> None:
-    """Refuse a .pt2 file that could run code when it is loaded, or is no exported program. Raises SpecError."""
+def check_program(content: io.BytesIO, path: Path) -> None:
+    """Refuse a .pt2 file that could run code when it is loaded, or is no exported program. Raises SpecError.
+
+    content: what will be loaded, in memory, so that nobody can change it in between. path: what the errors name.
+    """
     import torch  # heavy: only where such a model is really loaded
 
     try:
-        reader = torch._C.PyTorchFileReader(str(path))  # the reader that torch.export.load uses: both see the same records
+        reader = torch._C.PyTorchFileReader(content)  # the reader that torch.export.load uses: both see the same records
         records = list(reader.get_all_records())
         models = [json.loads(reader.get_record(r)) for r in records if r.startswith("models/") and r.endswith(".json")]
         payloads = [json.loads(reader.get_record(r)) for r in records if r.endswith("_config.json")]
