@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import uvloop
-from tests.serve.wire_server import Request, WireServer, same
+from tests.serve.wire_server import METADATA, Request, WireServer, same
 
 from tenure.errors import Unavailable
 from tenure.serve import Model
@@ -405,6 +405,45 @@ def test_shared_memory_can_be_refused_and_insisted_on(ask, shares):
         assert shares.from_memory == 1
     with WireServer(shares) as server, pytest.raises(Unavailable, match="system_shared_memory"):
         ask(ask.model(server.url, shm=True), BIG)
+
+
+def test_a_server_that_does_not_speak_of_shared_memory_in_time_costs_no_more_than_the_timeout(ask):
+    ended = threading.Event()
+
+    class Silent(WireServer):
+        def _one(self, connection, stream):
+            first = stream.readline()
+            if b"/v2 " in first:
+                ended.wait(10)
+                return False
+            while stream.readline().strip():
+                pass
+            return Request(connection, "", "", {}, b"").answer(content=METADATA)
+
+    with Silent(Request.answer_same) as server:
+        model = ask.model(server.url, timeout_s=0.3)
+        model.metadata()
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable, match=r"within 0.3 s"):
+            ask(model, BIG)
+        assert time.monotonic() - began_s < 5
+        ended.set()
+
+
+def test_a_server_that_is_too_busy_to_open_a_region_is_asked_again_later(ask, shares):
+    busy = iter([1])
+
+    def handle(request: Request):
+        if request.path.endswith("/register") and next(busy, None):
+            return request.answer(429, {"error": "full"}, "Retry-After-Ms: 5")
+        return shares(request)
+
+    with WireServer(handle, extensions=SHM) as server:
+        model = ask.model(server.url)
+        with pytest.raises(Overloaded):
+            ask(model, BIG)
+        np.testing.assert_array_equal(ask(model, BIG), BIG)
+        assert shares.from_memory == 1
 
 
 def test_a_server_started_anew_is_given_a_new_region(ask, shares):

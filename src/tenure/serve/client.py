@@ -160,7 +160,7 @@ class Model:
         Files that can't be read or decoded come back with their reason and no classes. Memory is bounded however many
         files there are. preparation: how a picture becomes the model's input (`pixels.preparation_for`); None finds it
         out, for a model that takes integers. output: which one holds the scores, where there are several. batch: files
-        per request, 0: 8 where the model takes any number. workers: threads that decode; 0: the usable cores and two.
+        per request, 0: 8 where the model takes any number. workers: threads that decode; 0: half as many again as usable cores.
         A model in this process answers as many requests at once as it has instances: for files, one of one thread per core.
         Raises SpecError (the model takes no pictures, or something has to be said), and as predict.
         """

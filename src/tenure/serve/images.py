@@ -83,7 +83,8 @@ def classify(
         rows=_rows(metadata, batch),
         fixed=taken.shape[0] > 0,
     )
-    return _ordered(task, (os.fspath(file) for file in files), workers or leased_threads(os.environ) + 2)
+    cores = leased_threads(os.environ)
+    return _ordered(task, (os.fspath(file) for file in files), workers or cores + max(2, cores // 2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=0, help="height and width, where the model takes any")
     parser.add_argument("--output", default="", help="the output that holds the scores, where there are several")
     parser.add_argument("--batch", type=int, default=0, help="files per request (8, where the model takes any number)")
-    parser.add_argument("--workers", type=int, default=0, help="threads that decode and ask (usable cores + 2)")
+    parser.add_argument("--workers", type=int, default=0, help="threads that decode and ask (1.5 x usable cores)")
     parser.add_argument("--instances", type=int, default=0, help="copies of a model file in this process (usable cores)")
     parser.add_argument("--threads", type=int, default=0, help="per instance (1)")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="of one request")

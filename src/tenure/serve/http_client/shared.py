@@ -24,6 +24,8 @@ PAYS_FROM_BYTES = 128 << 10
 """Inputs from this size on go by shared memory. Measured on loopback with a server that only answers: alike at 64 KiB, 1.4
 times as many requests at 128 KiB, twice as many at 600 KB."""
 _CONTROL_TIMEOUT_S = 5.0
+"""Of asking for and about regions, or the client's own timeout if that is shorter."""
+_NOT_NOW = (429, 503)
 _EXTENSION = "system_shared_memory"
 _PATH = "/v2/systemsharedmemory"
 
@@ -60,18 +62,18 @@ class SharedInputs:
     def take(self, inputs: Mapping[str, Array]) -> Part | None:
         """Return room for these inputs, registered with the server; None: let them travel in the body.
 
-        Raises Unavailable when shared memory was insisted on and can't be had.
+        Raises Unavailable when shared memory was insisted on and can't be had, or when nobody answers; Overloaded.
         """
         try:
             if not self._offered:
                 self._offered = self._is_offered()
             return self._regions.take(offsets(inputs)[1], self._register)
-        except (TenureError, OSError) as error:
+        except (_Refused, OSError) as error:
             if self._insist:
                 raise Unavailable(
                     f"no shared memory with http://{self._address}: {error}. Leave it to Tenure: shm=None"
                 ) from error
-            self._off = not isinstance(error, Unavailable) or isinstance(error, _Refused)
+            self._off = True
             return None
 
     def give(self, part: Part) -> None:
@@ -113,7 +115,7 @@ class SharedInputs:
         for name in self._regions.close():
             try:
                 self._post(f"{_PATH}/region/{name}/unregister", {})
-            except TenureError:
+            except (TenureError, _Refused):
                 return
 
     def _is_offered(self) -> bool:
@@ -131,11 +133,13 @@ class SharedInputs:
         body = msgspec.json.encode(content)
         head = v2json.post_head(self._address, path, len(body), "Content-Type: application/json")
         found, said, *_ = self._ask([head, body], _CONTROL_TIMEOUT_S)
+        if found.status in _NOT_NOW:
+            raise v2json.told_error(found, said)
         if found.status != 200:
             raise _Refused(str(v2json.told_error(found, said)))
 
 
-class _Refused(Unavailable):
+class _Refused(Exception):
     """The server said no: asking again is useless."""
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tenure.serve.http_client.streaming import Streams
 
 _KEPT_HEADS = 256
+_READY_TIMEOUT_S = 2.0
 T = TypeVar("T")
 
 
@@ -60,7 +61,7 @@ class HttpTransport:
     def ready(self) -> bool:
         """See Transport."""
         try:
-            head = self._ask([v2json.get_head(self._named, "/v2/health/ready")])[0]
+            head = self._ask([v2json.get_head(self._named, "/v2/health/ready")], _READY_TIMEOUT_S)[0]
         except Unavailable:
             return False
         return head.status == 200
@@ -97,6 +98,8 @@ class HttpTransport:
                 else:
                     requests.append([self._shared.request(part, key, name, inputs, outputs)])
             answers = self._sync.exchange_all(requests, self._timeout_s)
+        except TenureError as error:  # no region could be had now: nothing was sent
+            return [error for _ in many]
         finally:
             for part in parts:
                 if part is not None:
@@ -174,7 +177,7 @@ class HttpTransport:
 
     def _ask(self, buffers: Sequence[Buffer], timeout_s: float | None = None) -> Answered:
         try:
-            return self._sync.exchange(buffers, timeout_s or self._timeout_s)
+            return self._sync.exchange(buffers, min(timeout_s or self._timeout_s, self._timeout_s))
         except (OSError, NotHttp) as error:
             raise self._unavailable(error) from error
 
