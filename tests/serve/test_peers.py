@@ -17,6 +17,9 @@ from tests.serve.conftest import Digits, Server, make_identity
 pytestmark = pytest.mark.real
 
 HOME = homes.default_root() / "tritonclient"
+if not homes.made(HOME.parent, HOME.name):
+    pytest.skip(f"tritonclient and perf_analyzer are not below {HOME.parent}: make peers", allow_module_level=True)
+
 PROGRAM = Path(__file__).with_name("tritonclient_checks.py")
 DOORS = ("http", "grpc")
 TYPES = ("INT64", "STRING", "BOOL", "FLOAT16", "UINT8")
@@ -34,16 +37,9 @@ CHECKED_ONCE = (
 NAMES = (*(f"{name} over {door}" for name in CHECKED for door in DOORS), *CHECKED_ONCE)
 
 
-def need_peers() -> Path:
-    if not homes.made(HOME.parent, HOME.name):
-        pytest.skip(f"tritonclient and perf_analyzer are not below {HOME.parent}: make peers")
-    return homes.python(HOME)
-
-
 @pytest.fixture(scope="module")
 def served(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of its own: models are unloaded here."""
-    need_peers()
     models = tmp_path_factory.mktemp("peer-models")
     (models / "digits.onnx").write_bytes(digits.path.read_bytes())
     for kind in TYPES:
@@ -60,7 +56,7 @@ def told(served: Server) -> dict[str, str]:
     where = {"http": served.http, "grpc": served.grpc, "limit_bytes": LIMIT_BYTES, "models": models}
     try:
         done = subprocess.run(
-            [str(need_peers()), str(PROGRAM), json.dumps(where)],
+            [str(homes.python(HOME)), str(PROGRAM), json.dumps(where)],
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
@@ -104,7 +100,6 @@ def test_perf_analyzer_streams_over_grpc(served: Server, tmp_path: Path) -> None
 
 
 def run_perf_analyzer(served: Server, folder: Path, door: str, options: tuple[str, ...], levels: int) -> None:
-    need_peers()
     argv, env = perf_analyzer.command(HOME)
     table = folder / "table.csv"
     address = {"http": served.http, "grpc": served.grpc}[door]
