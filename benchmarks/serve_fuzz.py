@@ -253,6 +253,8 @@ def _server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @contextmanager

@@ -29,6 +29,20 @@ def write_scaled(path: Path, factor: float) -> None:
     _write(path, [onnx.helper.make_node("Mul", ["x", "k"], ["y"])], [onnx.helper.make_tensor("k", 1, [], [factor])])
 
 
+def write_picky(path: Path) -> None:
+    """Write x -> y = x that raises on inputs below zero: they are looked up outside of a table."""
+    helper, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Sign", ["x"], ["sign"]),
+        helper.make_node("Relu", ["sign"], ["positive"]),
+        helper.make_node("Sub", ["positive", "sign"], ["below"]),  # 1 where x is below zero, else 0
+        helper.make_node("Cast", ["below"], ["index"], to=kinds.INT64),
+        helper.make_node("Gather", ["zero", "index"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    _write(path, nodes, [helper.make_tensor("zero", kinds.FLOAT, [1], [0.0])])
+
+
 def write_slow(path: Path, turns: int = 200_000) -> None:
     """Write x -> y = x after so many turns of a loop: tens of milliseconds of work in one run."""
     helper, kinds = onnx.helper, onnx.TensorProto
@@ -103,10 +117,11 @@ def ask_http(server: Server, method: str, path: str, body: bytes = b"", headers=
 class Load:
     """Threads that ask one model in turn, over one door each, until told to stop."""
 
-    def __init__(self, target: str, model: str, *, threads: int = 2, timeout_s: float = 10.0) -> None:
+    def __init__(self, target: str, model: str, *, threads: int = 2, timeout_s: float = 10.0, positive: bool = False) -> None:
         self.answers: list[tuple[np.ndarray, np.ndarray]] = []
         self.errors: list[BaseException] = []
         self.slowest_s = 0.0
+        self._positive = positive
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(target, model, seed, timeout_s), daemon=True) for seed in range(threads)
@@ -119,6 +134,7 @@ class Load:
         with Model(target, model, timeout_s=timeout_s, shm=False) as client:
             while not self._stop.is_set():
                 x = rng.normal(size=(1, WIDTH)).astype(np.float32)
+                x = np.abs(x) if self._positive else x
                 began_s = time.monotonic()
                 try:
                     self.answers.append((x, client.predict(x)))

@@ -10,8 +10,9 @@ from tests.serve.conftest import Server
 
 from tenure.errors import Unavailable
 from tenure.serve.client import Model
+from tenure.serve.faults import InputRefused
 
-from .serving import WIDTH, ask_http, instances, loads, until, write_scaled, write_slow
+from .serving import WIDTH, ask_http, instances, loads, until, write_picky, write_scaled, write_slow
 
 pytestmark = pytest.mark.real
 X = np.ones((1, WIDTH), np.float32)
@@ -31,12 +32,6 @@ def serving(tmp_path, *options, **factors):
         yield server, models
     finally:
         server.end()
-
-
-def outcomes(server, model):
-    _, found, _ = ask_http(server, "GET", f"/v2/models/{model}/stats")
-    (stats,) = found["model_stats"]
-    return stats["inference_stats"]["success"]["count"], stats["inference_stats"]["fail"]["count"]
 
 
 def test_an_instance_killed_under_load_is_started_again_and_only_its_own_calls_may_fail(tmp_path):
@@ -60,6 +55,27 @@ def test_an_instance_killed_under_load_is_started_again_and_only_its_own_calls_m
         assert load.errors == []
         assert load.right(3.0)
         assert load.slowest_s < LATENCY_MAX_S
+
+
+def test_a_model_that_raises_fails_that_call_alone_though_it_had_company(tmp_path):
+    with serving(tmp_path, "--max-delay-ms", "2", other=3.0) as (server, models):
+        write_picky(models / "picky.onnx")
+        assert ask_http(server, "POST", "/v2/repository/models/picky/load")[0] == 200
+        with loads(server, "picky", positive=True) as both:
+            for door, address in server.endpoints.items():
+                with Model(f"{door}://{address}", "picky", shm=False) as model:
+                    for _ in range(20):
+                        with pytest.raises(InputRefused, match=r"(?i)indices|index|bounds"):
+                            model.predict(-X)
+            for load in both:
+                load.more()
+            before = [instance.pid for instance in instances(server, "picky")]
+        for load in both:
+            assert load.errors == []
+            assert load.right(1.0)
+        assert len(before) == 1
+        _, stats, _ = ask_http(server, "GET", "/v2/models/picky/stats")
+        assert stats["model_stats"][0]["inference_stats"]["fail"]["count"] == 40
 
 
 @pytest.mark.parametrize("door", ["http", "grpc"])
