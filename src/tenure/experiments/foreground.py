@@ -165,7 +165,10 @@ def _envelope(spec: ForegroundSpec, node: Node) -> tuple[Envelope, str]:
     free_cpus = round(node.capacity.cpus - node.held_cpus, 3)
     free_bytes = node.capacity.memory_bytes - node.held_memory_bytes
     if not spec.cpus and free_cpus < 0.01:
-        raise Refused(f'leases hold all cores of node {node.name}; "tenure leases --live" lists them. Or ask with --cpus.')
+        raise Refused(
+            f'leases hold all cores of node {node.name}: "tenure leases --live" lists them, "tenure release LEASE" ends one. '
+            "A server takes all free cores unless it is started with --cpus."
+        )
     cpus = spec.cpus or free_cpus
     memory_bytes = spec.memory_bytes or free_bytes // 2 // (1 << 20) * (1 << 20)
     if memory_bytes < 64 << 20:
