@@ -64,7 +64,13 @@ def serve(
         ),
     ] = None,
     instances: Annotated[
-        int | None, typer.Option("--instances", metavar="N", min=1, help="Loaded copies of each model, each a process.")
+        int | None,
+        typer.Option(
+            "--instances",
+            metavar="N",
+            min=1,
+            help="Loaded copies of each model, each a process [default: from cores and model].",
+        ),
     ] = None,
     threads: Annotated[
         int | None,
