@@ -6,6 +6,8 @@
 | grpc-fields | fields of the message: values, types, sizes, claimed lengths, doubles | 32 streams at a time, each must end |
 | grpc-bytes | bytes of the message | " |
 | grpc-frame | gRPC's own frame: compressed flag, length, several, none | " |
+| grpc-packed | messages in gzip: whole, mutated, cut off, 40 MB of zeros in 40 KB | " |
+| grpc-stream | several messages, good and mutated, on one streaming call | " |
 | grpc-heads | request headers, well coded: timeouts, encodings, paths, missing ones | " |
 | http2-frames | types, flags, streams, lengths, order of HTTP/2 frames | alone; the connection must end or answer a ping |
 | http2-hpack | bytes of the header block | " |
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fuzz.report import Report
-from benchmarks.fuzz.values import INTEGERS, TEXTS, mutated_bytes
+from benchmarks.fuzz.values import INTEGERS, TEXTS, mutated_bytes, packed
 
 MODEL, WIDTH = b"same", 16
 STREAMS, ALONE = 32, 8
@@ -163,7 +165,7 @@ _MORE_CALLS = (
     b"%00",
     b"a" * 900,
 )
-_INFER = heads()
+_INFER, _STREAM, _PACKED = heads(), heads(b"ModelStreamInfer"), heads(b"ModelInfer", (b"grpc-encoding", b"gzip"))
 
 
 class Cases:
@@ -191,7 +193,14 @@ class Cases:
         if choice < 0.74:
             whole = infer(raw, rows) if rng.random() < 0.7 else infer_typed()
             return Case("grpc-bytes", _INFER, message(mutated_bytes(rng, _encode(whole))))
-        if choice < 0.86:
+        if choice < 0.78:
+            return Case("grpc-packed", _PACKED, message(packed(rng, _encode(infer(raw, rows))), flag=1))
+        if choice < 0.80:
+            parts = (
+                infer(raw, rows) if rng.random() < 0.5 else self._fields(infer(raw, rows)) for _ in range(rng.randint(0, 6))
+            )
+            return Case("grpc-stream", _STREAM, b"".join(message(_encode(each)) for each in parts))
+        if choice < 0.88:
             return Case("grpc-frame", _INFER, self._message(_encode(infer(raw, rows))))
         return self._heads(_encode(infer(raw, rows)))
 

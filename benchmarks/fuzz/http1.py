@@ -7,6 +7,8 @@
 | http-text | the bytes of the JSON | " |
 | http-sizes | binary sizes, shapes, types, header length | " |
 | http-values | the raw values | " |
+| http-packed | bodies in gzip: whole, mutated, cut off, 40 MB of zeros in 40 KB | " |
+| http-chunked | JSON as above, in chunks of any sizes with extensions and trailers | " |
 | http-path | path, method, version | " |
 | http-head | headers that are well formed: several, long, contradictory | alone; the connection must end or answer in time |
 | http-bytes | any byte of the whole request | " |
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fuzz.report import Report
-from benchmarks.fuzz.values import INTEGERS, SHAPES, TEXT_TRICKS, TEXTS, as_json, junk, mutated_bytes, mutated_tree
+from benchmarks.fuzz.values import INTEGERS, SHAPES, TEXT_TRICKS, TEXTS, as_json, junk, mutated_bytes, mutated_tree, packed
 
 MODEL, WIDTH = "same", 16
 PIPELINED, ALONE = 32, 8
@@ -87,11 +89,28 @@ class Cases:
             return Case("http-text", _request(INFER, text))
         if choice < 0.80:
             return Case("http-sizes", self._sizes())
-        if choice < 0.88:
+        if choice < 0.84:
+            return Case("http-packed", _request(INFER, packed(rng, as_json(self._tree(None, 1))), b"Content-Encoding: gzip"))
+        if choice < 0.87:
+            tree = self._tree(None, 1)
+            return Case("http-chunked", self._chunked(as_json(mutated_tree(rng, tree) if rng.random() < 0.5 else tree)))
+        if choice < 0.92:
             raw, rows = self._raw()
             values = mutated_bytes(rng, raw)[: len(raw)].ljust(len(raw), b"\xff")
             return Case("http-values", _binary(as_json(self._tree(raw, rows)), values), expected=values)
         return self._path()
+
+    def _chunked(self, body: bytes) -> bytes:
+        rng, chunks, at = self._rng, bytearray(), 0
+        while at < len(body):
+            size = rng.choice((1, 2, 7, 64, 4096))
+            part = body[at : at + size]
+            extension = rng.choice((b"", b"", b";a=b", b';c="d"'))
+            chunks += b"%x%b\r\n%b\r\n" % (len(part), extension, part)
+            at += size
+        trailers = rng.choice((b"", b"X-After: 1\r\n"))
+        lines = (b"POST " + INFER + b" HTTP/1.1", b"Host: fuzz", b"Transfer-Encoding: chunked", b"", b"")
+        return b"\r\n".join(lines) + bytes(chunks) + b"0\r\n" + trailers + b"\r\n"
 
     def _sizes(self) -> bytes:
         rng = self._rng

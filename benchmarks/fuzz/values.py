@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 from collections.abc import Iterator
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -102,6 +104,24 @@ def mutated_tree(rng: Random, tree: Any) -> Any:
 def as_json(tree: Any) -> bytes:
     """Return JSON text: NaN and infinities as Python writes them, lone surrogates escaped."""
     return json.dumps(tree, separators=(",", ":")).encode()
+
+
+def packed(rng: Random, data: bytes) -> bytes:
+    """Return the data as gzip: whole, mutated, cut off, twice, followed by rubbish, or 20 or 40 MB of zeros instead."""
+    choice = rng.random()
+    if choice < 0.002:
+        return _bomb(rng.choice((20, 40)))
+    whole = gzip.compress(data, 1, mtime=0)
+    if choice < 0.3:
+        return whole
+    if choice < 0.7:
+        return mutated_bytes(rng, whole)
+    return rng.choice((whole[: rng.randrange(len(whole))], whole + whole, gzip.compress(whole, 1, mtime=0), whole + b"x", b""))
+
+
+@cache
+def _bomb(megabytes: int) -> bytes:
+    return gzip.compress(bytes(megabytes * 10**6), 6, mtime=0)
 
 
 def mutated_bytes(rng: Random, data: bytes, *, most: int = 4) -> bytes:
