@@ -13,8 +13,11 @@ _KINDS = {
 }  # fmt: skip
 
 
-def write(path: Path, operators, inputs, outputs, constants=(), inner=()) -> Path:
-    """operators: (builtin name, options, names in, names out); tensors: (name, shape, datatype); constants: (name, array)."""
+def write(path: Path, operators, inputs, outputs, constants=(), inner=(), *, open_rows=False) -> Path:
+    """operators: (builtin name, options, names in, names out); tensors: (name, shape, datatype); constants: (name, array).
+
+    open_rows: declare the first dimension of inputs and outputs open.
+    """
     import flatbuffers
 
     s = schema()
@@ -35,6 +38,8 @@ def write(path: Path, operators, inputs, outputs, constants=(), inner=()) -> Pat
 
     for name, shape, datatype in (*inputs, *inner, *outputs):
         tensor(name, shape, _KINDS[datatype])
+        if open_rows:
+            graph.tensors[-1].shapeSignature = [-1, *shape[1:]]
     for name, array in constants:
         kind = {"f": "FLOAT32", "i": "INT32"}[array.dtype.kind]
         tensor(name, array.shape, kind, np.ascontiguousarray(array).tobytes())
@@ -104,7 +109,7 @@ def gather(path: Path) -> Path:
     )
 
 
-def fixed_reshape(path: Path) -> Path:
+def fixed_reshape(path: Path, *, open_rows: bool = False) -> Path:
     """x [1, 4] -> y [1, 2, 2] by a reshape that knows one row only."""
     return write(
         path,
@@ -112,6 +117,7 @@ def fixed_reshape(path: Path) -> Path:
         [("x", (1, 4), "FP32")],
         [("y", (1, 2, 2), "FP32")],
         [("shape", np.array([1, 2, 2], np.int32))],
+        open_rows=open_rows,
     )
 
 

@@ -35,7 +35,11 @@ class TestLiteRt(EngineContract):
         return make_tflite.dense(folder / "heavy.tflite", weights), weights.nbytes
 
 
-@pytest.mark.parametrize("make", [make_tflite.fixed_reshape, make_tflite.mixed_rows])
+def falsely_open(path):
+    return make_tflite.fixed_reshape(path, open_rows=True)
+
+
+@pytest.mark.parametrize("make", [make_tflite.fixed_reshape, make_tflite.mixed_rows, falsely_open])
 def test_a_model_whose_rows_cannot_be_stacked_says_one_row(tmp_path, make):
     engine = load_engine(make(tmp_path / "one.tflite"))
     assert engine.inputs[0].shape == (1, 4)

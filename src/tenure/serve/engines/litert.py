@@ -1,8 +1,9 @@
 """LiteRT (TensorFlow Lite) models on the CPU. Quantised tensors are what they are: UINT8 in, UINT8 out, no scaling here.
 
-Tensors have the names of the model's one signature, else their own. Most files fix the batch at 1. Such a model is tried
-out once, when it is loaded: it counts as batchable (first dimension -1) only when two different rows in one call give
-what each gives alone. Models with a fixed reshape inside, as many converted classifiers have, stay at [1, ...].
+Tensors have the names of the model's one signature, else their own. Most files fix the batch at 1, and some declare it
+open without being so. A model is tried out once, when it is loaded: it counts as batchable (first dimension -1) only when
+two different rows in one call give what each gives alone. Models with a fixed reshape inside, as many converted
+classifiers have, are served as [1, ...].
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ def load(path: Path, setting: Setting) -> LiteRtEngine:
 
     try:
         made = interpreter()
-        any_rows = _is_fixed_at_one(made) and _rows_are_independent(made, interpreter)
-        return LiteRtEngine(made, path, any_rows=any_rows)
+        rows = 0
+        if _has_rows(made):
+            rows = -1 if _rows_are_independent(made, interpreter) else 1
+        return LiteRtEngine(made, path, rows=rows)
     except TenureError:
         raise
     except Exception as error:  # the binding raises ValueError, RuntimeError and whatever its reader met
@@ -50,15 +53,16 @@ class LiteRtEngine:
 
     platform = "litert_tflite"
 
-    def __init__(self, interpreter: Any, path: Path, *, any_rows: bool) -> None:
+    def __init__(self, interpreter: Any, path: Path, *, rows: int) -> None:
+        """rows: the first dimension of every tensor; 0: as the file declares it."""
         self._interpreter = interpreter
         names = _signature_names(interpreter)
         details = interpreter.get_input_details(), interpreter.get_output_details()
         for detail in (*details[0], *details[1]):
             if np.dtype(detail["dtype"]) not in _DATATYPES:
                 raise SpecError(f'{path} has a tensor "{detail["name"]}" of type {detail["dtype"]}, which cannot be served')
-        self.inputs = tuple(_metadata(detail, names, any_rows=any_rows) for detail in details[0])
-        self.outputs = tuple(_metadata(detail, names, any_rows=any_rows) for detail in details[1])
+        self.inputs = tuple(_metadata(detail, names, rows) for detail in details[0])
+        self.outputs = tuple(_metadata(detail, names, rows) for detail in details[1])
         for part in (self.inputs, self.outputs):
             if len({meta.name for meta in part}) < len(part):
                 raise SpecError(f"{path} has several tensors of one name: {', '.join(meta.name for meta in part)}")
@@ -114,19 +118,18 @@ def _signature_names(interpreter: Any) -> dict[int, str]:
     return {detail["index"]: name for name, detail in details.items()}
 
 
-def _metadata(detail: Mapping[str, Any], names: Mapping[int, str], *, any_rows: bool) -> TensorMetadata:
+def _metadata(detail: Mapping[str, Any], names: Mapping[int, str], rows: int) -> TensorMetadata:
     shape = tuple(int(length) for length in detail["shape_signature"]) or tuple(int(length) for length in detail["shape"])
-    if any_rows:
-        shape = (-1, *shape[1:])
+    if rows:
+        shape = (rows, *shape[1:])
     return TensorMetadata(names.get(detail["index"], detail["name"]), _DATATYPES[np.dtype(detail["dtype"])], shape)
 
 
-def _is_fixed_at_one(interpreter: Any) -> bool:
-    """Return whether every tensor has a batch fixed at 1; a model with open dimensions says itself what it takes."""
+def _has_rows(interpreter: Any) -> bool:
+    """Return whether every tensor has one row now, and a first dimension that is fixed at 1 or open."""
     details = (*interpreter.get_input_details(), *interpreter.get_output_details())
     return all(
-        list(detail["shape_signature"]) in ([], list(detail["shape"])) and len(detail["shape"]) > 0 and detail["shape"][0] == 1
-        for detail in details
+        len(d["shape"]) > 0 and d["shape"][0] == 1 and list(d["shape_signature"][:1]) in ([], [1], [-1]) for d in details
     )
 
 
