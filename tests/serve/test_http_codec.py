@@ -1,6 +1,7 @@
 """HTTP bodies: what a client encodes is understood, answers read back, and whatever else arrives is refused with a reason."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -138,6 +139,36 @@ def test_long_elements_are_refused_and_long_blanks_are_not(data, reason):
             arrays_in(content, None)
     else:
         assert arrays_in(content, None)[1]["x"].tolist() == [1.5]
+
+
+ONE = b'{"name":"x","datatype":"%b","shape":[%b],"data":[%b]}'
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (b",".join([ONE % (b"FP32", b"1", b"1")] * 40_000), "may hold 4096 objects"),
+        (ONE % (b"FP32", b",".join([b"1000"] * 400_000), b"1"), "the shape of input"),
+        (ONE % (b"BYTES", b"1", b",".join([b'"a"'] * 600_000)), "of strings in JSON"),
+        (ONE % (b"UINT8", b"1000000", b",".join([b"1"] * 1_000_000)), ""),
+        (ONE % (b"UINT8", b"250000,4", b",".join([b"[1,1,1,1]"] * 250_000)), ""),
+        (ONE % (b"UINT8", b"0", b",".join([b"[]"] * 600_000)), ""),
+    ],
+    ids=["objects", "shape", "strings", "flat", "nested", "empty"],
+)
+def test_json_takes_little_more_memory_than_its_text(inputs, reason):
+    content = memoryview(b'{"inputs":[%b]}' % inputs)
+    tracemalloc.start()
+    try:
+        if reason:
+            with pytest.raises(InputRefused, match=reason):
+                codec_http.decode_request(content)
+        else:
+            found = codec_http.decode_request(content)
+            found.write(memoryview(bytearray(found.nbytes)), content[:0])
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(content) + (1 << 21)
+    finally:
+        tracemalloc.stop()
 
 
 def test_nan_reads_null_in_json_and_passes_raw():

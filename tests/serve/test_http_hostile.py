@@ -394,6 +394,18 @@ def test_mutated_streams_are_answered_or_refused_and_others_are_served(data):
     run(go)
 
 
+def test_outputs_too_long_to_be_written_as_json_are_refused():
+    async def go(bench):
+        x = np.ones((300_000, 4), np.float32)
+        wire = await bench.wire()
+        body, length = raw_body(x, parameters={})
+        reply = await wire.ask(head(len(body), f"Inference-Header-Content-Length: {length}") + body)
+        assert (reply.status, "4800000 bytes, the limit is 4194304; ask for them raw" in reply.json["error"]) == (400, True)
+        served(await wire.ask(raw_request()))
+
+    run(go)
+
+
 def test_numbers_that_lie_cost_nothing():
     async def go(bench):
         for size in (2**31, 2**47, 2**62, 10**14):

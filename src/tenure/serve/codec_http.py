@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from tenure.serve.codec_json import JsonData, to_json
+from tenure.serve.codec_json import JsonData, slices, to_json
 from tenure.serve.faults import InputRefused
 from tenure.serve.plane import ALIGNMENT, Answer, Output, TensorRef, Wanted
 from tenure.serve.tensors import (
@@ -25,6 +25,10 @@ from tenure.serve.tensors import (
 )
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+_FREE_BYTES = 1 << 20
+_MAX_OBJECTS = 4096
+"""In JSON longer than that: an object takes up to 20 times the memory of its text, and there must be few."""
+_MAX_SHAPE_BYTES = 1024
 _MAX_BYTES = 1 << 48
 """Larger claims than this are nonsense on any machine; they stay small integers everywhere."""
 
@@ -39,7 +43,7 @@ class _Placing(msgspec.Struct, frozen=True):
 class _Tensor(msgspec.Struct):
     name: str
     datatype: str
-    shape: list[int]
+    shape: msgspec.Raw
     parameters: _Placing = _Placing()
     data: msgspec.Raw = msgspec.Raw()
 
@@ -71,6 +75,7 @@ class _Request(msgspec.Struct):
     outputs: list[_Wanted] = []
 
 
+_shape_decoder = msgspec.json.Decoder(list[int])
 _request_decoder = msgspec.json.Decoder(_Request)
 
 
@@ -110,6 +115,8 @@ class TypedRequest:
 
 def decode_request(content: bytes | memoryview) -> Template | TypedRequest:
     """Return what the JSON of a request says; content is that JSON alone. Raises InputRefused."""
+    if len(content) > _FREE_BYTES and sum(piece.count(b"{") for piece in slices(memoryview(content))) > _MAX_OBJECTS:
+        raise InputRefused(f"JSON of more than {_FREE_BYTES} bytes may hold {_MAX_OBJECTS} objects; this one holds more")
     try:
         parsed = _request_decoder.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -180,7 +187,7 @@ def _inputs(parsed: Sequence[_Tensor]) -> tuple[list[TensorRef], dict[str, JsonD
     seen: set[str] = set()
     at = 0
     for tensor in parsed:
-        name, shape, given = tensor.name, tuple(tensor.shape), tensor.parameters
+        name, shape, given = tensor.name, _shape(tensor), tensor.parameters
         if name in seen:
             raise InputRefused(f'input "{name[:80]}" is given twice')
         seen.add(name)
@@ -192,11 +199,11 @@ def _inputs(parsed: Sequence[_Tensor]) -> tuple[list[TensorRef], dict[str, JsonD
         if given.shared_memory_region:
             if given.shared_memory_byte_size is None:
                 raise InputRefused(f'input "{name[:80]}" names a region without "shared_memory_byte_size"')
-            size = _sized(given.shared_memory_byte_size, tensor)
+            size = _sized(given.shared_memory_byte_size, tensor, shape)
             offset = _bounded(given.shared_memory_offset, name)
             refs.append(TensorRef(name, tensor.datatype, shape, offset, size, given.shared_memory_region))
         elif given.binary_data_size is not None:
-            size = _sized(given.binary_data_size, tensor)
+            size = _sized(given.binary_data_size, tensor, shape)
             refs.append(TensorRef(name, tensor.datatype, shape, at, size))
             at += size
         else:
@@ -205,14 +212,24 @@ def _inputs(parsed: Sequence[_Tensor]) -> tuple[list[TensorRef], dict[str, JsonD
     return refs, typed, at
 
 
-def _sized(size: int, tensor: _Tensor) -> int:
+def _shape(tensor: _Tensor) -> tuple[int, ...]:
+    text = memoryview(tensor.shape)
+    if len(text) > _MAX_SHAPE_BYTES:
+        raise InputRefused(f'the shape of input "{tensor.name[:80]}" takes {len(text)} bytes, the limit is {_MAX_SHAPE_BYTES}')
+    try:
+        return tuple(_shape_decoder.decode(text))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputRefused(f'the shape of input "{tensor.name[:80]}" is not v2 JSON: {error}') from error
+
+
+def _sized(size: int, tensor: _Tensor, shape: tuple[int, ...]) -> int:
     """Return a claimed size that fits datatype and shape. Raises InputRefused."""
     dtype = dtype_of(tensor.datatype, tensor=tensor.name)
-    count = element_count(tensor.shape, tensor=tensor.name)
+    count = element_count(shape, tensor=tensor.name)
     least = count * (4 if dtype.kind == "O" else dtype.itemsize)
     if _bounded(size, tensor.name) != least and (dtype.kind != "O" or size < least):
         raise InputRefused(
-            f'input "{tensor.name[:80]}" claims {size} bytes; {tensor.datatype} of shape {tensor.shape} takes {least}'
+            f'input "{tensor.name[:80]}" claims {size} bytes; {tensor.datatype} of shape {list(shape)} takes {least}'
             + (" or more" if dtype.kind == "O" else "")
         )
     return size

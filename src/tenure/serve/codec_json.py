@@ -7,6 +7,7 @@ Not here: what stands around `data` (`codec_http`).
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import time
@@ -20,7 +21,9 @@ from tenure.serve.faults import InputRefused
 from tenure.serve.tensors import dtype_of, element_count
 
 PIECE_BYTES = 64 << 10
-MAX_TEXT_BYTES = 4 << 20
+_AT_ONCE = 8192
+"""Elements."""
+MAX_TEXT_BYTES = 2 << 20
 """Of BYTES tensors as JSON, whose strings exist all at once."""
 MAX_RANK = 32
 _STRUCTURE = b"[],"
@@ -44,6 +47,7 @@ _DECODERS: dict[str, msgspec.json.Decoder[list[Any]]] = {
     "INT64": _decoder(int),
     "UINT64": _decoder(Annotated[int, msgspec.Meta(ge=0)]),
 }
+_flat_strings = msgspec.json.Decoder(list[str])
 _strings = msgspec.json.Decoder(list[Any])
 
 
@@ -86,7 +90,7 @@ class JsonData:
     def _pieces(self) -> Iterator[bytes]:
         """Cut the text between elements, without brackets and blanks. Raises InputRefused for an element without end."""
         kept = b""
-        for piece in _slices(self._text):
+        for piece in slices(self._text):
             kept += piece.translate(None, _BLANK)
             cut = kept.rfind(b",")
             if cut >= 0:
@@ -110,11 +114,11 @@ class JsonData:
             raise InputRefused(f'input "{self._tensor}" has elements that are not {self._datatype}: {reason}') from error
 
     def _check_nesting(self) -> None:
-        found = b"".join(piece.translate(None, _OTHERS) for piece in _slices(self._text))
+        found = b"".join(piece.translate(None, _OTHERS) for piece in slices(self._text))
         elements = found.count(b",") + 1
-        if not self._count and not any(piece.translate(None, _BLANK + b",") for piece in _slices(self._text)):
+        if not self._count and not any(piece.translate(None, _BLANK + b",") for piece in slices(self._text)):
             return
-        if elements != self._count or not _regular(found):
+        if elements != self._count or not _regular(found, elements):
             raise self._irregular(elements)
 
     def _read_strings(self) -> list[bytes]:
@@ -124,12 +128,18 @@ class JsonData:
                 ' send it raw, with "binary_data_size"'
             )
         try:
-            elements = [self._encode(item) for item in _flat(_strings.decode(self._text))]
+            elements = [self._encode(item) for item in _flat(self._strings())]
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise InputRefused(f'input "{self._tensor}" is no array of strings: {error}') from error
         if len(elements) != self._count:
             raise self._irregular(len(elements))
         return elements
+
+    def _strings(self) -> list[Any]:
+        try:
+            return _flat_strings.decode(self._text)
+        except msgspec.ValidationError:  # nested, or no strings
+            return _strings.decode(self._text)
 
     def _encode(self, item: Any) -> bytes:
         if not isinstance(item, str):
@@ -143,7 +153,7 @@ class JsonData:
         )
 
 
-def _slices(text: memoryview) -> Iterator[bytes]:
+def slices(text: memoryview) -> Iterator[bytes]:
     """Copy a text slice by slice; where that is done in a thread, other threads get their turn in between."""
     for at in range(0, len(text), PIECE_BYTES):
         if at:
@@ -151,13 +161,15 @@ def _slices(text: memoryview) -> Iterator[bytes]:
         yield bytes(text[at : at + PIECE_BYTES])
 
 
-def _regular(structure: bytes) -> bool:
+def _regular(structure: bytes, elements: int) -> bool:
     """Return whether brackets and commas are those of an array of one shape; its innermost arrays are folded level by level."""
+    if len(structure) == elements + 1 and structure.count(b"[") == 1:
+        return structure.startswith(b"[") and structure.endswith(b"]")
     element = b""
     for _ in range(MAX_RANK):
         opening = len(structure) - len(structure.lstrip(b"["))
         innermost = structure[opening - 1 : structure.find(b"]") + 1] if opening else b""
-        if innermost != b"[%b]" % b",".join([element] * (innermost.count(b",") + 1)):
+        if innermost != b"[%b]" % ((element + b",") * innermost.count(b",") + element):
             return False
         if innermost == structure:
             return True
@@ -175,16 +187,24 @@ def _flat(data: Iterable[Any]) -> Iterable[Any]:
 
 def to_json(raw: bytes | memoryview, datatype: str, shape: Sequence[int]) -> bytes:
     """Return raw elements as a flat JSON array. NaN and infinities read null; bytes that are no UTF-8 are replaced."""
-    if datatype == "BYTES":
-        return msgspec.json.encode([element.decode(errors="replace") for element in _elements(raw)])
-    array = np.frombuffer(raw, dtype_of(datatype, tensor=""), count=math.prod(shape))
-    step = PIECE_BYTES // 8
-    pieces = []
-    for at in range(0, array.size, step):
-        pieces.append(msgspec.json.encode(array[at : at + step].tolist())[1:-1])
-        if at:
-            time.sleep(0)  # as in `_slices`
+    pieces: list[bytes] = []
+    for elements in _strings_in(raw) if datatype == "BYTES" else _numbers_in(raw, datatype, shape):
+        if pieces:
+            time.sleep(0)  # as in `slices`
+        pieces.append(msgspec.json.encode(elements)[1:-1])
     return b"[%b]" % b",".join(pieces)
+
+
+def _numbers_in(raw: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Iterator[list[Any]]:
+    array = np.frombuffer(raw, dtype_of(datatype, tensor=""), count=math.prod(shape))
+    for at in range(0, array.size, _AT_ONCE):
+        yield array[at : at + _AT_ONCE].tolist()
+
+
+def _strings_in(raw: bytes | memoryview) -> Iterator[list[str]]:
+    texts = (element.decode(errors="replace") for element in _elements(raw))
+    while some := list(itertools.islice(texts, _AT_ONCE)):
+        yield some
 
 
 def _elements(raw: bytes | memoryview) -> Iterable[bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 
 import msgspec
 
@@ -26,6 +27,9 @@ _STATUS: tuple[tuple[type[TenureError], int], ...] = (
     (Overloaded, 429),
     (Unavailable, 503),
 )
+
+_MAX_PACKED_BYTES = 16 << 20
+"""Longer answers go as they are: sending is sooner done than packing."""
 
 
 def refusal(error: TenureError) -> Reply:
@@ -54,15 +58,15 @@ def rendered(answer: Answer, said: Template, head: Head, *, close: bool) -> tupl
     size = len(content) + sum(each.nbytes for each in raw)
     extra: tuple[str, ...] = (f"{codec_http.HEADER_LENGTH}: {len(content)}",) if raw else ()
     kind = "application/octet-stream" if raw else JSON
-    if head.accept:
-        packed = pack(b"".join((content, *raw)), head.accept)
+    if head.accept and size <= _MAX_PACKED_BYTES:
+        packed = pack((content, *raw), head.accept)
         if len(packed) < size:
             content, raw, size = packed, [], len(packed)
             extra = (*extra, f"Content-Encoding: {head.accept}")
     return answer_head(200, size, content_type=kind, extra=extra, close=close, old=head.old) + content, raw
 
 
-def pack(content: bytes, encoding: str) -> bytes:
+def pack(parts: Iterable[bytes | memoryview], encoding: str) -> bytes:
     """Return an answer's body compressed, lightly: tensors hardly shrink and time counts."""
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS | 16 if encoding == "gzip" else zlib.MAX_WBITS)
-    return packer.compress(content) + packer.flush()
+    return b"".join([*(packer.compress(part) for part in parts), packer.flush()])

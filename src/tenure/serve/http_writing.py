@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from tenure.errors import InternalError, TenureError
 from tenure.serve import codec_http
 from tenure.serve.codec_http import Template
-from tenure.serve.faults import Overloaded
+from tenure.serve.faults import InputRefused, Overloaded
 from tenure.serve.http1 import Head
 from tenure.serve.http_answers import message, refusal, rendered
 from tenure.serve.http_bodies import Body
@@ -34,6 +34,8 @@ HEAD, BODY, COLLECT, BUSY, DISCARD, LINGER = range(6)
 client's leaving."""
 DISCARD_BYTES = 1 << 20
 """A refused body's rest up to this is read and forgotten, so that the connection stays usable; past it, it is closed."""
+_JSON_GROWTH = 8
+"""A number's JSON may be as many times as long as the number."""
 _MAX_PARTS = 512
 """Of one write; systems take about a thousand."""
 _LEAVING_S = 0.25
@@ -119,7 +121,15 @@ class Writing(asyncio.BufferedProtocol):
         head, door = self._head, self._door
         close = not head.keep_alive or door.leaving
         sizes = sum(output.data.nbytes for output in answer.outputs if output.data is not None)
-        long = sizes if head.accept else codec_http.json_bytes(answer.outputs, said.raw_outputs)
+        as_json = codec_http.json_bytes(answer.outputs, said.raw_outputs)
+        most = door.limits.max_json_bytes // _JSON_GROWTH
+        if as_json > most:
+            reason = (
+                f"the outputs to be written as JSON have {as_json} bytes, the limit is {most}; ask for them raw (binary_data)"
+            )
+            self._refuse(InputRefused(reason), 0)
+            return
+        long = sizes if head.accept else as_json
         if long <= MAX_INLINE_BYTES:
             self._send(*rendered(answer, said, head, close=close))
             self._next()

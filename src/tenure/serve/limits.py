@@ -14,7 +14,7 @@ class DoorLimits:
     max_request_bytes: int = 64 << 20
     """Body of one request, also once it is unpacked."""
     max_json_bytes: int = 32 << 20
-    """JSON of one request; longer tensors are to be sent raw."""
+    """JSON of one request, and about that of an answer; longer tensors are to be sent raw."""
     max_unsent_bytes: int = 64 << 20
     """Answers that clients have not read yet, all connections together; past it, those stuck longest are closed."""
     max_head_bytes: int = 64 << 10
