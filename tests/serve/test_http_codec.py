@@ -268,6 +268,7 @@ def test_claims_that_do_not_fit_are_refused(change, reason):
         ({"parameters": {"sequence_id": "a"}}, "no state"),
         ({"parameters": {"priority": -1}}, "negative"),
         ({"outputs": [{"name": "y", "parameters": {"classification": 3}}]}, "classification"),
+        ({"outputs": [{"name": "y"}] * 1025}, "1024 inputs and as many outputs; found 0 and 1025"),
     ],
 )
 def test_what_is_not_offered_is_refused_with_the_reason(request_, reason):

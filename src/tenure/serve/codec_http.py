@@ -29,6 +29,7 @@ _FREE_BYTES = 1 << 20
 _MAX_OBJECTS = 4096
 """In JSON longer than that: an object takes up to 20 times the memory of its text, and there must be few."""
 _MAX_SHAPE_BYTES = 1024
+_MAX_TENSORS = 1024
 _MAX_BYTES = 1 << 48
 """Larger claims than this are nonsense on any machine; they stay small integers everywhere."""
 
@@ -126,6 +127,11 @@ def decode_request(content: bytes | memoryview) -> Template | TypedRequest:
         raise InputRefused("sequence_id is given, but models here keep no state between requests; send it without a sequence")
     if not 0 <= asked.priority < 1 << 32 or not 0 <= asked.timeout < 1 << 53:
         raise InputRefused(f"priority and timeout (microseconds) must not be negative; found {asked.priority}, {asked.timeout}")
+    if max(len(parsed.inputs), len(parsed.outputs)) > _MAX_TENSORS:
+        raise InputRefused(
+            f"a request may name {_MAX_TENSORS} inputs and as many outputs;"
+            f" found {len(parsed.inputs)} and {len(parsed.outputs)}"
+        )
     refs, typed, raw_bytes = _inputs(parsed.inputs)
     default = asked.binary_data_output
     template = Template(
