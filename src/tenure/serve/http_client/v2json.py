@@ -119,31 +119,10 @@ def read_answer(head: Head, body: memoryview) -> dict[str, Array]:
     """Return the outputs of an answer; arrays look into `body`. Raises what the status means; ModelFailed when it is no v2."""
     if head.status != 200:
         raise told_error(head, body)
-    length = head.json_length
-    if length is None:
-        return {tensor.name: _from_json(tensor) for tensor in _parsed(body).outputs}
-    if length > len(body):
-        raise ModelFailed(f"the answer claims {length} bytes of JSON; it has {len(body)} in all")
-    content = bytes(body[:length])
-    layout = _layouts.get(content)
-    if layout is None:
-        parsed = _parsed(body[:length]).outputs
-        if any(tensor.data is not None or tensor.datatype == "BYTES" for tensor in parsed):
-            return _mixed(parsed, body[length:])
-        layout = _layout(parsed)
-        if length <= _KEPT_BYTES:
-            if len(_layouts) >= _KEPT:
-                _layouts.clear()
-            _layouts[content] = layout
-    if length + (layout[-1][4] if layout else 0) != len(body):
-        raise ModelFailed(
-            f"the answer has {len(body) - length} raw bytes; its header describes {layout[-1][4] if layout else 0}"
-        )
-    outputs: dict[str, Array] = {}
-    for name, dtype, shape, start, end in layout:
-        array = np.frombuffer(body[length + start : length + end], dtype).reshape(shape)
-        outputs[name] = array if array.flags.aligned else array.copy()
-    return outputs
+    try:
+        return _outputs(head.json_length, body)
+    except (InputRefused, ValueError) as error:  # of the answer, so nothing that the caller could mend
+        raise ModelFailed(f"the answer cannot be read: {error}") from error
 
 
 def read_metadata(body: memoryview) -> ModelMetadata:
@@ -178,6 +157,33 @@ def told_error(head: Head, body: memoryview) -> TenureError:
     if head.status == 429:
         return Overloaded(reason, retry_after_s=1.0 if head.retry_after_s is None else head.retry_after_s)
     return _ERRORS.get(head.status, ModelFailed)(reason)
+
+
+def _outputs(length: int | None, body: memoryview) -> dict[str, Array]:
+    if length is None:
+        return {tensor.name: _from_json(tensor) for tensor in _parsed(body).outputs}
+    if length > len(body):
+        raise ModelFailed(f"the answer claims {length} bytes of JSON; it has {len(body)} in all")
+    content = bytes(body[:length])
+    layout = _layouts.get(content)
+    if layout is None:
+        parsed = _parsed(body[:length]).outputs
+        if any(tensor.data is not None or tensor.datatype == "BYTES" for tensor in parsed):
+            return _mixed(parsed, body[length:])
+        layout = _layout(parsed)
+        if length <= _KEPT_BYTES:
+            if len(_layouts) >= _KEPT:
+                _layouts.clear()
+            _layouts[content] = layout
+    if length + (layout[-1][4] if layout else 0) != len(body):
+        raise ModelFailed(
+            f"the answer has {len(body) - length} raw bytes; its header describes {layout[-1][4] if layout else 0}"
+        )
+    outputs: dict[str, Array] = {}
+    for name, dtype, shape, start, end in layout:
+        array = np.frombuffer(body[length + start : length + end], dtype).reshape(shape)
+        outputs[name] = array if array.flags.aligned else array.copy()
+    return outputs
 
 
 def _parsed(content: memoryview) -> _Answer:

@@ -95,9 +95,11 @@ class GrpcTransport:
         found: list[dict[str, Array] | TenureError] = []
         for call in calls:
             try:
-                found.append(codec_grpc.decode_outputs(call.result()))
+                found.append(_outputs(call.result()))
             except grpc.RpcError as error:
                 found.append(self._translated(error))
+            except ModelFailed as error:
+                found.append(error)
         return found
 
     async def infer_async(
@@ -208,5 +210,12 @@ def _retry_after_s(metadata: Any) -> float | None:
 
 def _answered(found: Any, began_s: float, sent_s: float) -> tuple[dict[str, Array], Stages]:
     answered_s = time.perf_counter()
-    outputs = codec_grpc.decode_outputs(found)
+    outputs = _outputs(found)
     return outputs, Stages(sent_s - began_s, answered_s - sent_s, time.perf_counter() - answered_s)
+
+
+def _outputs(message: Any) -> dict[str, Array]:
+    try:
+        return codec_grpc.decode_outputs(message)
+    except (InputRefused, ValueError) as error:  # of the answer, so nothing that the caller could mend
+        raise ModelFailed(f"the answer cannot be read: {error}") from error
