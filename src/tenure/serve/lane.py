@@ -240,12 +240,13 @@ class Lane:
         now_s = self._clock()
         if instance.batches:
             instance.batches[0].began_at_s = now_s
-        units = sum(ticket.rows for ticket in batch.tickets)
-        rows = sum(ticket.form.rows for ticket in batch.tickets) if self.batchable else len(batch.tickets)
-        self._tally.ran(report, rows, units)
+        units = rows = len(batch.tickets)
+        if self.batchable:
+            rows = sum([ticket.form.rows for ticket in batch.tickets])
+        self._tally.ran(report, rows, rows if self.stackable else units)
         if not self.stackable:
             self._share(min(self._max_calls, int(_SHORT_RUN_S / max(self._tally.unit_s, 1e-9))))
-        if self.stackable and not report.stackable:
+        elif not report.stackable:
             self._stop_stacking()
         if self._queue or self._again:
             self._pump()
@@ -253,8 +254,7 @@ class Lane:
         if report.rows:
             self._tell_rows(batch.tickets, report.rows, memory, now_s)
         else:
-            for ticket, ended in zip(batch.tickets, report.ended, strict=True):
-                self._tell_ended(ticket, ended, memory, now_s)
+            self._tell_each(batch.tickets, report.ended, memory, now_s)
 
     def on_end(self, instance: Instance, why: str) -> None:
         """An instance is gone: fail the call that it died of, try the others again."""
@@ -277,7 +277,7 @@ class Lane:
 
     def _tell_rows(self, tickets: list[Ticket], rows: list[wire.Rows], memory: memoryview, now_s: float) -> None:
         name, version = self.metadata.name, self.version
-        outputs = [(*self._all_outputs[each.output], each.shape, each.offset, each.row_bytes) for each in rows]
+        parts = [(*self._all_outputs[each.output], each.shape, each.offset, each.row_bytes) for each in rows]
         at, told, count, total_s = 0, 0, 0, 0.0
         for ticket in tickets:
             length = ticket.rows
@@ -288,24 +288,12 @@ class Lane:
                 total_s += now_s - ticket.arrived_at_s
                 call = ticket.request
                 call.ticket = None  # no cycle is left to the garbage collector
-                call.answer = Answer(
-                    name,
-                    version,
-                    tuple(
-                        [
-                            Output(
-                                output,
-                                datatype,
-                                (length, *shape),
-                                memory[offset + at * width : offset + (at + length) * width],
-                                "",
-                                0,
-                                length * width,
-                            )
-                            for output, datatype, shape, offset, width in outputs
-                        ]
-                    ),
-                )
+                end = at + length
+                outputs = [
+                    Output(output, kind, (length, *shape), memory[o + at * width : o + end * width], "", 0, length * width)
+                    for output, kind, shape, o, width in parts
+                ]
+                call.answer = Answer(name, version, tuple(outputs))
                 if call.buffer is not None:
                     self._release(call.buffer)
                 self._call_done(call)
@@ -315,36 +303,46 @@ class Lane:
         self._closed(len(tickets))
         self._tally.answered(told, count, total_s)
 
-    def _tell_ended(self, ticket: Ticket, ended: wire.Ended, memory: memoryview, now_s: float) -> None:
-        if ticket.state == TOLD:
-            self._end(ticket)
-            return
-        if ended.code == wire.AGAIN:
-            ticket.state = QUEUED
-            self._again.append(ticket)
-            self._schedule()
-            return
-        if ended.code != wire.OK:
-            error = InputRefused(ended.text) if ended.code == wire.REFUSED else ModelFailed(ended.text)
-            self._fail(ticket, error)
-            self._end(ticket)
-            return
-        call = ticket.request
-        outputs = []
-        for position, found in enumerate(ended.outputs):
-            name, datatype = self._all_outputs[found.output]
-            wanted = call.outputs[position] if call.outputs else None
-            if wanted is not None and wanted.region:
-                outputs.append(Output(name, datatype, found.shape, None, wanted.region, found.offset, found.nbytes))
+    def _tell_each(self, tickets: list[Ticket], ended: list[wire.Ended], memory: memoryview, now_s: float) -> None:
+        name, version, release = self.metadata.name, self.version, self._release
+        told, count, total_s = 0, 0, 0.0
+        for ticket, end in zip(tickets, ended, strict=True):
+            if ticket.state == TOLD:
+                self._end(ticket)
+            elif end.code == wire.OK:
+                ticket.state = TOLD
+                told += 1
+                count += ticket.form.rows
+                total_s += now_s - ticket.arrived_at_s
+                call = ticket.request
+                call.ticket = None
+                call.answer = Answer(name, version, self._outputs(call, end.outputs, memory))
+                if call.buffer is not None:
+                    release(call.buffer)
+                self._call_done(call)
+            elif end.code == wire.AGAIN:
+                ticket.state = QUEUED
+                self._again.append(ticket)
+                self._schedule()
             else:
-                data = memory[found.offset : found.offset + found.nbytes]
-                outputs.append(Output(name, datatype, found.shape, data, "", 0, found.nbytes))
-        ticket.state = TOLD
-        call.ticket = None
-        call.answer = Answer(self.metadata.name, self.version, tuple(outputs))
-        self._tally.answered(1, ticket.form.rows if self.batchable else 1, now_s - ticket.arrived_at_s)
-        self._end(ticket)
-        self._call_done(call)
+                self._fail(ticket, InputRefused(end.text) if end.code == wire.REFUSED else ModelFailed(end.text))
+                self._end(ticket)
+        self._closed(told)
+        self._tally.answered(told, count if self.batchable else told, total_s)
+
+    def _outputs(self, call: Call, outputs: list[wire.Found], memory: memoryview) -> tuple[Output, ...]:
+        if not call.outputs:
+            known = self._all_outputs
+            return tuple(
+                [Output(*known[f.output], f.shape, memory[f.offset : f.offset + f.nbytes], "", 0, f.nbytes) for f in outputs]
+            )
+        made = []
+        for wanted, found in zip(call.outputs, outputs, strict=True):
+            data = None if wanted.region else memory[found.offset : found.offset + found.nbytes]
+            offset = found.offset if wanted.region else 0
+            name, datatype = self._all_outputs[found.output]
+            made.append(Output(name, datatype, found.shape, data, wanted.region, offset, found.nbytes))
+        return tuple(made)
 
     def _fail(self, ticket: Ticket, error: TenureError) -> None:
         """Tell a call that it failed, unless it was told before; its memory is given back by `_end`."""
