@@ -5,8 +5,8 @@ Runtime), two threads, spinning off. Clients are processes of their own, one kin
 that each is copied into the shared region anew, and every answer is compared.
 - one after the other: our client over shm against ours; tritonclient with system shared memory against Triton, by gRPC and by
   HTTP, of which the quicker counts in each round. All copy the image into the region for each request and read the answer;
-- 16 in flight: our asynchronous client, one process, 16 tasks on uvloop, over shm; against calls in the same client process, each after
-  copying the image into one buffer (`here`), no server.
+- 16 in flight: our asynchronous client, one process, 16 tasks on uvloop, over shm; against calls in the same client process,
+  each after copying the image into one buffer (`here`), no server.
 Rounds: 7 of 2 s (--quick: 3 of 0.7 s), order shuffled by the seed, after 0.2 s of each to warm up.
 Value: median over rounds of our images/s, one after the other, over Triton's.
 Bars, both must hold: value >= 1.5; 16 in flight >= 0.5 x `here` (median of the rounds' ratios).
