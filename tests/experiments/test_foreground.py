@@ -192,3 +192,29 @@ def test_a_server_that_ends_by_itself_is_told_with_its_reason(home, folder):
     assert process.returncode == 1
     assert "cannot load" in err
     assert "tiny.onnx" in err
+
+
+@pytest.mark.real
+def test_a_server_with_a_time_ends_by_itself_and_well(home, folder):
+    ports = ("--http-port", 0, "--grpc-port", 0)
+    with start(home, folder, *ports, "--cpus", 0.5, "--memory", "512MiB", "--time", "4s", "--json") as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "out_of_time" in json.loads(out.splitlines()[-1])["closing"][-1]
+
+
+@pytest.mark.real
+@pytest.mark.cgroup
+def test_too_little_memory_is_told_with_what_to_give(home, folder):
+    if "exact" not in {node.bounds["process"]["memory_bytes"] for node in verbs.nodes(home=home)}:
+        pytest.skip("memory bounds are not exact here: how much a server has before it is ended differs")
+    for number in range(6):  # a process each
+        tiny.write_model(folder / f"tiny{number}.onnx", np.eye(2))
+    with start(home, folder, "--http-port", 0, "--grpc-port", 0, "--cpus", 0.5, "--memory", "64MiB") as process:
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "64.0 MiB of memory is too little" in err
+    assert "--memory" in err

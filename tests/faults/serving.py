@@ -20,7 +20,7 @@ from tenure.serve.client import Model
 onnx = pytest.importorskip("onnx", reason="onnx (extra demo) makes the test models")
 
 WIDTH = 8
-LONG_S = 20.0
+LONG_S = 40.0
 """Bound of a wait for something that is to happen."""
 
 

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import signal
+import time
 
 import numpy as np
 import pytest
 from tests.serve.conftest import Server
 
-from tenure.errors import Unavailable
+from tenure.errors import TenureError, Unavailable
 from tenure.serve.client import Model
 from tenure.serve.faults import InputRefused
 
@@ -120,6 +121,35 @@ def test_no_request_fails_while_a_model_is_swapped_and_a_bad_file_changes_nothin
         assert load.errors == []
         assert load.right(2.0, 4.0, 8.0)
         assert load.factors() == {2.0, 4.0, 8.0}
+
+
+def test_a_model_that_cannot_be_started_again_is_refused_at_once_and_mended_by_a_load(tmp_path):
+    with serving(tmp_path, rotten=2.0, other=3.0) as (server, models), loads(server, "other") as others:
+        (models / "rotten.onnx").write_bytes(b"no model any more")
+        for instance in instances(server, "rotten"):
+            instance.kill()
+        with Model(f"http://{server.http}", "rotten", timeout_s=10, shm=False) as model:
+
+            def refused():
+                began_s = time.monotonic()
+                with contextlib.suppress(TenureError):
+                    model.predict(X)
+                    return False
+                return time.monotonic() - began_s < 1
+
+            until(refused, "it is refused, and quickly")
+            until(lambda: ask_http(server, "GET", "/v2/models/rotten/ready")[0] == 503, "it is not ready")
+            _, index, _ = ask_http(server, "POST", "/v2/repository/index")
+            assert {entry["name"]: entry["state"] for entry in index} == {"other": "READY", "rotten": "UNAVAILABLE"}
+            write_scaled(models / "rotten.onnx", 5.0)
+            assert ask_http(server, "POST", "/v2/repository/models/rotten/load")[0] == 200
+            assert model.predict(X)[0, 0] == 5.0
+        for load in others:
+            load.more()
+    for load in others:
+        assert load.errors == []
+        assert load.right(3.0)
+        assert load.slowest_s < LATENCY_MAX_S
 
 
 def test_unloading_answers_what_was_accepted_and_refuses_the_rest_in_words(tmp_path):
