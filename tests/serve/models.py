@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tenure.errors import SpecError
+from tenure.serve import batchwire as wire
 from tenure.serve.faults import ModelFailed
 from tenure.serve.tensors import Array, TensorMetadata
 
@@ -73,6 +74,15 @@ def _sleepy(inputs):
     return {"y": inputs["x"] * 2}
 
 
+def _rogue(inputs):
+    """Say something to the server behind the instance's back: nonsense where a row starts with 1, a false batch with 2."""
+    words = {1: b"nonsense", 2: wire.encode(wire.Done(999, 1, 0.0, 0.0, 0.0, [], []))}.get(int(inputs["x"][0, 0]))
+    for fd in range(3, 64) if words else ():
+        if os.path.exists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            os.write(fd, words)
+    return {"y": inputs["x"] * 2}
+
+
 def _blob(inputs):
     return {"y": np.zeros((inputs["x"].shape[0], int(inputs["x"].max())), np.uint8)}
 
@@ -96,6 +106,7 @@ KINDS: Mapping[str, Kind] = {
     "sums": Kind(_PAIR, tuple(TensorMetadata(name, "INT64", (2,)) for name in ("sum", "difference")), _sums),
     "mortal": Kind(_X, _Y, _mortal),
     "slow": Kind(_X, _Y, _slow),
+    "rogue": Kind(_X, _Y, _rogue),
     "sleepy": Kind(_X, _Y, _sleepy),
     "blob": Kind((TensorMetadata("x", "INT64", (-1,)),), (TensorMetadata("y", "UINT8", (-1, -1)),), _blob),
     "sizes": Kind((TensorMetadata("x", "INT64", (-1,)),), (TensorMetadata("y", "INT64", (-1,)),), _sizes),

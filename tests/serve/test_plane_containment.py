@@ -368,6 +368,17 @@ def test_many_regions_reach_an_instance_that_is_busy_and_one_that_starts(tmp_pat
     on_plane(write_models(tmp_path, "slow"), body)
 
 
+@pytest.mark.parametrize("lie", [1, 2])
+def test_an_instance_that_breaks_the_protocol_is_ended(tmp_path, lie):
+    async def body(plane):
+        with pytest.raises(Unavailable, match=r"cannot be read|not running"):
+            await ask(plane, "rogue", {"x": row(lie)})
+        await until(lambda: plane.model_ready("rogue"))
+        np.testing.assert_array_equal((await ask(plane, "rogue", {"x": row(0)}))["y"], row(0))
+
+    on_plane(write_models(tmp_path, "rogue"), body)
+
+
 def test_urgent_calls_go_first(tmp_path):
     async def body(plane):
         order = []

@@ -174,9 +174,16 @@ class Instance:
                 if not self._killed_for:
                     self.kill("")
                 return
-            report = wire.decode_report(self._seen[:size])
+            try:
+                report = wire.decode_report(self._seen[:size])
+            except msgspec.MsgspecError as error:
+                self.kill(f"it said what cannot be read: {error}")
+                continue
             if type(report) is wire.Done:
-                self._on_done(self, report)
+                if self.batches and self.batches[0].number == report.number:
+                    self._on_done(self, report)
+                else:
+                    self.kill(f"it answered batch {report.number}, which it was not running")
             elif type(report) is wire.Loaded:
                 self.ready = True
                 if not self.loaded.done():
