@@ -336,6 +336,14 @@ def test_shared_memory_cut_short_fails_its_own_requests_only(tmp_path, shared_me
     on_plane(write_models(tmp_path, "double"), body)
 
 
+def test_shared_memory_can_be_switched_off(tmp_path, shared_memory):  # noqa: F811
+    async def body(plane):
+        with pytest.raises(InputRefused, match="no shared memory"):
+            plane.register_region("r", f"/{shared_memory(4096)}", 0, 4096)
+
+    on_plane(write_models(tmp_path, "double"), body, Limits(shared_memory=False))
+
+
 def test_an_instance_started_later_knows_the_regions(tmp_path, shared_memory):  # noqa: F811
     async def body(plane):
         key = shared_memory(4096)

@@ -1,5 +1,6 @@
 """The serving process: its ports, its end, its bounds."""
 
+import http.client
 import json
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from tests.contracts.plane_contract import shared_memory  # noqa: F401
 
 from tenure.errors import SpecError, Unavailable
 from tenure.serve import Model
@@ -70,6 +72,24 @@ def test_a_taken_port_is_named_and_ends_with_code_2(door, digits):
     assert done.returncode == 2
     assert f"port {port} on 127.0.0.1 cannot be had" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [(("--host", "0.0.0.0"), 400), (("--host", "0.0.0.0", "--shared-memory", "on"), 200), (("--shared-memory", "off"), 400)],
+    ids=["open to others", "open to others and asked for", "switched off"],
+)
+def test_shared_memory_is_for_servers_that_only_this_machine_reaches(digits, tmp_path, shared_memory, options, status):  # noqa: F811
+    server = Server(digits.path, tmp_path / "w", "--grpc-port", "off", *options)
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", int(server.http.rpartition(":")[2]), timeout=20)
+        asked = json.dumps({"key": f"/{shared_memory(4096)}", "offset": 0, "byte_size": 4096})
+        connection.request("POST", "/v2/systemsharedmemory/region/r/register", asked)
+        assert connection.getresponse().status == status
+        connection.close()
+    finally:
+        server.end()
 
 
 @pytest.mark.real

@@ -77,6 +77,7 @@ def _limits(options: argparse.Namespace, threads: int) -> Limits:
         max_request_bytes=options.max_request_bytes,
         memory_budget_bytes=options.memory_budget or budget_bytes,
         max_answer_bytes=options.max_answer_bytes,
+        shared_memory=options.shared_memory == "on" or (options.shared_memory == "auto" and _is_loopback(options.host)),
         threads=threads,
         options=ModelOptions(
             max_batch_rows=options.max_batch_rows,
@@ -95,6 +96,10 @@ def _port(text: str) -> int | None:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"a port is 0 (any free one) to 65535, or off; found {text!r}")
     return int(text)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _bytes(text: str) -> int:
@@ -129,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_bytes,
         default=0,
         help="for requests in memory (default: 256MiB, at most a quarter of the lease)",
+    )
+    parser.add_argument(
+        "--shared-memory",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whether clients may name shared memory of this machine (auto: where only this machine can reach the server)",
     )
     parser.add_argument("--max-request-bytes", type=_bytes, default=Limits().max_request_bytes)
     parser.add_argument("--max-answer-bytes", type=_bytes, default=Limits().max_answer_bytes)

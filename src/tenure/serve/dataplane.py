@@ -14,7 +14,7 @@ from typing import Any
 from tenure.decide.threads import choose_threads
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve.arena import Arena
-from tenure.serve.faults import Overloaded
+from tenure.serve.faults import InputRefused, Overloaded
 from tenure.serve.instances import LOADER, InstanceSpec
 from tenure.serve.lane import Lane
 from tenure.serve.modelconfig import model_config
@@ -38,6 +38,8 @@ class Limits:
     """Request bodies held at once, all together."""
     max_answer_bytes: int = 64 << 20
     """Outputs of one call, and of one batch."""
+    shared_memory: bool = True
+    """Whether clients may name shared-memory objects of this machine: the server opens them with its own rights."""
     options: ModelOptions = field(default_factory=ModelOptions)
     """Of models that name none of their own."""
     threads: int = 1
@@ -278,6 +280,10 @@ class DataPlane:
 
     def register_region(self, name: str, key: str, offset: int, nbytes: int) -> None:
         """See Plane."""
+        if not self.limits.shared_memory:
+            raise InputRefused(
+                "this server takes no shared memory: send tensors with the request (--shared-memory on allows it)"
+            )
         region = self._regions.register(name, key, offset, nbytes)
         for instance in self._instances():
             instance.map_region(region)
