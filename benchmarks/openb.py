@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +92,3 @@ def arrivals(pods: Sequence[Pod], gpus: int, seed: int) -> list[Pod]:
 def gpus_of(nodes: Mapping[str, Capacity]) -> int:
     """Return the number of devices of all nodes."""
     return sum(len(capacity.gpus) for capacity in nodes.values())
-
-
-def counts(pods: Sequence[Pod]) -> Counter[Pod]:
-    """Return how often each shape is in the list."""
-    return Counter(pods)
