@@ -33,8 +33,9 @@ from benchmarks import openb
 from benchmarks.fgd import Fgd
 from benchmarks.harness import Control, Options, Result, judge, spread
 from benchmarks.openb import Pod
-from tenure.decide.mix import Mix, shape_of
+from tenure.decide.mix import Mix
 from tenure.decide.rooms import Rooms
+from tenure.decide.shapes import shape_of
 from tenure.resources import Capacity
 
 NAME = "packing"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -170,6 +172,35 @@ def test_whole_gpus_need_devices_that_nobody_shares():
     assert [impossible.lease_id for impossible in plan.impossible] == ["fat"]
     world.end("part")
     assert {share.index for share in world.fold.plan(0.0).grants[0].devices} == {0, 1}
+
+
+def test_gpu_leases_leave_whole_devices_and_the_cpus_beside_them_to_those_who_need_them():
+    gpus = (Gpu(index=0, memory_bytes=16 * GIB), Gpu(index=1, memory_bytes=16 * GIB))
+    world = World()
+    world.up(a_node("a", cpus=5, gpus=gpus), a_node("b", cpus=4, gpus=gpus), a_node("plain", cpus=64, memory_gib=64))
+    world.ask(a_lease("half", gpus=0.5, at_s=1), a_lease("two", gpus=2.0, cpus=4, at_s=2), a_lease("rest", gpus=0.5, at_s=3))
+    world.ask(a_lease("none", cpus=2, at_s=4))
+    nodes = {grant.lease_id: grant.node for grant in world.fold.plan(0.0).grants}
+    assert nodes["half"] == nodes["rest"] != nodes["two"]
+    assert nodes["none"] == "plain"
+
+
+def test_a_fleet_without_gpus_needs_no_numpy():
+    program = (
+        "import sys; from tenure.decide.placement import Placement; from tenure.decide.packing import pack; "
+        "sys.exit('numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_removed_node_is_planned_for_no_more():
+    world = World()
+    world.up(a_node("a"), a_node("b"))
+    world.ask(a_lease("x"))
+    assert world.fold.plan(0.0).grants[0].node == "a"
+    world.hear("a", "node.removed")
+    assert world.fold.plan(0.0).grants[0].node == "b"
+    assert world.fold.plan(0.0) == world.rebuilt().plan(0.0)
 
 
 def test_unreachable_nodes_get_nothing_new_but_still_count_as_the_fleet():

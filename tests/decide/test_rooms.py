@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenure.decide import rooms as module
-from tenure.decide.mix import MICRO, Mix, Shape, shape_of
+from tenure.decide.mix import Mix
 from tenure.decide.packing import shortage
-from tenure.decide.rooms import Rooms, node_order
+from tenure.decide.rooms import Rooms
+from tenure.decide.shapes import MICRO, Shape, node_order, shape_of
 from tenure.resources import Capacity, Envelope, Gpu
 
 GIB = 1 << 30

@@ -7,6 +7,7 @@ already holds a lease go before the rest, since making them wait for newcomers w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from tenure.resources import Capacity, DeviceShare, Envelope
 from tenure.wire import from_builtins
 
 from .packing import Packing, Room, pack, room_with, shortage, size
+from .shapes import Preference, Shape, node_order, shape_of
 
 MAX_REMEMBERED = 10_000
 """Sizes of gangs whose "never" is remembered; past it, all are forgotten and asked anew."""
@@ -70,6 +72,8 @@ class Placement:
         self._nevers: dict[tuple[tuple[float, ...], ...], Mapping[str, str] | None] = {}  # dropped when a node changes
         self._alone: dict[tuple[float, ...], int] = {}  # size -> how many nodes could hold it when idle; dropped likewise
         self._idle: dict[str, Room] = {}  # the nodes with nothing on them; dropped likewise
+        self._shapes: Counter[Shape] = Counter()  # of the leases that wait or hold and ask for GPUs
+        self._preferred: Preference | None = None  # dropped when a shape comes or goes, or a node changes
         self._planned: Plan | None = None  # dropped when anything changes; None while time alone could change it
 
     def __eq__(self, other: object) -> bool:
@@ -101,7 +105,7 @@ class Placement:
             self._set_node(node, node.state if node.state is NodeState.DRAINING else NodeState.UP)
         elif event.kind == "node.removed":
             self._nodes.pop(event.node, None)
-            self._rooms.pop(event.node, None)
+            self._forget(event.node)
         elif event.kind in _NODE_STATES and event.node in self._nodes:
             self._set_node(self._nodes[event.node], _NODE_STATES[event.kind])
 
@@ -132,7 +136,7 @@ class Placement:
             if never is not None:
                 impossible += [Impossible(lease_id=lease.id, reasons=never) for lease in members]
                 continue
-            packing = None if behind else pack([lease.envelope for lease in members], rooms)[0]
+            packing = None if behind else pack([lease.envelope for lease in members], rooms, self._preference())[0]
             if packing is None:
                 text = behind or self._lacks(members, rooms)
                 waiting |= {lease.id: text for lease in members}
@@ -155,7 +159,7 @@ class Placement:
         if idle:
             return self._never(envelopes)
         rooms = {name: self._room(name) for name in self._alive() if self._nodes[name].state is NodeState.UP}
-        packing: Packing | None = pack(envelopes, rooms)[0]
+        packing: Packing | None = pack(envelopes, rooms, self._preference())[0]
         return None if packing is not None else self._reasons(envelopes, rooms, "free")
 
     def resize_shortage(self, lease_id: str, envelope: Envelope) -> str:
@@ -184,24 +188,51 @@ class Placement:
 
     def _put(self, lease: Lease) -> None:
         self._planned = None
-        self._waiting.pop(lease.id, None)
+        was = self._waiting.pop(lease.id, None)
         old = self._where.pop(lease.id, None)
         if old is not None:
-            del self._held[old][lease.id]
+            was = self._held[old].pop(lease.id)
             self._rooms.pop(old, None)
+        if was is not None:
+            self._count(was, -1)
         if lease.state in _WAITING:
             self._waiting[lease.id] = lease
+            self._count(lease, 1)
         elif lease.holds and lease.node:
+            self._count(lease, 1)
             self._held.setdefault(lease.node, {})[lease.id] = lease
             self._where[lease.id] = lease.node
             self._rooms.pop(lease.node, None)
 
+    def _count(self, lease: Lease, change: int) -> None:
+        if lease.envelope.gpus:
+            shape = shape_of(lease.envelope)
+            self._shapes[shape] += change
+            if not self._shapes[shape]:
+                del self._shapes[shape]
+            self._preferred = None
+
+    def _preference(self) -> Preference | None:
+        """Return what decides between nodes: the leases that wait and hold now tell what will be asked for. None: no GPUs."""
+        if not self._shapes:
+            return None
+        if self._preferred is None:
+            from .mix import Mix  # brings NumPy, which a fleet without GPUs has no use for
+
+            order = node_order({name: node.capacity for name, node in self._nodes.items()})
+            self._preferred = Preference(Mix(self._shapes), {name: rank for rank, name in enumerate(order)})
+        return self._preferred
+
     def _set_node(self, node: Node, state: NodeState) -> None:
         self._nodes[node.name] = replace(node, state=state)
-        self._planned = None
+        self._forget(node.name)
+
+    def _forget(self, node: str) -> None:
+        """Drop what followed from the nodes as they were before this one changed."""
+        self._planned = self._preferred = None
         for remembered in (self._nevers, self._alone, self._idle):
             remembered.clear()
-        self._rooms.pop(node.name, None)
+        self._rooms.pop(node, None)
 
     def _room(self, name: str) -> Room:
         if name not in self._rooms:

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from tenure.resources import Capacity, DeviceShare, Envelope
 
-from .mix import MICRO, Bools, Floats, Mix, Shape, micro, shape_of
+from .mix import Bools, Floats, Mix
 from .packing import Packing, Room, shortage
+from .shapes import MICRO, STEP, Shape, micro, node_order, shape_of
 
-STEP = MICRO * MICRO // 2_000
-"""What opening the next node in the order costs: half a thousandth of a device. 0.3 to 1.5 give the same on openb."""
 MAX_ROWS = 1_024
 """Shapes whose gains are remembered; the one asked for longest ago goes first."""
 _FIRST_STATES = 1_024
@@ -307,23 +306,6 @@ class _Row:
         for name in self.__slots__:
             getattr(row, name)[: len(states)] = getattr(self, name)[states]
         return row
-
-
-def node_order(capacities: Mapping[str, Capacity]) -> list[str]:
-    """Return the names in the order in which nodes are opened: each kind spread evenly over it, names deciding within a kind.
-
-    A kind that came first or last as a whole would be gone, or untouched, when the leases that suit it come: that cost 0.2 to
-    2 points on openb. Any mixed order does as well as any other, so names do not matter.
-    """
-    kinds: dict[tuple[object, ...], list[str]] = {}
-    for name in sorted(capacities):
-        capacity = capacities[name]
-        models = tuple(sorted((gpu.model, gpu.memory_bytes) for gpu in capacity.gpus))
-        kinds.setdefault((models, capacity.cpus, capacity.memory_bytes, capacity.disk_bytes), []).append(name)
-    spread = [
-        ((2 * number + 1) / (2 * len(names)), kind, name) for kind, names in kinds.items() for number, name in enumerate(names)
-    ]
-    return [name for _, _, name in sorted(spread, key=lambda item: (item[0], repr(item[1]), item[2]))]
 
 
 def _part(free: Floats, usable: Bools, part: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
