@@ -269,15 +269,24 @@ class Rooms:
             chosen, slots, after = _part(free, usable, part) if shape.gpus < 1 else _whole(free, usable, whole)
         if not len(chosen):
             return
-        own = states[chosen]
-        before = self._stranded(self._cpus[states], self._memory_bytes[states], free, states)
-        stranded = self._stranded(self._cpus[own] - cpus, self._memory_bytes[own] - memory_bytes, after, own)
-        gains = before[chosen] - stranded
-        # The first best slot of each state: candidates come state by state, slots in order.
-        best = np.lexsort((slots, -gains, own))
-        first = best[np.unique(own[best], return_index=True)[1]] if len(own) > 1 else best
-        row.gain[own[first]] = gains[first]
-        row.slot[own[first]] = slots[first]
+        count, own = len(states), states[chosen]
+        # One call for both sides: what is free before, then after each candidate.
+        stranded = self._mix.stranded(
+            np.concatenate([self._cpus[states], self._cpus[own] - cpus]),
+            np.concatenate([self._memory_bytes[states], self._memory_bytes[own] - memory_bytes]),
+            np.concatenate([free, after]),
+            # A node's devices are taken to be of one model here; where a lease *fits* looks at each device.
+            self._allowed[self._model[np.concatenate([states, own]), 0]],
+        )
+        gains = stranded[:count][chosen] - stranded[count:]
+        if 0 < shape.gpus < 1:
+            # Candidates come state by state, devices in order: keep the first best of each state.
+            begins = np.flatnonzero(np.concatenate([[True], chosen[1:] != chosen[:-1]]))
+            best = np.repeat(np.maximum.reduceat(gains, begins), np.diff(begins, append=len(chosen)))
+            hits = np.flatnonzero(gains == best)[::-1]
+            own, gains, slots = own[hits], gains[hits], slots[hits]
+        row.gain[own] = gains  # of equals the last written, which is the first device, stays
+        row.slot[own] = slots
 
     def _usable(self, shape: Shape, states: NDArray[np.intp]) -> Bools:
         usable: Bools = self._free_bytes[states] >= max(0, shape.gpu_memory_bytes)
@@ -285,10 +294,6 @@ class Rooms:
             right = np.array([model in shape.models for model in self._models], bool)
             usable &= right[self._model[states]]
         return usable
-
-    def _stranded(self, cpus: Floats, memory_bytes: Floats, free: Floats, states: NDArray[np.intp]) -> Floats:
-        # A node's devices are taken to be of one model here; where a lease *fits* looks at each device.
-        return self._mix.stranded(cpus, memory_bytes, free, self._allowed[self._model[states, 0]])
 
 
 class _Row:
