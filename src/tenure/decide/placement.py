@@ -58,6 +58,8 @@ class Plan:
     impossible: tuple[Impossible, ...] = ()
     waiting: Mapping[str, str] = field(default_factory=dict)
     """Lease id -> what it waits for."""
+    renewals: tuple[str, ...] = ()
+    """Of the leases whose slot is over, those that go on where they are. The others give way: grants may rest on their room."""
 
 
 class Placement:
@@ -109,11 +111,14 @@ class Placement:
         elif event.kind in _NODE_STATES and event.node in self._nodes:
             self._set_node(self._nodes[event.node], _NODE_STATES[event.kind])
 
-    def plan(self, now_s: float) -> Plan:
+    def plan(self, now_s: float, *, ending: Sequence[str] = ()) -> Plan:
         """Return what to grant at `now_s` (UTC seconds; only reservations look at it). Changes nothing.
 
+        ending: leases held whose slot is over, whole gangs of them; the plan says which are renewed.
         The same plan (`is`) as before comes back at once as long as no event has changed anything.
         """
+        if ending:
+            return replace(self._plan(now_s), renewals=tuple(ending))
         if self._planned is None:
             plan = self._plan(now_s)
             if any(lease.state is LeaseState.RESERVED for lease in self._waiting.values()):
