@@ -77,9 +77,9 @@ def _sleepy(inputs):
 def _rogue(inputs):
     """Say something to the server behind the instance's back: nonsense where a row starts with 1, a false batch with 2."""
     words = {1: b"nonsense", 2: wire.encode(wire.Done(999, 1, 0.0, 0.0, 0.0, [], []))}.get(int(inputs["x"][0, 0]))
-    for fd in range(3, 64) if words else ():
+    for fd in os.listdir("/proc/self/fd") if words else ():  # the folder's own descriptor is gone by now
         if os.path.exists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-            os.write(fd, words)
+            os.write(int(fd), words)
     return {"y": inputs["x"] * 2}
 
 

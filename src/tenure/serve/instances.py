@@ -77,6 +77,7 @@ class Instance:
         self._space = bytearray(wire.MAX_MESSAGE_BYTES)
         self._seen = memoryview(self._space)
         self._killed_for = ""
+        self._distrusted = False
         self._outbox: deque[tuple[bytes, Region | None]] = deque()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -174,22 +175,29 @@ class Instance:
                 if not self._killed_for:
                     self.kill("")
                 return
+            if self._distrusted:
+                continue
             try:
                 report = wire.decode_report(self._seen[:size])
             except msgspec.MsgspecError as error:
-                self.kill(f"it said what cannot be read: {error}")
+                self._distrust(f"it said what cannot be read: {error}")
                 continue
             if type(report) is wire.Done:
                 if self.batches and self.batches[0].number == report.number:
                     self._on_done(self, report)
                 else:
-                    self.kill(f"it answered batch {report.number}, which it was not running")
+                    self._distrust(f"it answered batch {report.number}, which it was not running")
             elif type(report) is wire.Loaded:
                 self.ready = True
                 if not self.loaded.done():
                     self.loaded.set_result(report)
             elif type(report) is wire.NotLoaded and not self.loaded.done():
                 self.loaded.set_exception(_reason(report))
+
+    def _distrust(self, why: str) -> None:
+        """Take nothing any more that the process says, and end it."""
+        self._distrusted = True
+        self.kill(why)
 
     def _gone(self) -> None:
         """The process has ended: take what it still said, then tell."""
