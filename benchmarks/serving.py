@@ -207,6 +207,8 @@ def perf_analyzer(
 ) -> Load:
     """Run perf_analyzer over `door` (http, grpc) with so many requests in flight, batch 1, for three windows.
 
+    More windows, up to eight, only when one of them saw too few requests to count.
+
     shape: of x without the batch. Asserts that it told a rate; it ends with an error when a request failed.
     """
     argv, env = tool("perf_analyzer")
@@ -226,7 +228,7 @@ def perf_analyzer(
             "--shape",
             f"x:{dims}",
         ]
-        told += ["-p", str(round(window_s * 1000)), "-s", "999", "-r", "3", "-f", str(table), *options]
+        told += ["-p", str(round(window_s * 1000)), "-s", "999", "-r", "8", "-f", str(table), *options]
         before_s = cpu_s(tree(served.pid))
         out = _run([*argv, *told], env, 3 * window_s)
         used_s = cpu_s(tree(served.pid)) - before_s

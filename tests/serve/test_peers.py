@@ -104,7 +104,7 @@ def run_perf_analyzer(served: Server, folder: Path, door: str, options: tuple[st
     table = folder / "table.csv"
     address = {"http": served.http, "grpc": served.grpc}[door]
     # three windows of 0.1 s whatever their spread: this looks at whether it works, not at how quick it is
-    asked = ("-m", "digits", "-i", door, "-u", address, "-p", "100", "-r", "3", "-s", "999", "-f", str(table), *options)
+    asked = ("-m", "digits", "-i", door, "-u", address, "-p", "100", "-r", "8", "-s", "999", "-f", str(table), *options)
     done = subprocess.run([*argv, *asked], env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = list(csv.DictReader(table.read_text().splitlines()))
