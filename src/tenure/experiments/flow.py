@@ -223,7 +223,9 @@ def _clean_up(context: RunContext, error: BaseException, stage_name: str) -> Non
             step()
         except TenureError as also:
             context.display.warn(f"cleaning up after run {context.run.id}: {also}")
-    if interrupted:
+    if interrupted and context.listening is not None:
+        context.display.warn("interrupted before the server listened; nothing of it is left")
+    elif interrupted:
         context.display.warn(
             f"run {context.run.id} is interrupted; what was done is kept. tenure run --resume {context.run.id}"
         )
