@@ -185,6 +185,13 @@ def test_gpu_leases_leave_whole_devices_and_the_cpus_beside_them_to_those_who_ne
     assert nodes["none"] == "plain"
 
 
+def test_parts_of_cores_that_add_up_exactly_are_granted_beside_gpu_leases_too():
+    world = World()
+    world.up(a_node("a", cpus=3, gpus=(Gpu(index=0, memory_bytes=16 * GIB),)))
+    world.ask(a_lease("gpu", gpus=1.0, at_s=1), *(a_lease(f"third{i}", cpus=2 / 3, at_s=2) for i in range(3)))
+    assert len(world.fold.plan(0.0).grants) == 4
+
+
 def test_a_fleet_without_gpus_needs_no_numpy():
     program = (
         "import sys; from tenure.decide.placement import Placement; from tenure.decide.packing import pack; "

@@ -1,9 +1,8 @@
 """How envelopes fit on nodes: free room of a node, and the packing of a gang over many. Not here: whose turn it is.
 
-Best fit: a lease goes to the node that it leaves with the least memory, then the fewest CPUs, ties by name. With GPUs in the
-fleet and leases known that ask for some, a `Preference` comes first: the node where the lease strands least of them (`mix`).
-A gang that this does not pack is searched for within a stated number of steps, so that "does not fit" is seldom a false word
-and never costs more than the bound.
+Best fit: a lease goes to the node that it leaves with the least memory, then the fewest CPUs, ties by name. A gang that
+best fit cannot pack is searched for within a stated number of steps, so that "does not fit" is seldom a false word and
+never costs more than the bound.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tenure.resources import Capacity, DeviceShare, Envelope, show_bytes
-
-from .shapes import STEP, Preference, micro
 
 TOLERANCE = 1e-9
 """Cores, and shares of a device, that rounding may overshoot."""
@@ -145,9 +142,7 @@ Packing = tuple[tuple[str, tuple[DeviceShare, ...]], ...]
 """Node and device shares, one per envelope, in the order of the envelopes."""
 
 
-def pack(
-    envelopes: Sequence[Envelope], rooms: Mapping[str, Room], preference: Preference | None = None
-) -> tuple[Packing | None, bool]:
+def pack(envelopes: Sequence[Envelope], rooms: Mapping[str, Room]) -> tuple[Packing | None, bool]:
     """Return where each envelope goes, or None; and whether None is certain (else only not found within the search bound).
 
     rooms: by node; left as they were. Largest memory first; equal envelopes need no search, since how many of them a
@@ -157,7 +152,7 @@ def pack(
     scratch = {name: room.copy() for name, room in rooms.items()}
     placed: dict[int, tuple[str, tuple[DeviceShare, ...]]] = {}
     for i in order:
-        choices = _choices(envelopes[i], scratch, preference)
+        choices = _choices(envelopes[i], scratch)
         if not choices:
             break
         placed[i] = choices[0]
@@ -169,8 +164,7 @@ def pack(
     if len(envelopes) > MAX_SEARCH_MEMBERS:
         return None, False
     found: dict[int, tuple[str, tuple[DeviceShare, ...]]] = {}
-    scratch = {name: room.copy() for name, room in rooms.items()}
-    steps = _search(envelopes, order, 0, scratch, found, MAX_SEARCH_STEPS, preference)
+    steps = _search(envelopes, order, 0, {name: room.copy() for name, room in rooms.items()}, found, MAX_SEARCH_STEPS)
     if len(found) == len(envelopes):
         return tuple(found[i] for i in range(len(envelopes))), True
     return None, steps > 0
@@ -181,9 +175,7 @@ def size(envelope: Envelope) -> tuple[float, ...]:
     return (envelope.cpus, envelope.memory_bytes, envelope.gpus, envelope.gpu_memory_bytes, envelope.disk_bytes)
 
 
-def _choices(
-    envelope: Envelope, rooms: Mapping[str, Room], preference: Preference | None
-) -> list[tuple[str, tuple[DeviceShare, ...]]]:
+def _choices(envelope: Envelope, rooms: Mapping[str, Room]) -> list[tuple[str, tuple[DeviceShare, ...]]]:
     fitting = []
     for name, room in rooms.items():
         if not _fits_beside_devices(room, envelope) or (devices := choose_devices(room, envelope)) is None:
@@ -191,39 +183,7 @@ def _choices(
         left_bytes = room.capacity.memory_bytes - room.memory_bytes - envelope.memory_bytes
         left_cpus = room.capacity.cpus - room.cpus - envelope.cpus
         fitting.append((left_bytes, left_cpus, name, devices))
-    fitting.sort(key=lambda choice: choice[:3])
-    found = [(name, devices) for _, _, name, devices in fitting]
-    if preference is None or len(found) < 2 or not any(rooms[name].capacity.gpus for name, _ in found):
-        return found
-    losses = _losses(envelope, rooms, found, preference)
-    return [found[i] for i in sorted(range(len(found)), key=losses.__getitem__)]
-
-
-def _losses(
-    envelope: Envelope, rooms: Mapping[str, Room], choices: Sequence[tuple[str, tuple[DeviceShare, ...]]], wanted: Preference
-) -> list[float]:
-    """Return what each choice would strand, and what opening that node costs."""
-    import numpy as np  # only where GPUs are leased: a broker without any starts sooner and stays smaller
-
-    width = max(len(rooms[name].capacity.gpus) for name, _ in choices)
-    states = np.zeros((2, len(choices), 2 + width))  # before and after: CPUs, memory, devices
-    for number, (name, devices) in enumerate(choices):
-        before, after = rooms[name], rooms[name].copy()
-        after.take(envelope, devices)
-        states[:, number] = [_free(before, width), _free(after, width)]
-    models = [gpus[0].model if (gpus := rooms[name].capacity.gpus) else "" for name, _ in choices]
-    kinds = sorted(set(models))
-    allowed = wanted.mix.allowed(kinds)[[kinds.index(model) for model in models]]
-    stranded = [wanted.mix.stranded(part[:, 0], part[:, 1], part[:, 2:], allowed) for part in states]
-    opening = STEP * np.array([wanted.rank[name] for name, _ in choices], float)
-    losses: list[float] = (stranded[1] - stranded[0] + opening).tolist()
-    return losses
-
-
-def _free(room: Room, width: int) -> list[float]:
-    gpus = [micro(1 - room.devices.get(gpu.index, (0.0, 0))[0]) for gpu in room.capacity.gpus]
-    beside = [micro(room.capacity.cpus - room.cpus), room.capacity.memory_bytes - room.memory_bytes]
-    return [*beside, *gpus, *[0] * (width - len(gpus))]
+    return [(name, devices) for _, _, name, devices in sorted(fitting, key=lambda choice: choice[:3])]
 
 
 def _search(
@@ -233,20 +193,19 @@ def _search(
     rooms: dict[str, Room],
     found: dict[int, tuple[str, tuple[DeviceShare, ...]]],
     steps: int,
-    preference: Preference | None,
 ) -> int:
     """Fill `found` depth first; return the steps left (0: the bound was hit)."""
     if depth == len(order):
         return steps
     i = order[depth]
-    for name, devices in _choices(envelopes[i], rooms, preference):
+    for name, devices in _choices(envelopes[i], rooms):
         if steps <= 0:
             return 0
         before = rooms[name]
         rooms[name] = before.copy()
         rooms[name].take(envelopes[i], devices)
         found[i] = (name, devices)
-        steps = _search(envelopes, order, depth + 1, rooms, found, steps - 1, preference)
+        steps = _search(envelopes, order, depth + 1, rooms, found, steps - 1)
         rooms[name] = before
         if len(found) == len(order):
             return steps

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenure.events import Event
 from tenure.leases import Lease, LeaseState
@@ -19,7 +19,10 @@ from tenure.resources import Capacity, DeviceShare, Envelope
 from tenure.wire import from_builtins
 
 from .packing import Packing, Room, pack, room_with, shortage, size
-from .shapes import Preference, Shape, node_order, shape_of
+from .shapes import Shape, shape_of
+
+if TYPE_CHECKING:
+    from .rooms import Rooms
 
 MAX_REMEMBERED = 10_000
 """Sizes of gangs whose "never" is remembered; past it, all are forgotten and asked anew."""
@@ -75,7 +78,8 @@ class Placement:
         self._alone: dict[tuple[float, ...], int] = {}  # size -> how many nodes could hold it when idle; dropped likewise
         self._idle: dict[str, Room] = {}  # the nodes with nothing on them; dropped likewise
         self._shapes: Counter[Shape] = Counter()  # of the leases that wait or hold and ask for GPUs
-        self._preferred: Preference | None = None  # dropped when a shape comes or goes, or a node changes
+        self._free: Rooms | None = None  # of nodes that are up; made when a GPU lease is planned, dropped with a node
+        self._levels: dict[Shape, int] = {}  # what its weights were made of
         self._planned: Plan | None = None  # dropped when anything changes; None while time alone could change it
 
     def __eq__(self, other: object) -> bool:
@@ -127,7 +131,17 @@ class Placement:
         return self._planned
 
     def _plan(self, now_s: float) -> Plan:
-        rooms = {name: self._room(name).copy() for name, node in self._nodes.items() if node.state is NodeState.UP}
+        free = self._fleet()
+        taken: list[tuple[str, Lease, tuple[DeviceShare, ...]]] = []
+        try:
+            return self._plan_with(free, taken, now_s)
+        finally:
+            if free is not None:
+                for node, lease, devices in taken:
+                    free.give(node, lease.envelope, devices)
+
+    def _plan_with(self, free: Rooms | None, taken: list[tuple[str, Lease, tuple[DeviceShare, ...]]], now_s: float) -> Plan:
+        rooms: dict[str, Room] = {}  # copied when first needed
         grants: list[Grant] = []
         impossible: list[Impossible] = []
         waiting: dict[str, str] = {}
@@ -141,16 +155,31 @@ class Placement:
             if never is not None:
                 impossible += [Impossible(lease_id=lease.id, reasons=never) for lease in members]
                 continue
-            packing = None if behind else pack([lease.envelope for lease in members], rooms, self._preference())[0]
+            envelopes = [lease.envelope for lease in members]
+            packing = None if behind or free is None else free.choose_all(envelopes)
+            if packing is None:
+                rooms = rooms or self._rooms_with(taken)
+                packing = None if behind else pack(envelopes, rooms)[0]
             if packing is None:
                 text = behind or self._lacks(members, rooms)
                 waiting |= {lease.id: text for lease in members}
                 behind = behind or f"waits behind {members[0].gang_id or members[0].id}"
                 continue
             for lease, (node, devices) in zip(members, packing, strict=True):
-                rooms[node].take(lease.envelope, devices)
+                if rooms:
+                    rooms[node].take(lease.envelope, devices)
+                if free is not None:
+                    free.take(node, lease.envelope, devices)
+                taken.append((node, lease, devices))
                 grants.append(Grant(lease_id=lease.id, node=node, devices=devices))
         return Plan(grants=tuple(grants), impossible=tuple(impossible), waiting=waiting)
+
+    def _rooms_with(self, taken: Sequence[tuple[str, Lease, tuple[DeviceShare, ...]]]) -> dict[str, Room]:
+        """Return copies of the rooms of nodes that are up, with these in them."""
+        rooms = {name: self._room(name).copy() for name, node in self._nodes.items() if node.state is NodeState.UP}
+        for node, lease, devices in taken:
+            rooms[node].take(lease.envelope, devices)
+        return rooms
 
     def what_if(self, members: Sequence[Envelope | Lease], *, idle: bool = False) -> Mapping[str, str] | None:
         """Return None when these could be granted together, else the reason per node. Leaves the state as it was.
@@ -164,7 +193,7 @@ class Placement:
         if idle:
             return self._never(envelopes)
         rooms = {name: self._room(name) for name in self._alive() if self._nodes[name].state is NodeState.UP}
-        packing: Packing | None = pack(envelopes, rooms, self._preference())[0]
+        packing: Packing | None = pack(envelopes, rooms)[0]
         return None if packing is not None else self._reasons(envelopes, rooms, "free")
 
     def resize_shortage(self, lease_id: str, envelope: Envelope) -> str:
@@ -198,6 +227,8 @@ class Placement:
         if old is not None:
             was = self._held[old].pop(lease.id)
             self._rooms.pop(old, None)
+            if self._free is not None and old in self._free:
+                self._free.give(old, was.envelope, was.devices)
         if was is not None:
             self._count(was, -1)
         if lease.state in _WAITING:
@@ -208,6 +239,8 @@ class Placement:
             self._held.setdefault(lease.node, {})[lease.id] = lease
             self._where[lease.id] = lease.node
             self._rooms.pop(lease.node, None)
+            if self._free is not None and lease.node in self._free:
+                self._free.take(lease.node, lease.envelope, lease.devices)
 
     def _count(self, lease: Lease, change: int) -> None:
         if lease.envelope.gpus:
@@ -215,18 +248,28 @@ class Placement:
             self._shapes[shape] += change
             if not self._shapes[shape]:
                 del self._shapes[shape]
-            self._preferred = None
 
-    def _preference(self) -> Preference | None:
-        """Return what decides between nodes: the leases that wait and hold now tell what will be asked for. None: no GPUs."""
+    def _fleet(self) -> Rooms | None:
+        """Return what is free on the nodes that are up, weighed by the leases that wait and hold now; None without GPU leases.
+
+        How often a shape is asked for counts in powers of two, so that most requests leave the weights as they are.
+        """
         if not self._shapes:
             return None
-        if self._preferred is None:
-            from .mix import Mix  # brings NumPy, which a fleet without GPUs has no use for
+        from .mix import Mix  # both bring NumPy, which a fleet without GPUs has no use for
+        from .rooms import Rooms
 
-            order = node_order({name: node.capacity for name, node in self._nodes.items()})
-            self._preferred = Preference(Mix(self._shapes), {name: rank for rank, name in enumerate(order)})
-        return self._preferred
+        levels = {shape: count.bit_length() for shape, count in self._shapes.items()}
+        if self._free is None:
+            up = {name: node.capacity for name, node in self._nodes.items() if node.state is NodeState.UP}
+            self._free, self._levels = Rooms(up, Mix({})), {}
+            for name in up:
+                for lease in self._held.get(name, {}).values():
+                    self._free.take(name, lease.envelope, lease.devices)
+        if levels != self._levels:
+            self._levels = levels
+            self._free.weigh(Mix({shape: 2.0**level for shape, level in levels.items()}))
+        return self._free
 
     def _set_node(self, node: Node, state: NodeState) -> None:
         self._nodes[node.name] = replace(node, state=state)
@@ -234,7 +277,7 @@ class Placement:
 
     def _forget(self, node: str) -> None:
         """Drop what followed from the nodes as they were before this one changed."""
-        self._planned = self._preferred = None
+        self._planned = self._free = None
         for remembered in (self._nevers, self._alone, self._idle):
             remembered.clear()
         self._rooms.pop(node, None)

@@ -47,7 +47,7 @@ class Rooms:
         self._gpus = [sorted(capacity.gpus, key=lambda gpu: (gpu.memory_bytes, gpu.index)) for capacity in self._capacities]
         self._left = [[[MICRO, gpu.memory_bytes, model[gpu.model]] for gpu in gpus] for gpus in self._gpus]
         self._beside = [
-            [math.floor(c.cpus * MICRO), c.memory_bytes, c.disk_bytes or 1 << 62] for c in self._capacities
+            [math.floor(c.cpus * MICRO + 1e-6), c.memory_bytes, c.disk_bytes or 1 << 62] for c in self._capacities
         ]  # fmt: skip
         self._of = [-1] * len(self.names)  # rank -> state
         self._clear_states(_FIRST_STATES)
@@ -74,6 +74,9 @@ class Rooms:
             best = min(np.flatnonzero(score == score[best]).tolist(), key=lambda state: self._first[state][0])
         rank = self._first[best][0]
         return self.names[rank], self._shares(rank, envelope, models, int(row.slot[best]))
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._rank
 
     def take(self, node: str, envelope: Envelope, devices: Sequence[DeviceShare]) -> None:
         """Count an envelope as held on a node, without checking. Raises KeyError for an unknown node."""
@@ -145,6 +148,8 @@ class Rooms:
         if devices:
             place = {gpu.index: number for number, gpu in enumerate(self._gpus[rank])}
             for share in devices:
+                if share.index not in place:
+                    continue  # held from when the node had more devices
                 left = self._left[rank][place[share.index]]
                 left[0] += sign * micro(share.fraction)
                 left[1] += sign * share.memory_bytes

@@ -5,14 +5,11 @@ A broker whose fleet has no GPUs never loads the other half.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tenure.resources import Capacity, Envelope
-
-if TYPE_CHECKING:
-    from .mix import Mix
 
 MICRO = 1_000_000
 """Parts of one device or core. Whole numbers below 2**53 add up exactly in float64, whatever the order."""
@@ -40,18 +37,9 @@ def shape_of(envelope: Envelope, models: Sequence[str] = ()) -> Shape:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """What decides between nodes that all have room: the requests a fleet lives on, and the order in which nodes are opened."""
-
-    mix: Mix
-    rank: Mapping[str, int]
-    """Node -> its place in the order."""
-
-
 def micro(amount: float) -> int:
-    """Return cores, or parts of a device, in MICRO."""
-    return round(amount * MICRO)
+    """Return cores, or parts of a device, in MICRO, rounded up: what is taken never adds up to more than there is."""
+    return math.ceil(amount * MICRO - 1e-6)
 
 
 def node_order(capacities: Mapping[str, Capacity]) -> list[str]:
