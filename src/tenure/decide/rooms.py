@@ -24,7 +24,7 @@ from .mix import Bools, Floats, Mix
 from .packing import Packing, Room, shortage
 from .shapes import MICRO, STEP, Shape, micro, node_order, shape_of
 
-MAX_ROWS = 1_024
+MAX_ROWS = 512
 """Shapes whose gains are remembered; the one asked for longest ago goes first."""
 _FIRST_STATES = 1_024
 
