@@ -109,8 +109,10 @@ def test_a_gang_too_large_only_as_a_whole_says_so():
 
 def test_an_empty_fleet_makes_leases_wait_and_rules_nothing_out():
     world = World()
-    world.ask(a_lease("x"))
-    assert world.fold.plan(0.0) == Plan(waiting={"x": "no node is up"})
+    world.ask(a_lease("x"), a_lease("gpu", gpus=0.5, at_s=1))
+    assert world.fold.plan(0.0) == Plan(waiting={"x": "no node is up", "gpu": "waits behind x"})
+    world.end("x")
+    assert world.fold.plan(0.0) == Plan(waiting={"gpu": "no node is up"})
     assert world.fold.what_if([a_lease("y")]) == {"fleet": "no node is up"}
 
 

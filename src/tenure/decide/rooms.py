@@ -63,8 +63,9 @@ class Rooms:
 
     def choose(self, envelope: Envelope, models: Sequence[str] = ()) -> tuple[str, tuple[DeviceShare, ...]] | None:
         """Return node and device shares for a lease, None when it fits nowhere (`refusals` says why). Changes nothing."""
-        shape = shape_of(envelope, models)
-        row = self._row(shape)
+        if not self.names:
+            return None
+        row = self._row(shape_of(envelope, models))
         score = row.gain[: self._count] - self._cost[: self._count]
         best = int(score.argmax())
         if score[best] == -math.inf:
