@@ -22,6 +22,8 @@ import numpy as np
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
 from tenure.serve.plane import (
+    EXTENSIONS,
+    SHARED_MEMORY,
     Answer,
     Buffer,
     Call,
@@ -64,6 +66,10 @@ class FakePlane:
     @property
     def ready(self) -> bool:
         return not self.draining
+
+    @property
+    def extensions(self) -> Sequence[str]:
+        return (*EXTENSIONS, SHARED_MEMORY)
 
     @property
     def held_bytes(self) -> int:

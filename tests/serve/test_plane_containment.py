@@ -340,6 +340,7 @@ def test_shared_memory_can_be_switched_off(tmp_path, shared_memory):  # noqa: F8
     async def body(plane):
         with pytest.raises(InputRefused, match="no shared memory"):
             plane.register_region("r", f"/{shared_memory(4096)}", 0, 4096)
+        assert "system_shared_memory" not in plane.extensions
 
     on_plane(write_models(tmp_path, "double"), body, Limits(shared_memory=False))
 

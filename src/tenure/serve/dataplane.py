@@ -18,7 +18,7 @@ from tenure.serve.faults import InputRefused, Overloaded
 from tenure.serve.instances import LOADER, InstanceSpec
 from tenure.serve.lane import Lane
 from tenure.serve.modelconfig import model_config
-from tenure.serve.plane import Buffer, Call, IndexEntry, ModelOptions, ModelStatistics, RegionStatus
+from tenure.serve.plane import EXTENSIONS, SHARED_MEMORY, Buffer, Call, IndexEntry, ModelOptions, ModelStatistics, RegionStatus
 from tenure.serve.regions import Regions
 from tenure.serve.repository import ModelFiles, version_order
 from tenure.serve.served import Served, Shared
@@ -83,6 +83,11 @@ class DataPlane:
         self._timer = asyncio.get_running_loop().call_later(_TRIM_S, self._tick)
 
     # ---- memory
+
+    @property
+    def extensions(self) -> Sequence[str]:
+        """See Plane."""
+        return (*EXTENSIONS, SHARED_MEMORY) if self.limits.shared_memory else EXTENSIONS
 
     @property
     def held_bytes(self) -> int:

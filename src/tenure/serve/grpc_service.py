@@ -17,17 +17,8 @@ from tenure.errors import NotFound, Unavailable
 from tenure.serve import codec_grpc, v2
 from tenure.serve.faults import InputRefused
 from tenure.serve.grpc_status import UNIMPLEMENTED, StatusError
-from tenure.serve.plane import Durations, ModelStatistics, Plane
+from tenure.serve.plane import SERVER_NAME, Durations, ModelStatistics, Plane
 
-SERVER_NAME = "tenure"
-EXTENSIONS = (
-    "binary_tensor_data",
-    "statistics",
-    "model_repository",
-    "model_configuration",
-    "system_shared_memory",
-    "schedule_policy",
-)
 UNARY, INFER, STREAM = range(3)
 NS = 1e9
 
@@ -77,7 +68,7 @@ class Service:
 
     def _ServerMetadata(self, message: Any, answer: Any) -> None:
         answer.name, answer.version = SERVER_NAME, __version__
-        answer.extensions.extend(EXTENSIONS)
+        answer.extensions.extend(self._plane.extensions)
 
     def _ModelMetadata(self, message: Any, answer: Any) -> None:
         answer.CopyFrom(codec_grpc.encode_metadata(self._plane.metadata(message.name, message.version)))

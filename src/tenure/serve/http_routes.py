@@ -17,17 +17,8 @@ from tenure.errors import NotFound, SpecError
 from tenure.serve import codec_http
 from tenure.serve.faults import InputRefused
 from tenure.serve.http1 import JSON
-from tenure.serve.plane import Durations, ModelStatistics, Plane
+from tenure.serve.plane import SERVER_NAME, Durations, ModelStatistics, Plane
 
-SERVER_NAME = "tenure"
-EXTENSIONS = (
-    "binary_tensor_data",
-    "model_configuration",
-    "model_repository",
-    "schedule_policy",
-    "statistics",
-    "system_shared_memory",
-)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -100,7 +91,7 @@ def reply(plane: Plane, method: str, path: Sequence[str], body: bytes) -> Reply 
             if rest == ["status"]:
                 found = _regions(plane, region) if system else Reply(b"[]")
         case ["v2"]:
-            found = _json({"name": SERVER_NAME, "version": __version__, "extensions": EXTENSIONS})
+            found = _json({"name": SERVER_NAME, "version": __version__, "extensions": plane.extensions})
         case ["v2", "health", "live"]:
             found = Reply(b'{"live":true}')
         case ["v2", "health", "ready"]:

@@ -20,6 +20,11 @@ import msgspec
 from tenure.errors import TenureError
 from tenure.serve.tensors import ModelMetadata
 
+SERVER_NAME = "tenure"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "schedule_policy", "statistics")
+"""Extensions of the protocol that both doors always offer."""
+SHARED_MEMORY = "system_shared_memory"
+"""The extension that is offered only where clients may register regions."""
 ALIGNMENT = 64
 """Every buffer starts at a multiple of this, so that tensors read to its start need no copy to be used."""
 
@@ -198,6 +203,11 @@ class Plane(Protocol):
     @property
     def ready(self) -> bool:
         """Whether requests are welcome: not draining, every model that should be loaded is."""
+        ...
+
+    @property
+    def extensions(self) -> Sequence[str]:
+        """Names of the protocol's extensions that are offered."""
         ...
 
     @property

@@ -17,6 +17,7 @@ import grpc
 
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve import codec_grpc, v2
+from tenure.serve.codec_infer import encode_varint
 from tenure.serve.faults import InputRefused, ModelFailed, Overloaded, TooLarge
 from tenure.serve.tensors import Array, ModelMetadata, datatype_of, to_raw
 from tenure.serve.transports import Stages
@@ -154,7 +155,7 @@ class GrpcTransport:
         parts: list[bytes | memoryview] = [prefix]
         for array in inputs.values():
             raw = to_raw(array)
-            parts += (_RAW, _varint(len(raw)), raw)
+            parts += (_RAW, encode_varint(len(raw)), raw)
         return b"".join(parts)
 
     def _translated(self, error: Any) -> TenureError:
@@ -184,15 +185,6 @@ def _infer_call(channel: Any) -> Any:
     """Return ModelInfer of a channel, taking serialized requests."""
     response = v2.METHODS["ModelInfer"][1]
     return channel.unary_unary(f"/{v2.SERVICE}/ModelInfer", response_deserializer=response.FromString)
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
 
 
 def _retry_after_s(metadata: Any) -> float | None:
