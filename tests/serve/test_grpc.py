@@ -194,9 +194,9 @@ def test_compressed_requests_are_understood(channel, algorithm):
 
 def test_a_deadline_reaches_the_model_and_a_client_that_gives_up_is_forgotten(call, plane, door):
     plane.paused = True
-    error = refused(call, "ModelInfer", infer(row()), timeout=0.3)
+    error = refused(call, "ModelInfer", infer(row()), timeout=1.5)
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert 0 < plane.calls[0].timeout_s <= 0.3
+    assert 0 < plane.calls[0].timeout_s <= 1.5
     door.until(lambda: plane.cancelled == plane.calls)
 
 
