@@ -1,6 +1,7 @@
 """One client for all targets: the same call, the same answer, the same errors."""
 
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -60,6 +61,27 @@ def test_many_requests_at_once_are_answered_in_their_order(target, digits):
         with pytest.raises(InputRefused):
             model.predict_many([digits.x, digits.x[:, :3], digits.x])
         np.testing.assert_array_equal(model.predict_many([digits.x], outputs=["label"])[0], digits.label)
+
+
+def test_a_stream_of_requests_is_taken_no_faster_than_its_answers_are_read(target, digits):
+    taken = 0
+
+    def stream():
+        nonlocal taken
+        for index in itertools.count():
+            taken += 1
+            yield digits.x[index % 4 : index % 4 + 1]
+
+    with Model(target, "digits") as model:
+        answers = model.predict_each(stream(), outputs=["label"], in_flight=3)
+        for index in range(9):
+            np.testing.assert_array_equal(next(answers), digits.label[index % 4 : index % 4 + 1])
+            assert taken <= index + 1 + 3
+        answers.close()  # what is under way is given up, and the model goes on
+        np.testing.assert_array_equal(model.predict(digits.x)["label"], digits.label)
+        for wrong in (0, 257):
+            with pytest.raises(SpecError, match="in_flight"):
+                model.predict_each([digits.x], in_flight=wrong)
 
 
 def test_one_output_comes_as_an_array_and_float64_is_taken(target, digits):

@@ -8,13 +8,15 @@ Importing it loads neither an engine nor a network library: `Model` loads what i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 SERVER_VARIABLE = "TENURE_SERVE"
 """Environment variable: the server, such as ``http://127.0.0.1:8000``, where a target that is a mere name is looked for."""
+
+IN_FLIGHT = 16
+"""Requests that `predict_many` and `predict_each` have on their way at once."""
+_MAX_IN_FLIGHT = 256
 
 
 class Model:
@@ -131,19 +137,38 @@ class Model:
             except Overloaded as error:
                 await asyncio.sleep(patience.pause_s(error))
 
-    def predict_many(self, xs: Sequence[Any], *, outputs: Sequence[str] = ()) -> list[Any]:
-        """Return the answer to each of several requests, as predict does, all sent before the first is waited for.
+    def predict_many(self, xs: Iterable[Any], *, outputs: Sequence[str] = (), in_flight: int = IN_FLIGHT) -> list[Any]:
+        """Return the answers of `predict_each`, all together."""
+        return list(self.predict_each(xs, outputs=outputs, in_flight=in_flight))
 
-        Cheaper than one after the other, as neither side sleeps in between. An overloaded server is always asked again for
-        what it refused, one by one, as with ``retry=True``. Raises as predict, for the first request that failed.
+    def predict_each(self, xs: Iterable[Any], *, outputs: Sequence[str] = (), in_flight: int = IN_FLIGHT) -> Iterator[Any]:
+        """Yield the answer to each of many requests, in their order and as predict gives it, without an event loop.
+
+        Up to `in_flight` requests (1 to 256) are on their way at once, so that neither side waits for the other; the next
+        is taken from `xs` when an answer has been read, and memory stays bounded however many there are. An overloaded
+        server is asked again for what it refused, as with ``retry=True``. Raises as predict, in the place of the request
+        that failed; those sent after it are given up then.
         """
-        found = self._transport.infer_many(self.name, [self._inputs(x) for x in xs], outputs)
-        for place, each in enumerate(found):
-            if isinstance(each, Overloaded):
-                found[place] = self._timed(xs[place], outputs, retry=True)[0]
-            elif isinstance(each, TenureError):
-                raise each
-        return [_one_or_all(cast(dict[str, Array], each)) for each in found]
+        if not 1 <= in_flight <= _MAX_IN_FLIGHT:
+            raise SpecError(f"in_flight must be 1 to {_MAX_IN_FLIGHT}; found {in_flight!r}")
+        return self._each(xs, outputs, in_flight)
+
+    def _each(self, xs: Iterable[Any], outputs: Sequence[str], in_flight: int) -> Iterator[Any]:
+        asked: deque[Mapping[str, Array]] = deque()
+
+        def inputs() -> Iterator[Mapping[str, Array]]:
+            for x in xs:
+                asked.append(self._inputs(x))
+                yield asked[-1]
+
+        with contextlib.closing(self._transport.infer_each(self.name, inputs(), outputs, in_flight)) as answers:
+            for found in answers:
+                again = asked.popleft()
+                if isinstance(found, Overloaded):
+                    found = self._timed(again, outputs, retry=True)[0]
+                elif isinstance(found, TenureError):
+                    raise found
+                yield _one_or_all(found)
 
     def classify(
         self,

@@ -11,8 +11,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from tenure.serve.http_client.response import Head, NotHttp, ResponseReader
+from tenure.serve.http_client.response import Head, ResponseReader
 
 Buffer = bytes | memoryview
 Answered = tuple[Head, memoryview, float, float]
@@ -44,10 +45,14 @@ class Connection:
         self._written = self._write(parts, ends_at_s)
         self.sent_s = time.perf_counter()
 
-    def receive(self, ends_at_s: float) -> Answered:
-        """Read the answer to what was sent. Raises OSError (TimeoutError past the deadline), NotHttp."""
+    def receive(self, ends_at_s: float, *, late: bool = False) -> Answered:
+        """Read the answer to what was sent. Raises OSError (TimeoutError past the deadline), NotHttp.
+
+        late: other things have been done since it was sent, so that the answer may well be there.
+        """
         reader = self.reader
-        self._wait(select.POLLIN, ends_at_s)
+        if not late:
+            self._wait(select.POLLIN, ends_at_s)
         answered_s = time.perf_counter()
         while True:
             try:
@@ -102,6 +107,14 @@ class Connection:
         return found[0][1]
 
 
+class Pending(NamedTuple):
+    """A request that was sent and whose answer has not been read."""
+
+    connection: Connection
+    parts: Sequence[Buffer]
+    ends_at_s: float
+
+
 class Connections:
     """Idle connections to one server, shared by threads."""
 
@@ -116,6 +129,10 @@ class Connections:
         A kept connection that turns out closed before any answer is replaced once by a new one: inference changes
         nothing, so it may be sent again. Raises OSError, NotHttp.
         """
+        return self._answer(*self.begin(parts, timeout_s))
+
+    def begin(self, parts: Sequence[Buffer], timeout_s: float) -> Pending:
+        """Send a request on a connection of its own, to `finish` or `abandon` later. Raises OSError."""
         ends_at_s = time.monotonic() + timeout_s
         connection = self._connection(ends_at_s)
         try:
@@ -123,31 +140,15 @@ class Connections:
         except BaseException:
             connection.close()
             raise
-        return self._answer(connection, parts, ends_at_s)
+        return Pending(connection, parts, ends_at_s)
 
-    def exchange_all(self, requests: Sequence[Sequence[Buffer]], timeout_s: float) -> list[Answered | OSError | NotHttp]:
-        """Send several requests, each on a connection of its own, then read their answers; errors in their place."""
-        ends_at_s = time.monotonic() + timeout_s
-        sent: list[Connection | OSError] = []
-        for parts in requests:
-            try:
-                connection = self._connection(ends_at_s)
-            except OSError as error:
-                sent.append(error)
-                continue
-            sent.append(connection)
-            try:
-                connection.send(parts, ends_at_s)
-            except OSError as error:
-                connection.close()
-                sent[-1] = error
-        found: list[Answered | OSError | NotHttp] = []
-        for parts, each in zip(requests, sent, strict=True):
-            try:
-                found.append(each if isinstance(each, OSError) else self._answer(each, parts, ends_at_s))
-            except (OSError, NotHttp) as error:
-                found.append(error)
-        return found
+    def finish(self, pending: Pending) -> Answered:
+        """Return the answer to what was begun. Raises as exchange."""
+        return self._answer(*pending, late=True)
+
+    def abandon(self, pending: Pending) -> None:
+        """Let nobody wait for an answer any more."""
+        pending.connection.close()
 
     def _connection(self, ends_at_s: float) -> Connection:
         try:
@@ -155,10 +156,10 @@ class Connections:
         except IndexError:
             return Connection(self._host, self._port, ends_at_s)
 
-    def _answer(self, connection: Connection, parts: Sequence[Buffer], ends_at_s: float) -> Answered:
+    def _answer(self, connection: Connection, parts: Sequence[Buffer], ends_at_s: float, *, late: bool = False) -> Answered:
         try:
             try:
-                found = connection.receive(ends_at_s)
+                found = connection.receive(ends_at_s, late=late)
             except ConnectionError:
                 if not connection.kept or connection.reader.began:
                     raise

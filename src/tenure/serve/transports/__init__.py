@@ -8,7 +8,7 @@ They meet at `Transport` and never import each other.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -50,10 +50,12 @@ class Transport(Protocol):
         """Run the model. Raises Unavailable, NotFound, InputRefused, TooLarge, Overloaded, ModelFailed."""
         ...
 
-    def infer_many(
-        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
-    ) -> list[dict[str, Array] | TenureError]:
-        """Run the model on several requests, all sent before the first answer is read; errors in their place."""
+    def infer_each(
+        self, name: str, many: Iterable[Mapping[str, Array]], outputs: Sequence[str], in_flight: int
+    ) -> Generator[dict[str, Array] | TenureError, None, None]:
+        """Run the model on one request after the other, at most `in_flight` of them sent and not yet answered; in their
+        order, errors in their place. The next request is taken from `many` when there is room for it.
+        """
         ...
 
     async def infer_async(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -85,23 +86,41 @@ class GrpcTransport:
             raise Unavailable(f"grpc://{self._address} cannot be used: {error}") from error
         return _answered(found, began_s, sent_s)
 
-    def infer_many(
-        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
-    ) -> list[dict[str, Array] | TenureError]:
+    def infer_each(
+        self, name: str, many: Iterable[Mapping[str, Array]], outputs: Sequence[str], in_flight: int
+    ) -> Generator[dict[str, Array] | TenureError, None, None]:
         """See Transport."""
+        waiting: deque[Any] = deque()
         try:
-            calls = [self._infer.future(self._request(name, each, outputs), timeout=self._timeout_s) for each in many]
-        except ValueError as error:
-            raise Unavailable(f"grpc://{self._address} cannot be used: {error}") from error
-        found: list[dict[str, Array] | TenureError] = []
-        for call in calls:
-            try:
-                found.append(_outputs(call.result()))
-            except grpc.RpcError as error:
-                found.append(self._translated(error))
-            except ModelFailed as error:
-                found.append(error)
-        return found
+            for inputs in many:
+                if len(waiting) >= in_flight:
+                    yield self._ended(waiting.popleft())
+                waiting.append(self._begun(name, inputs, outputs))
+            while waiting:
+                yield self._ended(waiting.popleft())
+        finally:
+            for call in waiting:
+                if not isinstance(call, TenureError):
+                    call.cancel()
+
+    def _begun(self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Any:
+        """Return a call that was sent, or why it could not be."""
+        try:
+            return self._infer.future(self._request(name, inputs, outputs), timeout=self._timeout_s)
+        except InputRefused as error:
+            return error
+        except ValueError as error:  # what grpc raises for a channel that is closed
+            return Unavailable(f"grpc://{self._address} cannot be used: {error}")
+
+    def _ended(self, call: Any) -> dict[str, Array] | TenureError:
+        if isinstance(call, TenureError):
+            return call
+        try:
+            return _outputs(call.result())
+        except grpc.RpcError as error:
+            return self._translated(error)
+        except ModelFailed as error:
+            return error
 
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]

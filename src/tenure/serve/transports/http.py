@@ -10,12 +10,13 @@ body, and nobody notices. Sync requests use plain sockets, async ones the runnin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tenure.errors import TenureError, Unavailable
 from tenure.serve.http_client import v2json
-from tenure.serve.http_client.blocking import Answered, Buffer, Connections
+from tenure.serve.http_client.blocking import Answered, Buffer, Connections, Pending
 from tenure.serve.http_client.regions import Part
 from tenure.serve.http_client.response import NotHttp
 from tenure.serve.http_client.shared import SharedInputs, here
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 _KEPT_HEADS = 256
 _READY_TIMEOUT_S = 2.0
 T = TypeVar("T")
+
+
+class _Begun(NamedTuple):
+    """One of several requests in flight."""
+
+    inputs: Mapping[str, Array]
+    part: Part | None
+    pending: Pending | TenureError
+    """Or why it was not sent."""
 
 
 def open_transport(host: str, port: int, timeout_s: float, *, shm: bool | None = None) -> HttpTransport:
@@ -82,40 +92,62 @@ class HttpTransport:
                 return _finished(answered, began_s)
         return _finished(self._ask(self._request(key, name, inputs, outputs)), began_s)
 
-    def infer_many(
-        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
-    ) -> list[dict[str, Array] | TenureError]:
-        """See Transport."""
-        parts: list[Part | None] = []
-        requests: list[Sequence[Buffer]] = []
+    def infer_each(
+        self, name: str, many: Iterable[Mapping[str, Array]], outputs: Sequence[str], in_flight: int
+    ) -> Generator[dict[str, Array] | TenureError, None, None]:
+        """See Transport. Each request in flight has a connection of its own, which are kept."""
+        waiting: deque[_Begun] = deque()
         try:
             for inputs in many:
-                key = v2json.request_key(name, inputs, outputs)
-                part = self._shared.take(inputs) if self._shared.fits(inputs) else None
-                parts.append(part)
-                if part is None:
-                    requests.append(self._request(key, name, inputs, outputs))
-                else:
-                    requests.append([self._shared.request(part, key, name, inputs, outputs)])
-            answers = self._sync.exchange_all(requests, self._timeout_s)
-        except TenureError as error:  # no region could be had now: nothing was sent
-            return [error for _ in many]
+                if len(waiting) >= in_flight:
+                    yield self._ended(waiting.popleft(), name, outputs)
+                waiting.append(self._begun(name, inputs, outputs))
+            while waiting:
+                yield self._ended(waiting.popleft(), name, outputs)
         finally:
-            for part in parts:
+            for begun in waiting:
+                if begun.part is not None:
+                    self._shared.give(begun.part)
+                if isinstance(begun.pending, Pending):
+                    self._sync.abandon(begun.pending)
+
+    def _begun(self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> _Begun:
+        """Send a request; why it could not be sent is told in its turn."""
+        part: Part | None = None
+        try:
+            key = v2json.request_key(name, inputs, outputs)
+            if self._shared.fits(inputs):
+                part = self._shared.take(inputs)
+            if part is None:
+                request: Sequence[Buffer] = self._request(key, name, inputs, outputs)
+            else:
+                request = [self._shared.request(part, key, name, inputs, outputs)]
+            return _Begun(inputs, part, self._sync.begin(request, self._timeout_s))
+        except (TenureError, OSError) as error:
+            return _Begun(inputs, part, self._unavailable(error) if isinstance(error, OSError) else error)
+        except BaseException:
+            if part is not None:
+                self._shared.give(part)
+            raise
+
+    def _ended(self, begun: _Begun, name: str, outputs: Sequence[str]) -> dict[str, Array] | TenureError:
+        """Return what came of a request; once more, by itself, where the server lost its region."""
+        inputs, part, pending = begun
+        try:
+            try:
+                if isinstance(pending, TenureError):
+                    return pending
+                head, body, *_ = self._sync.finish(pending)
+            finally:
                 if part is not None:
                     self._shared.give(part)
-        found: list[dict[str, Array] | TenureError] = []
-        for inputs, part, answered in zip(many, parts, answers, strict=True):
-            try:
-                if isinstance(answered, (OSError, NotHttp)):
-                    raise self._unavailable(answered) from answered
-                if part is not None and self._shared.was_lost(part, answered[0].status):
-                    found.append(self.infer(name, inputs, outputs)[0])
-                else:
-                    found.append(v2json.read_answer(answered[0], answered[1]))
-            except TenureError as error:
-                found.append(error)
-        return found
+            if part is not None and self._shared.was_lost(part, head.status):
+                return self.infer(name, inputs, outputs)[0]
+            return v2json.read_answer(head, body)
+        except (OSError, NotHttp) as error:
+            return self._unavailable(error)
+        except TenureError as error:
+            return error
 
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,17 +55,16 @@ class InProcess:
         finally:
             self._idle.put(engine)
 
-    def infer_many(
-        self, name: str, many: Sequence[Mapping[str, Array]], outputs: Sequence[str]
-    ) -> list[dict[str, Array] | TenureError]:
-        """See Transport."""
-        found: list[dict[str, Array] | TenureError] = []
+    def infer_each(
+        self, name: str, many: Iterable[Mapping[str, Array]], outputs: Sequence[str], in_flight: int
+    ) -> Generator[dict[str, Array] | TenureError, None, None]:
+        """See Transport. One after the other: nothing is gained by more in one process."""
         for inputs in many:
             try:
-                found.append(self.infer(name, inputs, outputs)[0])
+                found: dict[str, Array] | TenureError = self.infer(name, inputs, outputs)[0]
             except TenureError as error:
-                found.append(error)
-        return found
+                found = error
+            yield found
 
     async def infer_async(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
