@@ -5,8 +5,9 @@ Runtime), two threads, spinning off. Clients are processes of their own, one kin
 that each is copied into the shared region anew, and every answer is compared.
 - one after the other: our client over shm against ours; tritonclient with system shared memory against Triton, by gRPC and by
   HTTP, of which the quicker counts in each round. All copy the image into the region for each request and read the answer;
-- 16 in flight: our asynchronous client, one process, 16 tasks on uvloop, over shm; against calls in the same client process,
-  each after copying the image into one buffer (`here`), no server.
+- 16 in flight: one client process over shm; `Model.predict_each` (no event loop) counts, 16 tasks of the asynchronous client on
+  uvloop are told beside it; against calls in the same client process, each after copying the image into one buffer (`here`),
+  no server.
 Rounds: 7 of 2 s (--quick: 3 of 0.7 s), order shuffled by the seed, after 0.2 s of each to warm up.
 Value: median over rounds of our images/s, one after the other, over Triton's.
 Bars, both must hold: value >= 1.5; 16 in flight >= 0.5 x `here` (median of the rounds' ratios).
@@ -71,7 +72,8 @@ def run(options: Options) -> Result:
                     "triton_shm_grpc": partial(rate, theirs, "triton_shm", seconds),
                     "triton_shm_http": partial(rate, theirs, "triton_shm_http", seconds),
                     "here": partial(rate, mine, "here", seconds),
-                    "shm_16": partial(rate, mine, "shm", seconds, IN_FLIGHT),
+                    "shm_16": partial(rate, mine, "shm_each", seconds, IN_FLIGHT),
+                    "shm_16_async": partial(rate, mine, "shm", seconds, IN_FLIGHT),
                     "http": partial(rate, mine, "http", seconds),
                     "grpc": partial(rate, mine, "grpc", seconds),
                     "tritonclient_shm": partial(rate, guest, "triton_shm", seconds),

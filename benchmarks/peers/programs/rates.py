@@ -3,7 +3,8 @@
 Run by the interpreter that has the client asked for; ways as in `paired`, and `here` (this process, the image copied into one
 buffer first). One argument, a JSON object: file, name, addresses, pid of the server, threads, ways, seed. Then one JSON command
 a line, one answer a line: {"way", "seconds", "in_flight"} -> {"count", "took_s", "server_cpu_s", "client_cpu_s"}. in_flight 0:
-one call after the other; else so many tasks of our asynchronous client. Eight images take turns, and every answer is compared.
+one call after the other; else so many under way by our client, in tasks of its asynchronous form, or, with `_each` behind the
+way, by `Model.predict_each`. Eight images take turns, and every answer is compared.
 """
 
 import asyncio
@@ -53,6 +54,27 @@ async def in_flight(scheme, address, name, images, expected, tasks, seconds):
         return count, time.perf_counter() - begun_s
 
 
+def each(scheme, address, name, images, expected, in_flight, seconds):
+    """Return how many calls were answered, and in what time, with so many under way and no event loop; warmed up by as many."""
+    from tenure.serve.client import Model
+
+    with Model(f"{scheme}://{address}", name, timeout_s=60) as model:
+        model.predict_many(images[:1] * in_flight, in_flight=in_flight)
+        begun_s = time.perf_counter()
+
+        def asked():
+            for place in itertools.cycle(range(IMAGES)):
+                if time.perf_counter() - begun_s >= seconds:
+                    return
+                yield images[place]
+
+        count = 0
+        for found in model.predict_each(asked(), in_flight=in_flight):
+            check(found, expected[count % IMAGES], scheme)
+            count += 1
+        return count, time.perf_counter() - begun_s
+
+
 def run(work):
     """Return what a coroutine gives, on uvloop: it comes with Tenure."""
     import uvloop
@@ -84,9 +106,10 @@ def main():
         pids, way = tree(told["pid"]), order["way"]
         server_s, client_s, begun_s = cpu_s(pids), time.process_time(), time.perf_counter()
         if order["in_flight"]:
-            address = told["addresses"]["grpc" if way == "grpc" else "http"]
-            work = in_flight(way, address, told["name"], images, expected, order["in_flight"], order["seconds"])
-            count, took_s = run(work)
+            scheme = way.removesuffix("_each")
+            address = told["addresses"]["grpc" if scheme == "grpc" else "http"]
+            asked = (scheme, address, told["name"], images, expected, order["in_flight"], order["seconds"])
+            count, took_s = run(in_flight(*asked)) if scheme == way else each(*asked)
         else:
             count = one_after_the_other(ways[way][0], images, expected, way, begun_s + order["seconds"])
             took_s = time.perf_counter() - begun_s
