@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tenure.decide.retries import Retries
 from tenure.decide.threads import choose_threads
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.serve.arena import Arena
@@ -65,6 +67,8 @@ class DataPlane:
         self._changing: dict[str, asyncio.Lock] = {}
         self._states: dict[str, tuple[str, str]] = {}
         """Of models that are not served: state and reason."""
+        self._retries = Retries()
+        """Of those refused for want of memory."""
         self._leaving: set[asyncio.Task[None]] = set()
         self._old: list[Served] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -104,7 +108,8 @@ class DataPlane:
         try:
             return self._arena.reserve(nbytes, door)
         except Overloaded as error:
-            error.retry_after_s = max((s.lane.retry_after_s() for s in self._routes.values()), default=1.0)
+            pace_s = max((served.lane.pace_s() for served in self._routes.values()), default=(1.0, 0.0))
+            error.retry_after_s = self._retries.after_s(time.monotonic(), *pace_s)
             raise
 
     def release(self, buffer: Buffer) -> None:

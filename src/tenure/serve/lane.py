@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tenure.decide.batching import BatchPolicy, BatchQueue
+from tenure.decide.retries import Retries
 from tenure.errors import TenureError, Unavailable
 from tenure.serve import batchwire as wire
 from tenure.serve.faults import InputRefused, ModelFailed, Overloaded
@@ -68,6 +69,7 @@ class Lane:
         """Those that are ready."""
         self._release = release
         self._clock = clock
+        self._retries = Retries()
         self._loop = loop or asyncio.get_running_loop()
         self._max_calls = _max_calls(metadata)
         rows = min(options.max_batch_rows, self._max_calls) if stackable else 1
@@ -100,7 +102,7 @@ class Lane:
         if not self._queue.add(ticket):
             raise Overloaded(
                 f'model "{self.metadata.name}" has {len(self._queue)} requests waiting, its limit; try again',
-                retry_after_s=self.retry_after_s(),
+                retry_after_s=self._retries.after_s(now_s, *self.pace_s()),
             )
         call.ticket = ticket
         self._open += 1
@@ -125,10 +127,10 @@ class Lane:
         """Count a call that was refused before it was queued."""
         self._tally.failed(error, 0.0)
 
-    def retry_after_s(self) -> float:
-        """Return when a place should be free, seconds: half of what is queued at the rate measured lately."""
-        places = max(1, len(self.instances))
-        return min(10.0, max(0.01, self._queue.rows * self._tally.unit_s / places / 2))
+    def pace_s(self) -> tuple[float, float]:
+        """Return the time to half of what is queued, and from one row to the next, seconds, at the rate measured lately."""
+        row_s = self._tally.unit_s / max(1, len(self.instances))
+        return self._queue.rows * row_s / 2, row_s
 
     def add(self, instance: Instance) -> None:
         """Let a ready instance have work."""
