@@ -6,8 +6,8 @@ GPUs that runs together or not at all, on 224 interchangeable GPUs (one node, so
 costs 60 s of its lease. The simulator is the package's own, with the broker's own deciders. What the policy sees is what the
 ledger's events hold: virtual cluster (tenant), gpus, time of submission, what it has been given so far, and the end of those
 that have ended. The run lasts until the last job is done; nothing is left out.
-Measured: JCT = end - submission, in hours: mean (the value), median, 95th percentile; wait = first start - submission; restarts.
-Bars: mean <= 240 h, median <= 8 h, no wait > 24 h. `fairness` judges the same run and must hold in it.
+Measured: JCT = end - submission, in hours: mean (the value), median, 95th percentile; wait = first start - submission;
+restarts. Bars: mean <= 240 h, median <= 8 h, no wait > 24 h. `fairness` judges the same run and must hold in it.
 Checked: each job got its whole service and its restarts on top, and at no time were more than 224 GPUs held (recounted from
 the leases' own times, not by the simulator); a second run gives the same outcome; a copy of the trace whose durations differ
 only after a moment is decided alike up to it, so that no duration has reached a decider.

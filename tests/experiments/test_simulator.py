@@ -41,13 +41,16 @@ def test_first_come_first_served_runs_each_job_for_as_long_as_it_needs():
 
 def test_a_gang_starts_together_on_several_nodes():
     (job,) = simulate([a_job("a", gpus=8, members=2)], [a_node("x"), a_node("y")], Policy()).jobs
-    assert job.gpus == 16 and job.end_s == 100.0
+    assert job.gpus == 16
+    assert job.end_s == 100.0
 
 
 def test_a_job_no_fleet_could_hold_is_dropped_with_the_reason():
     jobs = [a_job("a", gpus=9), a_job("b", at_s=1)]
     dropped, other = simulate(jobs, [a_node()], Policy()).jobs
-    assert "whole gpus" in dropped.dropped and dropped.end_s is None and other.end_s == 101.0
+    assert "whole gpus" in dropped.dropped
+    assert dropped.end_s is None
+    assert other.end_s == 101.0
 
 
 def test_a_run_laid_down_and_taken_up_again_ends_the_same():
