@@ -62,12 +62,8 @@ Trace = Sequence[TraceJob]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What is tried. Names are those of the deciders."""
+    """What is tried: the lengths of leases, so far; order and nodes are those of `decide.placement`."""
 
-    order: str = "fifo"
-    """Whose turn it is: a name of `decide.queueing.ORDERS`."""
-    placement: str = "tenure"
-    """Which node: a name of the placement policies."""
     slot_s: float = 3600.0
     """How long one lease may live before it renews or gives way."""
     restart_s: float = 60.0
