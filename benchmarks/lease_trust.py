@@ -145,6 +145,7 @@ def play(seed: int, operations: int, *, summed: bool = False) -> dict[str, Any]:
         world = World(folder, seed)
         asyncio.run(world.play(operations))
     finally:
+        logging.disable(logging.NOTSET)
         shutil.rmtree(folder, ignore_errors=True)
     world.counts.update(grants=world.oracle.grants, looks=world.oracle.looks, nodes_lost=world.oracle.nodes_lost)
     return {

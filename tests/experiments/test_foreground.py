@@ -153,7 +153,9 @@ def test_a_folder_is_served_until_it_is_interrupted_and_then_all_is_free(home, f
             for kind, address in told["endpoints"].items():
                 with Model(f"{kind}://{address}", model["name"]) as client:
                     assert client.predict(x) is not None
-            asked = subprocess.run(shlex.split(model["python"]), capture_output=True, text=True, timeout=60)
+            program, *arguments = shlex.split(model["python"])
+            assert program == "python"
+            asked = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
             assert asked.returncode == 0, asked.stderr
             process.send_signal(number)
             out, err = process.communicate(timeout=60)
