@@ -21,7 +21,7 @@ from .shapes import MICRO, Shape, micro
 
 MAX_SHAPES = 64
 """Shapes that count, the weightiest; 32 gave 0.1 to 0.5 points less on openb, all (150 to 390) no more."""
-POWER = 3
+POWER = 3.0
 LEAST_GPUS = 0.1
 """Requests below this part of a device weigh as if they were of this size, so that no single rare one decides."""
 
@@ -32,11 +32,16 @@ Bools = NDArray[np.bool_]
 class Mix:
     """Shapes with weights. Two mixes of the same counts give the same figures, to the last bit."""
 
-    def __init__(self, counts: Mapping[Shape, float]) -> None:
-        """counts: how often each shape is asked for; those without a GPU are left out."""
-        weighed = [(_weight(shape, count), shape) for shape, count in counts.items() if shape.gpus and count > 0]
-        kept = heapq.nsmallest(MAX_SHAPES, weighed, key=lambda item: (-item[0], _order(item[1])))
-        total = sum(weight for weight, _ in kept)
+    def __init__(
+        self, counts: Mapping[Shape, float], *, power: float = POWER, useless: float = 0.0, max_shapes: int = MAX_SHAPES
+    ) -> None:
+        """Weigh shapes. counts: how often each is asked for; those without a GPU are left out.
+
+        power: 0 weighs by count alone. useless: a weight beside theirs of requests that can use nothing of what is free.
+        """
+        weighed = [(_weight(shape, count, power), shape) for shape, count in counts.items() if shape.gpus and count > 0]
+        kept = heapq.nsmallest(max_shapes, weighed, key=lambda item: (-item[0], _order(item[1])))
+        total = sum(weight for weight, _ in kept) + useless
         self.shapes = tuple(shape for _, shape in kept)
         self._cpus = np.array([micro(shape.cpus) for shape in self.shapes], float)
         self._memory_bytes = np.array([shape.memory_bytes for shape in self.shapes], float)
@@ -46,7 +51,7 @@ class Mix:
         self._weights = np.zeros((len(kept), len(self._parts)))
         for row, (weight, _) in enumerate(kept):
             self._weights[row, self._part_of[row]] = round(MICRO * weight / total)
-        self._weight = float(self._weights.sum())
+        self._weight = float(self._weights.sum()) + (round(MICRO * useless / total) if useless else 0)
 
     def allowed(self, models: Sequence[str]) -> Bools:
         """Return per model and shape whether the shape may run on it: shape (models, shapes)."""
@@ -70,8 +75,8 @@ class Mix:
         return found
 
 
-def _weight(shape: Shape, count: float) -> float:
-    return count / max(shape.gpus, LEAST_GPUS) ** POWER
+def _weight(shape: Shape, count: float, power: float) -> float:
+    return float(count / max(shape.gpus, LEAST_GPUS) ** power)
 
 
 def _order(shape: Shape) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from tenure.resources import Capacity, DeviceShare, Envelope
 from tenure.wire import from_builtins
 
 from .packing import Packing, Room, pack, room_with, shortage, size
+from .rules import TENURE, Rule
 from .shapes import Shape, shape_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class Plan:
 class Placement:
     """The fold. Two folds over events that leave the same leases and nodes are equal (`==`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, rule: Rule = TENURE) -> None:
+        """rule: which of the nodes with room takes a lease."""
+        self._rule = rule
         self._nodes: dict[str, Node] = {}
         self._waiting: dict[str, Lease] = {}
         self._held: dict[str, dict[str, Lease]] = {}  # node -> lease id -> lease
@@ -250,11 +253,13 @@ class Placement:
                 del self._shapes[shape]
 
     def _fleet(self) -> Rooms | None:
-        """Return what is free on the nodes that are up, weighed by the leases that wait and hold now; None without GPU leases.
+        """Return what is free on the nodes that are up, weighed by the leases that wait and hold now.
+
+        None while there are no GPU leases, unless the rule has something to say of others too.
 
         How often a shape is asked for counts in powers of two, so that most requests leave the weights as they are.
         """
-        if not self._shapes:
+        if not self._shapes and self._rule.about_gpus:
             return None
         from .mix import Mix  # both bring NumPy, which a fleet without GPUs has no use for
         from .rooms import Rooms
@@ -262,13 +267,13 @@ class Placement:
         levels = {shape: count.bit_length() for shape, count in self._shapes.items()}
         if self._free is None:
             up = {name: node.capacity for name, node in self._nodes.items() if node.state is NodeState.UP}
-            self._free, self._levels = Rooms(up, Mix({})), {}
+            self._free, self._levels = Rooms(up, Mix({}), self._rule), {}
             for name in up:
                 for lease in self._held.get(name, {}).values():
                     self._free.take(name, lease.envelope, lease.devices)
         if levels != self._levels:
             self._levels = levels
-            self._free.weigh(Mix({shape: 2.0**level for shape, level in levels.items()}))
+            self._free.weigh(self._rule.mix({shape: 2.0**level for shape, level in levels.items()}))
         return self._free
 
     def _set_node(self, node: Node, state: NodeState) -> None:

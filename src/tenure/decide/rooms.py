@@ -1,7 +1,8 @@
 """Fast choice of a node for one lease at a time, over many nodes: the state of the fleet and what each choice would strand.
 
-A lease goes where it strands least (`mix`), less `STEP` for each node further on in a fixed order: so nodes are opened one
-after the other, and among those already open the one that suits decides. That order mixes kinds of nodes evenly.
+A lease goes where it gains most by the fleet's rule (`rules`). By Tenure's own that is where it strands least (`mix`), less
+`STEP` for each node further on in a fixed order: so nodes are opened one after the other, and among those already open the one
+that suits decides. That order mixes kinds of nodes evenly.
 
 Nodes with the same free room share a *state*, and a state's gain for a shape is worked out once, ever: a choice costs one new
 state, not one look at each node. States that no node is in are forgotten when room for new ones is needed.
@@ -22,7 +23,8 @@ from tenure.resources import Capacity, DeviceShare, Envelope
 
 from .mix import Bools, Floats, Mix
 from .packing import Packing, Room, shortage
-from .shapes import MICRO, STEP, Shape, micro, node_order, shape_of
+from .rules import TENURE, Rule
+from .shapes import MICRO, Shape, micro, shape_of
 
 MAX_ROWS = 512
 """Shapes whose gains are remembered; the one asked for longest ago goes first."""
@@ -35,9 +37,10 @@ State = tuple[int, int, int, tuple[tuple[int, int, int], ...]]
 class Rooms:
     """What is free on each node, and where a lease would go. Not here: whose turn it is, and what was granted to whom."""
 
-    def __init__(self, capacities: Mapping[str, Capacity], mix: Mix) -> None:
+    def __init__(self, capacities: Mapping[str, Capacity], mix: Mix, rule: Rule = TENURE) -> None:
         """Build a fleet with nothing on it. capacities: by node; a `disk_bytes` of 0 bounds no disk, as in `packing`."""
-        self.names = node_order(capacities)
+        self.rule = rule
+        self.names = rule.order(capacities)
         self._rank = {name: rank for rank, name in enumerate(self.names)}
         self._capacities = [capacities[name] for name in self.names]
         self._models = sorted({gpu.model for capacity in self._capacities for gpu in capacity.gpus})
@@ -104,7 +107,7 @@ class Rooms:
     def gain(self, node: str, envelope: Envelope, models: Sequence[str] = ()) -> float:
         """Return what placing a lease on this node would gain, in devices (its place in the order counts); -inf: no room."""
         state = self._of[self._rank[node]]
-        return (float(self._row(shape_of(envelope, models)).gain[state]) - STEP * self._rank[node]) / MICRO**2
+        return (float(self._row(shape_of(envelope, models)).gain[state]) - self.rule.step * self._rank[node]) / MICRO**2
 
     def room(self, node: str) -> Room:
         """Return what is taken of a node, in the form of `packing`."""
@@ -184,7 +187,7 @@ class Rooms:
         self._keys: list[State] = []
         self._first: list[list[int]] = []  # state -> heap of ranks that are, or were, in it
         self._queued: list[set[int]] = []  # what the heap holds
-        self._cost = np.full(size, math.inf)  # STEP x the lowest rank in the state; inf when none is
+        self._cost = np.full(size, math.inf)  # step x the lowest rank in the state; inf when none is
         self._cpus, self._memory_bytes, self._disk_bytes = np.zeros(size), np.zeros(size), np.zeros(size)
         self._free = np.zeros((size, self._width))
         self._free_bytes = np.full((size, self._width), -1.0)
@@ -200,7 +203,7 @@ class Rooms:
         if rank not in self._queued[state]:
             self._queued[state].add(rank)
             heapq.heappush(self._first[state], rank)
-        self._cost[state] = STEP * self._first[state][0]
+        self._cost[state] = self.rule.step * self._first[state][0]
 
     def _leave(self, rank: int) -> None:
         state = self._of[rank]
@@ -208,7 +211,7 @@ class Rooms:
         heap = self._first[state]
         while heap and self._of[heap[0]] != state:
             self._queued[state].discard(heapq.heappop(heap))
-        self._cost[state] = STEP * heap[0] if heap else math.inf
+        self._cost[state] = self.rule.step * heap[0] if heap else math.inf
 
     def _add(self, key: State) -> int:
         if self._count == len(self._cost):
@@ -275,16 +278,17 @@ class Rooms:
             chosen, slots, after = _part(free, usable, part) if shape.gpus < 1 else _whole(free, usable, whole)
         if not len(chosen):
             return
-        count, own = len(states), states[chosen]
+        own = states[chosen]
         # One call for both sides: what is free before, then after each candidate.
-        stranded = self._mix.stranded(
+        gains = self.rule.gains(
+            self._mix,
             np.concatenate([self._cpus[states], self._cpus[own] - cpus]),
             np.concatenate([self._memory_bytes[states], self._memory_bytes[own] - memory_bytes]),
             np.concatenate([free, after]),
             # A node's devices are taken to be of one model here; where a lease *fits* looks at each device.
             self._allowed[self._model[np.concatenate([states, own]), 0]],
+            chosen,
         )
-        gains = stranded[:count][chosen] - stranded[count:]
         if 0 < shape.gpus < 1:
             # Candidates come state by state, devices in order: keep the first best of each state.
             begins = np.flatnonzero(np.concatenate([[True], chosen[1:] != chosen[:-1]]))

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tenure.decide.placement import Grant, Placement, Plan
+from tenure.decide.rules import rule_named
 from tenure.errors import SpecError
 from tenure.events import Event
 from tenure.jobs import Command
@@ -62,8 +63,10 @@ Trace = Sequence[TraceJob]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What is tried: the lengths of leases, so far; order and nodes are those of `decide.placement`."""
+    """What is tried: which node, and the lengths of leases; the order is that of `decide.placement`."""
 
+    placement: str = "tenure"
+    """Which node: a name of `decide.rules.RULES`."""
     slot_s: float = 3600.0
     """How long one lease may live before it renews or gives way."""
     restart_s: float = 60.0
@@ -160,7 +163,7 @@ class Simulation:
             raise SpecError("two jobs of the trace have the same id; ids must differ")
         self.policy, self.seed, self.now_s, self.steps, self.finished = policy, seed, 0.0, 0, 0
         self._trace, self._fleet = tuple(trace), tuple(fleet)
-        self._placement = Placement()
+        self._placement = Placement(rule_named(policy.placement))
         tie = list(range(len(trace)))
         if seed:
             random.Random(seed).shuffle(tie)
