@@ -13,7 +13,7 @@ from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
 from tenure.meter.doctor import Finding, diagnose
-from tenure.nodes import Node
+from tenure.nodes import Node, NodeState
 from tenure.protocols import SystemClock
 from tenure.resources import format_duration
 from tenure.retention import CollectGarbage, Freed
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import Listening
+    from tenure.experiments.replaying import Replayed
     from tenure.train.dataset import Dataset
 
 Home = str | Path | None
@@ -287,6 +288,53 @@ def dataset(
     if made.skipped:
         shown.warn(f"{made.skipped:,} pictures were skipped; {Path(made.path) / 'skipped.tsv'} says which and why")
     return made
+
+
+def replay(
+    trace: str | Path,
+    policies: Sequence[str],
+    *,
+    nodes: str | Path = "fleet",
+    seeds: int = 1,
+    fill_percent: float | None = None,
+    slot_s: float = 3600.0,
+    restart_s: float = 60.0,
+    limit: int = 0,
+    out: str | Path = "replay",
+    resume: bool = False,
+    home: Home = None,
+    display: Display | None = None,
+) -> Replayed:
+    """Try policies on a trace under a virtual clock and write the report; see docs/placement.md. Nothing is leased.
+
+    trace: a file, or "ledger" for the home's own history. nodes: a file, or "fleet" for the home's own. fill_percent: compare
+    placements alone. limit: only the first so many jobs, 0: all. resume: go on in the folder `out`.
+    Raises SpecError, NotFound, Conflict.
+    """
+    from tenure.experiments import replaying  # NumPy and plots come with it
+
+    shown = display or SilentDisplay()
+    tried = replaying.parse_policies(policies, fill=fill_percent is not None)
+    for file in (str(trace), str(nodes)):  # before a broker is started for the rest
+        if file not in ("ledger", "fleet") and not Path(file).exists():
+            raise NotFound(f"{file} does not exist")
+    history, fleet = None, None
+    if str(trace) == "ledger" or str(nodes) == "fleet":
+        with app.broker(app.find_home(home)) as client:
+            history = client.leases(max_leases=replaying.MAX_LEASES) if str(trace) == "ledger" else None
+            up = [node for node in client.status().nodes if node.state is NodeState.UP]
+            fleet = tuple(up) if str(nodes) == "fleet" else None
+    asked = replaying.prepare(
+        history if history is not None else Path(trace),
+        fleet if fleet is not None else Path(nodes),
+        tried,
+        seeds=seeds,
+        fill_percent=fill_percent,
+        slot_s=slot_s,
+        restart_s=restart_s,
+        limit=limit,
+    )
+    return replaying.replay(asked, Path(out), resume=resume, display=shown)
 
 
 def backup(file: str | Path, *, home: Home = None, force: bool = False) -> Backup:

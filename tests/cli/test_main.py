@@ -228,3 +228,20 @@ def test_a_full_disk_is_told_as_such_and_not_as_a_bug(verbs, capsys, named):
     assert cli.run(["runs", "--home", "/h"]) == 3
     assert "the disk is full" in (said := capsys.readouterr().err)
     assert "bug" not in said
+
+
+def test_replay_hands_on_what_was_asked_and_prints_the_answer_and_where_the_report_is(verbs, capsys):
+    asked = {}
+
+    def replay(trace, policies, **more):
+        asked.update(more, trace=trace, policies=policies)
+        return types.SimpleNamespace(answer="a is best", html=Path("/o/report.html"), json=Path("/o/report.json"))
+
+    verbs.replay = replay
+    assert (
+        cli.run(["replay", "t.csv", "--policy", "a,b", "--nodes", "n.csv", "--seeds", "3", "--slot", "30min", "--fill", "130"])
+        == 0
+    )
+    assert capsys.readouterr().out == "a is best\nreport   /o/report.html\nfigures  /o/report.json\n"
+    assert (asked["trace"], asked["policies"], asked["seeds"], asked["slot_s"]) == ("t.csv", ["a", "b"], 3, 1800.0)
+    assert (asked["nodes"], asked["fill_percent"], asked["resume"]) == ("n.csv", 130.0, False)

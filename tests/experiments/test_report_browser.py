@@ -85,3 +85,19 @@ def test_the_browser_paints_the_predicted_pictures(tmp_path):
     with Image.open(tmp_path / "page.png") as shot:
         painted = sum(count for count, colour in shot.convert("RGB").getcolors(1000 * 1600) if colour == (250, 0, 0))
     assert painted == 12 * 64 * 64
+
+
+def test_the_browser_finds_every_plot_of_a_replay(tmp_path):
+    from tenure import verbs
+
+    (tmp_path / "nodes.csv").write_text("name,cpus,memory_bytes,gpus,count\nn,16,64GiB,4,2\n")
+    rows = [f"j{i},t{i % 3},{i * 40},{1 + i % 3},{300 + i}" for i in range(40)]
+    (tmp_path / "jobs.csv").write_text("\n".join(["id,tenant,submit_s,gpus,duration_s", *rows, ""]))
+    done = verbs.replay(
+        tmp_path / "jobs.csv", ["tenure", "firstfit"], nodes=tmp_path / "nodes.csv", seeds=2, out=tmp_path / "out"
+    )
+    dom = chromium(tmp_path, "--dump-dom", done.html.as_uri())
+    for name in ("allocated", "waiting", "fragmentation", "tenants"):
+        start = dom.index(f'<figure id="replay-{name}"')
+        svg = dom[start : dom.index("</figure>", start)]
+        assert len(re.findall(r"<path |<use ", svg)) > 8, name

@@ -15,6 +15,7 @@ import typer
 from tenure import __version__
 from tenure.cli import exits, output
 from tenure.cli.display import make_display
+from tenure.cli.replaying import replay
 from tenure.cli.serving import serve
 from tenure.errors import SpecError
 
@@ -390,6 +391,9 @@ def dataset(
         )
     if json:
         _print(output.as_json(made))
+
+
+app.command()(replay)
 
 
 @app.command()

@@ -22,10 +22,14 @@ from tenure.experiments.report_sections import bounds_blocks, compare, stage_blo
 from tenure.resources import show_bytes
 from tenure.runs import RunState, Stage
 
-__all__ = ["ReportData", "build_report", "figures", "render_html", "write_report"]
+__all__ = ["ReportData", "build_report", "figures", "render_html", "write_pages", "write_report"]
 
 FORMAT = 1
 """Grows when a reader of the JSON file must change."""
+_CLOSING = (
+    "Values are means ± standard error of n repeats. Hover over a figure in a table to see the ledger row it comes from; the "
+    "JSON file beside this page cites the row of every table cell and plotted point."
+)
 
 
 def build_report(data: ReportData) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def build_report(data: ReportData) -> dict[str, Any]:
         "sections": sections,
         "leases": leases,
         "notes": list(data.notes),
+        "closing": _CLOSING,
     }
 
 
@@ -74,7 +79,11 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 def write_report(data: ReportData, folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into the folder, each at once or not at all; return their paths."""
-    report = build_report(data)
+    return write_pages(build_report(data), folder)
+
+
+def write_pages(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write a report that is already plain data, as `write_report` does; return the paths of its HTML and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     page, plain = folder / "report.html", folder / "report.json"
     _replace(page, render_html(report))

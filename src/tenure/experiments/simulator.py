@@ -128,10 +128,19 @@ Progress = Callable[[float, int, int], None]
 
 
 def simulate(
-    trace: Trace, fleet: Sequence[Node], policy: Policy, *, seed: int = 0, progress: Progress | None = None
+    trace: Trace,
+    fleet: Sequence[Node],
+    policy: Policy,
+    *,
+    seed: int = 0,
+    sample_each_s: float | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
-    """Run a trace on a fleet to its end. Raises SpecError for two jobs of one id or a fleet without nodes."""
-    simulation = Simulation(trace, fleet, policy, seed=seed)
+    """Run a trace on a fleet to its end. Raises SpecError for two jobs of one id or a fleet without nodes.
+
+    sample_each_s: at least so far apart are the samples of the series; None: a slot.
+    """
+    simulation = Simulation(trace, fleet, policy, seed=seed, sample_each_s=sample_each_s)
     while simulation.step():
         if progress is not None and simulation.steps % 1000 == 0:
             progress(simulation.now_s, simulation.finished, len(trace))
@@ -156,12 +165,15 @@ class _Live:
 class Simulation:
     """One run of a trace, step by step. Pickles between steps, so that a long one can be laid down and taken up again."""
 
-    def __init__(self, trace: Trace, fleet: Sequence[Node], policy: Policy, *, seed: int = 0) -> None:
+    def __init__(
+        self, trace: Trace, fleet: Sequence[Node], policy: Policy, *, seed: int = 0, sample_each_s: float | None = None
+    ) -> None:
         if not fleet:
             raise SpecError("a simulation needs at least one node; found none")
         if len({job.id for job in trace}) != len(trace):
             raise SpecError("two jobs of the trace have the same id; ids must differ")
         self.policy, self.seed, self.now_s, self.steps, self.finished = policy, seed, 0.0, 0, 0
+        self._sample_each_s = policy.slot_s if sample_each_s is None else sample_each_s
         self._trace, self._fleet = tuple(trace), tuple(fleet)
         self._placement = Placement(rule_named(policy.placement))
         tie = list(range(len(trace)))
@@ -258,7 +270,8 @@ class Simulation:
         self._grant(plan)
         if gave_way:  # there may be room elsewhere for one that could not stay
             self._grant(self._placement.plan(self.now_s))
-        if not self._series or self.now_s - self._series[-1].at_s >= self.policy.slot_s:
+        over = not self._arrivals and not self._live
+        if over or not self._series or self.now_s - self._series[-1].at_s >= self._sample_each_s:
             self._series.append(self._sample())
 
     def _grant(self, plan: Plan) -> None:
