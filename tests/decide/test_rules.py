@@ -64,7 +64,7 @@ def test_an_unknown_rule_is_refused_with_those_there_are():
 
 @pytest.mark.parametrize(("name", "node"), [("firstfit", "a"), ("tenure", "b")])
 def test_the_fold_follows_its_rule_on_nodes_without_gpus_too(name, node):
-    fold = Placement(RULES[name])
+    fold = Placement(rule=RULES[name])
     for number, (key, cpus) in enumerate((("a", 16.0), ("b", 4.0))):
         up = Node(name=key, capacity=a_capacity(0, cpus), machine=Machine(cpu_model="t"))
         fold.apply(Event(seq=number, at_s=0.0, kind="node.up", who="test", node=key, data={"node": up}))

@@ -43,6 +43,16 @@ class Room:
             fraction, memory_bytes = self.devices.get(share.index, (0.0, 0))
             self.devices[share.index] = (fraction + share.fraction, memory_bytes + share.memory_bytes)
 
+    def give(self, envelope: Envelope, devices: Iterable[DeviceShare]) -> None:
+        """Count an envelope that is held here as held no longer."""
+        self.cpus -= envelope.cpus
+        self.memory_bytes -= envelope.memory_bytes
+        self.disk_bytes -= envelope.disk_bytes
+        for share in devices:
+            fraction, memory_bytes = self.devices[share.index]
+            fraction, memory_bytes = fraction - share.fraction, memory_bytes - share.memory_bytes
+            self.devices[share.index] = (fraction, memory_bytes) if fraction > TOLERANCE else (0.0, memory_bytes)
+
 
 def room_with(capacity: Capacity, held: Iterable[tuple[Envelope, tuple[DeviceShare, ...]]]) -> Room:
     """Return a node's room with these leases in it. The sums do not depend on the order of `held`."""
@@ -66,7 +76,7 @@ def shortage(room: Room, envelope: Envelope, *, word: str = "free") -> str:
 
     A capacity with `disk_bytes` 0 states no disk, and bounds none.
     """
-    if _fits_beside_devices(room, envelope) and (not envelope.gpus or choose_devices(room, envelope) is not None):
+    if fits_beside_devices(room, envelope) and (not envelope.gpus or choose_devices(room, envelope) is not None):
         return ""
     capacity, found = room.capacity, f" {word}" if word else ""
     free_cpus = max(0.0, capacity.cpus - room.cpus)
@@ -81,7 +91,8 @@ def shortage(room: Room, envelope: Envelope, *, word: str = "free") -> str:
     return _gpu_shortage(room, envelope, found)
 
 
-def _fits_beside_devices(room: Room, envelope: Envelope) -> bool:
+def fits_beside_devices(room: Room, envelope: Envelope) -> bool:
+    """Return whether CPUs, memory and disk are there; devices are not looked at."""
     capacity = room.capacity
     return (
         envelope.cpus <= capacity.cpus - room.cpus + TOLERANCE
@@ -178,7 +189,7 @@ def size(envelope: Envelope) -> tuple[float, ...]:
 def _choices(envelope: Envelope, rooms: Mapping[str, Room]) -> list[tuple[str, tuple[DeviceShare, ...]]]:
     fitting = []
     for name, room in rooms.items():
-        if not _fits_beside_devices(room, envelope) or (devices := choose_devices(room, envelope)) is None:
+        if not fits_beside_devices(room, envelope) or (devices := choose_devices(room, envelope)) is None:
             continue
         left_bytes = room.capacity.memory_bytes - room.memory_bytes - envelope.memory_bytes
         left_cpus = room.capacity.cpus - room.cpus - envelope.cpus

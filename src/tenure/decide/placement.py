@@ -1,14 +1,14 @@
 """Which waiting lease goes on which node: a fold over the ledger's events that plans grants. Grants nothing itself.
 
-Order: first come, first served by (time of request, gang); a gang is granted whole or not at all, and one that waits for
-room holds back those behind it, so that small requests cannot starve a large one. One exception: gangs of a run that
-already holds a lease go before the rest, since making them wait for newcomers would have both wait for each other.
+A gang is granted whole or not at all. Whose turn it is says the queue's order (`queueing`); where the next in turn finds no
+room, those behind it wait too, unless the order lets them by. At the end of a slot a gang goes on where it is. By an order that
+has gangs give way it makes room for one before it in turn: the last in turn first, and only those whose room is used.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,16 @@ from tenure.resources import Capacity, DeviceShare, Envelope
 from tenure.wire import from_builtins
 
 from .packing import Packing, Room, pack, room_with, shortage, size
+from .queueing import FIFO, WAITING, Gang, Order, Queue, amounts
 from .rules import TENURE, Rule
 from .shapes import Shape, shape_of
+from .slack import Slack
 
 if TYPE_CHECKING:
     from .rooms import Rooms
 
 MAX_REMEMBERED = 10_000
 """Sizes of gangs whose "never" is remembered; past it, all are forgotten and asked anew."""
-_WAITING = frozenset({LeaseState.REQUESTED, LeaseState.RESERVED, LeaseState.QUEUED})
 _NODE_STATES = {
     "node.draining": NodeState.DRAINING,
     "node.unreachable": NodeState.UNREACHABLE,
@@ -69,9 +70,10 @@ class Plan:
 class Placement:
     """The fold. Two folds over events that leave the same leases and nodes are equal (`==`)."""
 
-    def __init__(self, rule: Rule = TENURE) -> None:
-        """rule: which of the nodes with room takes a lease."""
+    def __init__(self, *, rule: Rule = TENURE, order: Order = FIFO) -> None:
+        """rule: which of the nodes with room takes a lease. order: whose turn it is."""
         self._rule = rule
+        self._queue = Queue(order)
         self._nodes: dict[str, Node] = {}
         self._waiting: dict[str, Lease] = {}
         self._held: dict[str, dict[str, Lease]] = {}  # node -> lease id -> lease
@@ -101,13 +103,15 @@ class Placement:
     def apply(self, event: Event) -> None:
         """Take in one event. Kinds other than ``lease.*``, ``invoked`` and ``node.*`` change nothing.
 
-        The first two carry `data["lease"]`, ``node.up`` carries `data["node"]`, each as the noun or as plain data.
+        The first two carry `data["lease"]`, ``node.up`` carries `data["node"]`, each as the noun or as plain data. A request
+        may carry `data["estimate_s"]`: how long its job takes, as its owner says.
         Raises CorruptData when that does not fit the noun.
         """
         if event.kind.startswith("lease.") or event.kind == "invoked":
             lease = event.data.get("lease")
             if lease is not None:
-                self._put(lease if isinstance(lease, Lease) else from_builtins(lease, Lease))
+                known = lease if isinstance(lease, Lease) else from_builtins(lease, Lease)
+                self._put(known, event.data.get("estimate_s"))
         elif event.kind == "node.up":
             given = event.data["node"]
             node = given if isinstance(given, Node) else from_builtins(given, Node)
@@ -119,70 +123,120 @@ class Placement:
             self._set_node(self._nodes[event.node], _NODE_STATES[event.kind])
 
     def plan(self, now_s: float, *, ending: Sequence[str] = ()) -> Plan:
-        """Return what to grant at `now_s` (UTC seconds; only reservations look at it). Changes nothing.
+        """Return what to grant at `now_s` (UTC seconds; reservations and waits look at it). Changes nothing.
 
         ending: leases held whose slot is over, whole gangs of them; the plan says which are renewed.
         The same plan (`is`) as before comes back at once as long as no event has changed anything.
         """
         if ending:
-            return replace(self._plan(now_s), renewals=tuple(ending))
+            return self._plan(now_s, ending)
         if self._planned is None:
-            plan = self._plan(now_s)
+            plan = self._plan(now_s, ())
             if any(lease.state is LeaseState.RESERVED for lease in self._waiting.values()):
                 return plan
             self._planned = plan
         return self._planned
 
-    def _plan(self, now_s: float) -> Plan:
-        free = self._fleet()
-        taken: list[tuple[str, Lease, tuple[DeviceShare, ...]]] = []
+    def _plan(self, now_s: float, ending: Sequence[str]) -> Plan:
+        stays, running = self._ending(ending, now_s)
+        slack = Slack(self._fleet(), self._copied_rooms)
         try:
-            return self._plan_with(free, taken, now_s)
+            plan = self._plan_with(slack, self._queue.turns(now_s, running), now_s)
         finally:
-            if free is not None:
-                for node, lease, devices in taken:
-                    free.give(node, lease.envelope, devices)
+            slack.undo()
+        return replace(plan, renewals=(*stays, *plan.renewals)) if stays else plan
 
-    def _plan_with(self, free: Rooms | None, taken: list[tuple[str, Lease, tuple[DeviceShare, ...]]], now_s: float) -> Plan:
-        rooms: dict[str, Room] = {}  # copied when first needed
+    def _plan_with(self, slack: Slack, turns: Sequence[Gang], now_s: float) -> Plan:
         grants: list[Grant] = []
+        renewals: list[str] = []
         impossible: list[Impossible] = []
         waiting: dict[str, str] = {}
+        lacks: dict[tuple[tuple[float, ...], ...], str] = {}  # sizes that had no room -> what they wait for
+        yielding = [gang for gang in turns if gang.ending]  # those after the present one that still have their room
+        yielding.reverse()
         behind = ""
-        for members in self._queue():
-            early = [lease for lease in members if lease.state is LeaseState.RESERVED and lease.starts_at_s > now_s]
-            if early:
+        for gang in turns:
+            members = gang.in_turn()
+            if gang.ending:
+                if yielding and yielding[-1] is gang:
+                    yielding.pop()
+                    renewals += gang.members
+                elif slack.take_again(members):
+                    renewals += gang.members
+                continue
+            if any(lease.state is LeaseState.RESERVED and lease.starts_at_s > now_s for lease in members):
                 waiting |= {lease.id: "reserved for later" for lease in members}
                 continue
-            never = self._never([lease.envelope for lease in members])
+            envelopes = [lease.envelope for lease in members]
+            sizes = tuple([size(envelope) for envelope in envelopes])
+            never = self._never(envelopes, sizes)
             if never is not None:
                 impossible += [Impossible(lease_id=lease.id, reasons=never) for lease in members]
                 continue
-            envelopes = [lease.envelope for lease in members]
-            packing = None if behind or free is None else free.choose_all(envelopes)
+            packing = None
+            if not behind and sizes not in lacks:
+                packing = slack.pack(envelopes) or self._make_room(slack, envelopes, yielding)
             if packing is None:
-                rooms = rooms or self._rooms_with(taken)
-                packing = None if behind else pack(envelopes, rooms)[0]
-            if packing is None:
-                text = behind or self._lacks(members, rooms)
-                waiting |= {lease.id: text for lease in members}
-                behind = behind or f"waits behind {members[0].gang_id or members[0].id}"
+                lacks[sizes] = text = behind or lacks.get(sizes) or self._lacks(members, slack.rooms)
+                waiting |= dict.fromkeys(gang.members, text)
+                if not self._queue.order.backfill or gang.overdue:
+                    behind = behind or f"waits behind {gang.id}"
                 continue
             for lease, (node, devices) in zip(members, packing, strict=True):
-                if rooms:
-                    rooms[node].take(lease.envelope, devices)
-                if free is not None:
-                    free.take(node, lease.envelope, devices)
-                taken.append((node, lease, devices))
+                slack.take(node, lease.envelope, devices)
                 grants.append(Grant(lease_id=lease.id, node=node, devices=devices))
-        return Plan(grants=tuple(grants), impossible=tuple(impossible), waiting=waiting)
+        return Plan(grants=tuple(grants), impossible=tuple(impossible), waiting=waiting, renewals=tuple(renewals))
 
-    def _rooms_with(self, taken: Sequence[tuple[str, Lease, tuple[DeviceShare, ...]]]) -> dict[str, Room]:
-        """Return copies of the rooms of nodes that are up, with these in them."""
-        rooms = {name: self._room(name).copy() for name, node in self._nodes.items() if node.state is NodeState.UP}
-        for node, lease, devices in taken:
-            rooms[node].take(lease.envelope, devices)
-        return rooms
+    def _ending(self, ending: Sequence[str], now_s: float) -> tuple[list[str], list[Gang]]:
+        """Return the leases that are renewed whatever waits, and the gangs that may have to give way."""
+        if not ending or not self._queue.order.gives_way:
+            return list(ending), []
+        gangs: dict[str, list[Lease]] = {}
+        for lease_id in ending:
+            lease = self._held[self._where[lease_id]][lease_id]
+            gangs.setdefault(lease.gang_id or lease.id, []).append(lease)
+        stays: list[str] = []
+        running = []
+        for name, leases in gangs.items():
+            if all(self._is_up(lease.node) for lease in leases):
+                running.append(self._queue.running(name, leases, now_s))
+            else:  # its room would be of no use to others
+                stays += [lease.id for lease in leases]
+        return stays, running
+
+    def _make_room(self, slack: Slack, envelopes: Sequence[Envelope], yielding: list[Gang]) -> Packing | None:
+        """Have gangs whose slot is over give way, the last in turn first, until these fit; none does if they never would.
+
+        yielding: those after these in turn, the next one last; who gives way is taken out of it.
+        """
+        if not yielding:
+            return None
+        wanted = [amounts(envelope) for envelope in envelopes]
+        short = [sum(column) - left for *column, left in zip(*wanted, slack.left(), strict=True)]
+        given: list[Gang] = []
+        for number, gang in enumerate(yielding):
+            for lease in gang.members.values():
+                short = [lack - amount for lack, amount in zip(short, amounts(lease.envelope), strict=True)]
+            if max(short) > 0:
+                continue
+            for each in yielding[len(given) : number + 1]:
+                given.append(each)
+                for lease in each.members.values():
+                    slack.give(lease.node, lease.envelope, lease.devices)
+            packing = slack.pack(envelopes)
+            if packing is not None:
+                del yielding[: len(given)]
+                return packing
+        for each in given:
+            for lease in each.members.values():
+                slack.take(lease.node, lease.envelope, lease.devices)
+        return None
+
+    def _copied_rooms(self) -> dict[str, Room]:
+        return {name: self._room(name).copy() for name in self._nodes if self._is_up(name)}
+
+    def _is_up(self, node: str) -> bool:
+        return node in self._nodes and self._nodes[node].state is NodeState.UP
 
     def what_if(self, members: Sequence[Envelope | Lease], *, idle: bool = False) -> Mapping[str, str] | None:
         """Return None when these could be granted together, else the reason per node. Leaves the state as it was.
@@ -194,8 +248,8 @@ class Placement:
         if not self._alive():
             return {"fleet": "no node is up"}
         if idle:
-            return self._never(envelopes)
-        rooms = {name: self._room(name) for name in self._alive() if self._nodes[name].state is NodeState.UP}
+            return self._never(envelopes, tuple([size(envelope) for envelope in envelopes]))
+        rooms = {name: self._room(name) for name in self._alive() if self._is_up(name)}
         packing: Packing | None = pack(envelopes, rooms)[0]
         return None if packing is not None else self._reasons(envelopes, rooms, "free")
 
@@ -223,10 +277,16 @@ class Placement:
 
     # --- state ---
 
-    def _put(self, lease: Lease) -> None:
+    def _put(self, lease: Lease, estimate_s: float | None) -> None:
         self._planned = None
+        old = self._where.get(lease.id)
+        known = self._waiting.get(lease.id) if old is None else self._held[old][lease.id]
+        self._queue.put(lease, known, estimate_s)
+        if known is not None and known.holds and lease.holds and _takes(known) == _takes(lease):
+            self._held[lease.node][lease.id] = lease  # renewed, for one
+            return
         was = self._waiting.pop(lease.id, None)
-        old = self._where.pop(lease.id, None)
+        self._where.pop(lease.id, None)
         if old is not None:
             was = self._held[old].pop(lease.id)
             self._rooms.pop(old, None)
@@ -234,7 +294,7 @@ class Placement:
                 self._free.give(old, was.envelope, was.devices)
         if was is not None:
             self._count(was, -1)
-        if lease.state in _WAITING:
+        if lease.state in WAITING:
             self._waiting[lease.id] = lease
             self._count(lease, 1)
         elif lease.holds and lease.node:
@@ -283,6 +343,7 @@ class Placement:
     def _forget(self, node: str) -> None:
         """Drop what followed from the nodes as they were before this one changed."""
         self._planned = self._free = None
+        self._queue.resize(known.capacity for name, known in self._nodes.items() if self._is_up(name))
         for remembered in (self._nevers, self._alone, self._idle):
             remembered.clear()
         self._rooms.pop(node, None)
@@ -296,24 +357,10 @@ class Placement:
     def _alive(self) -> list[str]:
         return sorted(name for name, node in self._nodes.items() if node.state is not NodeState.LOST)
 
-    # --- queue ---
+    # --- reasons ---
 
-    def _queue(self) -> Iterator[list[Lease]]:
-        gangs: dict[str, list[Lease]] = {}
-        for lease in self._waiting.values():
-            gangs.setdefault(lease.gang_id or lease.id, []).append(lease)
-        running = {lease.run_id for held in self._held.values() for lease in held.values()}
-
-        def turn(item: tuple[str, list[Lease]]) -> tuple[bool, float, str]:
-            name, members = item
-            return (members[0].run_id not in running, min(lease.requested_at_s for lease in members), name)
-
-        for _, members in sorted(gangs.items(), key=turn):
-            yield sorted(members, key=lambda lease: (lease.worker, lease.id)) if len(members) > 1 else members
-
-    def _never(self, envelopes: Sequence[Envelope]) -> Mapping[str, str] | None:
+    def _never(self, envelopes: Sequence[Envelope], sizes: tuple[tuple[float, ...], ...]) -> Mapping[str, str] | None:
         """Return why the fleet could not hold these even when idle, None when it could or when that is not certain."""
-        sizes = tuple([size(envelope) for envelope in envelopes])
         if sizes not in self._nevers:
             if len(self._nevers) >= MAX_REMEMBERED:
                 self._nevers.clear()
@@ -346,6 +393,10 @@ class Placement:
             return "no node is up"
         reasons = self._reasons([lease.envelope for lease in members], rooms, "free")
         return "waits for room: " + "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def _takes(lease: Lease) -> tuple[str, Envelope, tuple[DeviceShare, ...]]:
+    return lease.node, lease.envelope, lease.devices
 
 
 def _together(envelopes: Sequence[Envelope], rooms: Mapping[str, Room], word: str) -> str:

@@ -175,7 +175,7 @@ class Simulation:
         self.policy, self.seed, self.now_s, self.steps, self.finished = policy, seed, 0.0, 0, 0
         self._sample_each_s = policy.slot_s if sample_each_s is None else sample_each_s
         self._trace, self._fleet = tuple(trace), tuple(fleet)
-        self._placement = Placement(rule_named(policy.placement))
+        self._placement = Placement(rule=rule_named(policy.placement))
         tie = list(range(len(trace)))
         if seed:
             random.Random(seed).shuffle(tie)
