@@ -170,14 +170,21 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
 
 
 def up(
-    *, home: Home = None, node: str = "local", cpus: float | None = None, memory: int | None = None, ledger: str = ""
+    *,
+    home: Home = None,
+    node: str = "local",
+    cpus: float | None = None,
+    memory: int | None = None,
+    ledger: str = "",
+    order: str = "",
 ) -> Node:
     """Have a broker and a node of this machine that stay until `down`; return the node. Doing it again changes nothing.
 
     A broker that answers, also one that a run started for itself, gets the node added and stays from then on. cpus, memory
     (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
     agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
-    else as before. Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
+    else as before. order: by which order of the queue to grant from now on; default: as before, at first ``fifo``.
+    Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
     another part or the home has another ledger.
     """
     found_home = app.find_home(home)
@@ -189,7 +196,7 @@ def up(
     start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
         try:
-            return client.add_node(node, cpus=cpus, memory_bytes=memory)
+            return client.add_node(node, cpus=cpus, memory_bytes=memory, order=order)
         except TenureError:
             left = client.status()
             if not (left.nodes or left.unreached or left.leases):  # it was started for this node alone

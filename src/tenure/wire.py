@@ -328,6 +328,8 @@ class Status:
     """Started by `tenure up`: stays when nobody is left."""
     unreached: Mapping[str, str] = field(default_factory=dict)
     """Node -> why it can't be used now, e.g. who holds the machine."""
+    order: str = "fifo"
+    """By which order of the queue it grants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,6 +341,8 @@ class AddNode:
     name: str
     cpus: float | None = None
     memory_bytes: int | None = None
+    order: str = ""
+    """By which order of the queue to grant from now on; empty: as before. Raises SpecError for one that does not exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

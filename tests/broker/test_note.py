@@ -21,7 +21,7 @@ def told(home: Path, *nodes: str, persistent: bool = False) -> Note:
 
 
 def test_a_note_reads_back_as_it_was_written_until_it_is_removed(tmp_path) -> None:
-    note = Note(parts=(A, B), persistent=True, confine="rlimit")
+    note = Note(parts=(A, B), persistent=True, confine="rlimit", order="fair")
     assert read_note(tmp_path) is None
     write_note(tmp_path, note)
     assert read_note(tmp_path) == note

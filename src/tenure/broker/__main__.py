@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None) -> int:
             told = _told(home, options)
             fleet = LocalFleet(home, told.parts, confine=told.confine)
 
-            def remember(persistent: bool) -> None:
-                write_note(home, Note(parts=fleet.parts(), persistent=persistent, confine=told.confine))
+            def remember(persistent: bool, order: str) -> None:
+                write_note(home, Note(parts=fleet.parts(), persistent=persistent, confine=told.confine, order=order))
 
-            remember(told.persistent)
-            if asyncio.run(serve(home, fleet, persistent=told.persistent, remember=remember)) == 0:
+            remember(told.persistent, told.order)
+            if asyncio.run(serve(home, fleet, persistent=told.persistent, order=told.order, remember=remember)) == 0:
                 remove_note(home)
     except HomeHeld as error:
         logging.info("%s", error)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from tenure import wire
 from tenure.decide.placement import Placement
+from tenure.decide.queueing import FIFO, order_named
 from tenure.errors import TenureError
 from tenure.events import Event
 from tenure.leases import Lease, LeaseState
 from tenure.ledger import queries
 from tenure.ledger.queries import Invocation
 from tenure.ledger.store import Ledger, Transaction
+from tenure.nodes import Node
 from tenure.protocols import Clock
 from tenure.usage import Usage
 
@@ -37,9 +39,10 @@ MAX_GATHER_S = 0.05
 class Book:
     """What every part of the broker reads. `transaction` is the only way to change it."""
 
-    def __init__(self, ledger: Ledger, clock: Clock) -> None:
+    def __init__(self, ledger: Ledger, clock: Clock, *, order: str = FIFO.name) -> None:
+        """order: by which order of the queue to grant. Raises SpecError for one that does not exist."""
         self.ledger, self.clock = ledger, clock
-        self.placement = Placement()
+        self.placement = Placement(order=order_named(order))
         self.live: dict[str, Lease] = {}
         self.queue_until_s: dict[str, float] = {}
         self.busy: set[str] = set()
@@ -74,8 +77,28 @@ class Book:
                 if lease.attempt and (lease.id, lease.attempt) not in exited:
                     self.busy.add(lease.id)
                 self._rollups[lease.id] = (points.get(lease.id, 0), 0.0)
+        self._fold_live()
+
+    def _fold_live(self) -> None:
         for lease in self.live.values():
             self.placement.apply(Event(seq=0, at_s=0.0, kind=f"lease.{lease.state}", who="broker", data={"lease": lease}))
+
+    @property
+    def order(self) -> str:
+        """By which order of the queue leases are granted."""
+        return self.placement.order.name
+
+    def queue_by(self, order: str) -> None:
+        """Grant by another order of the queue from now on. Raises SpecError for one that does not exist."""
+        nodes, self.placement = self.placement.nodes(), Placement(order=order_named(order))
+        self._fold_live()
+        self._fold_nodes(nodes.values())
+        self.wake()
+
+    def _fold_nodes(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            for kind in ("node.up", f"node.{node.state}"):
+                self.placement.apply(Event(seq=0, at_s=0.0, kind=kind, who="broker", node=node.name, data={"node": node}))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -129,13 +152,11 @@ class Book:
         """The disk refused a batch: go back to what it holds."""
         batch, self._batch = self._batch, None
         nodes = self.placement.nodes()
-        self.placement = Placement()
+        self.placement = Placement(order=self.placement.order)
         for kept in (self.live, self.queue_until_s, self.busy, self._rollups, self.invocations):
             kept.clear()
         self._load()
-        for node in nodes.values():
-            for kind in ("node.up", f"node.{node.state}"):
-                self.placement.apply(Event(seq=0, at_s=0.0, kind=kind, who="broker", node=node.name, data={"node": node}))
+        self._fold_nodes(nodes.values())
         self.reloads += 1
         if batch is not None:
             batch.set_exception(error)

@@ -226,9 +226,12 @@ class BrokerClient:
         """Return the broker in one answer."""
         return self._call("status", wire.Nothing())  # type: ignore[no-any-return]
 
-    def add_node(self, name: str, *, cpus: float | None = None, memory_bytes: int | None = None) -> Node:
-        """Have a node offer a part of this machine, and the broker stay; return the node. Raises Refused, Conflict."""
-        args = wire.AddNode(name=name, cpus=cpus, memory_bytes=memory_bytes)
+    def add_node(self, name: str, *, cpus: float | None = None, memory_bytes: int | None = None, order: str = "") -> Node:
+        """Have a node offer a part of this machine, and the broker stay; return the node.
+
+        order: by which order of the queue to grant from now on; empty: as before. Raises Refused, Conflict, SpecError.
+        """
+        args = wire.AddNode(name=name, cpus=cpus, memory_bytes=memory_bytes, order=order)
         return self._call("add_node", args)  # type: ignore[no-any-return]
 
     def remove_node(self, name: str) -> None:

@@ -24,6 +24,7 @@ from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
 from tenure.broker.steady import SteadyClock
+from tenure.decide.queueing import FIFO
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
 from tenure.ledger import address, queries
@@ -93,12 +94,13 @@ class Broker:
         persistent: bool = False,
         term_s: float = TERM_S,
         new_lease_id: Callable[[], str] = _new_lease_id,
-        remember: Callable[[bool], None] = lambda persistent: None,
+        order: str = FIFO.name,
+        remember: Callable[[bool, str], None] = lambda persistent, order: None,
     ) -> None:
         self.persistent, self._remember = persistent, remember
         self._clock = SteadyClock(clock)
         ledger.now_s = self._clock.utc_s
-        self.book = Book(ledger, self._clock)
+        self.book = Book(ledger, self._clock, order=order)
         with ledger.transaction() as tx:
             self._keep_time(tx)
             self.fence = tx.next_fence()
@@ -128,7 +130,7 @@ class Broker:
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
             on_stay=self.stay,
-            on_nodes=lambda: self._remember(self.persistent),
+            on_nodes=lambda: self._remember(self.persistent, self.book.order),
             on_shutdown=self.leave,
         )
         self._flushed_s = self._busy_s = clock.boot_s()
@@ -148,7 +150,7 @@ class Broker:
         """Go on when nobody is left, until a shutdown, and have the nodes act for longer without word from here."""
         if not self.persistent:
             self.persistent = True
-            self._remember(True)
+            self._remember(True, self.book.order)
             await self.nodes.lengthen(PERSISTENT_TERM_S)
 
     def begin(self) -> None:
@@ -219,12 +221,13 @@ async def serve(
     *,
     persistent: bool,
     clock: Clock | None = None,
-    remember: Callable[[bool], None] = lambda persistent: None,
+    order: str = FIFO.name,
+    remember: Callable[[bool, str], None] = lambda persistent, order: None,
 ) -> int:
     """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held.
 
-    remember: called, with whether it is to stay, when that or its nodes change. Returns how many leases are left behind:
-    after a SIGTERM they go on under their agents until a term is over.
+    order: by which order of the queue to grant. remember: called, with whether it is to stay and that order, when either or its
+    nodes change. Returns how many leases are left behind: after a SIGTERM they go on under their agents until a term is over.
     """
     clock = clock or SystemClock()
     ledger = Ledger.open(address.of_home(home), now_s=clock.utc_s, who=f"for {home}")
@@ -232,7 +235,9 @@ async def serve(
     try:
         check_not_older(ledger, home)
         term_s = PERSISTENT_TERM_S if persistent else TERM_S
-        broker = Broker(ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=term_s, remember=remember)
+        broker = Broker(
+            ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=term_s, order=order, remember=remember
+        )
         return await answer(broker, home)
     finally:
         ledger.close()

@@ -79,6 +79,7 @@ class Handlers:
             nodes=self._nodes.listed(),
             persistent=self._persistent(),
             unreached=self._nodes.why_unreached(),
+            order=self._book.order,
         )
 
     # --- nodes ---
@@ -86,6 +87,9 @@ class Handlers:
     async def op_add_node(self, args: wire.AddNode, client: Connection) -> Node:
         """See wire.AddNode."""
         part = Part(name=args.name, cpus=args.cpus, memory_bytes=args.memory_bytes)
+        if args.order and args.order != self._book.order:
+            self._book.queue_by(args.order)
+            self._on_nodes()
         async with self._one_change:
             node = await self._nodes.add(part, on_nodes=self._on_nodes)
             await self._on_stay()

@@ -1,4 +1,4 @@
-"""What a broker leaves for one that comes after its death: its nodes, whether it was to stay, how its nodes confine.
+"""What a broker leaves for one that comes after its death: its nodes, whether it stays, how nodes confine, its queue's order.
 
 A broker that leaves on purpose, with no lease left, takes the note with it. Not here: leases and runs (`ledger`).
 """
@@ -21,6 +21,7 @@ class Note:
     parts: tuple[Part, ...] = ()
     persistent: bool = False
     confine: str = "auto"
+    order: str = "fifo"
 
 
 def read_note(home: Path) -> Note | None:
@@ -32,6 +33,7 @@ def read_note(home: Path) -> Note | None:
             parts=tuple(Part.parse(text) for text in kept["nodes"]),
             persistent=bool(kept["persistent"]),
             confine=str(kept["confine"]),
+            order=str(kept.get("order", "fifo")),  # older notes have none
         )
     except FileNotFoundError:
         return None
@@ -43,7 +45,8 @@ def write_note(home: Path, note: Note) -> None:
     """Replace the note, at once and to survive a power cut. Raises OSError."""
     draft = home / ".broker.json"
     with draft.open("w") as stream:
-        json.dump({"nodes": [str(part) for part in note.parts], "persistent": note.persistent, "confine": note.confine}, stream)
+        said = {"persistent": note.persistent, "confine": note.confine, "order": note.order}
+        json.dump({"nodes": [str(part) for part in note.parts], **said}, stream)
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(home / "broker.json")

@@ -266,6 +266,12 @@ def up(
         typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; alone, with that share of the cores."),
     ] = "",
     ledger: LedgerOption = "",
+    order: Annotated[
+        str,
+        typer.Option(
+            "--order", metavar="NAME", help="Whose turn it is from now on: fifo, backfill, las or fair. At first: fifo."
+        ),
+    ] = "",
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -277,7 +283,9 @@ def up(
     from tenure import verbs
     from tenure.resources import parse_bytes
 
-    started = verbs.up(home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None, ledger=_url(ledger))
+    started = verbs.up(
+        home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None, ledger=_url(ledger), order=order
+    )
     _show((started,), output.nodes_table, json)
 
 

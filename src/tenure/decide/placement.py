@@ -72,7 +72,7 @@ class Placement:
 
     def __init__(self, *, rule: Rule = TENURE, order: Order = FIFO) -> None:
         """rule: which of the nodes with room takes a lease. order: whose turn it is."""
-        self._rule = rule
+        self._rule, self.order = rule, order
         self._queue = Queue(order)
         self._nodes: dict[str, Node] = {}
         self._waiting: dict[str, Lease] = {}
@@ -179,7 +179,7 @@ class Placement:
             if packing is None:
                 lacks[sizes] = text = behind or lacks.get(sizes) or self._lacks(members, slack.rooms)
                 waiting |= dict.fromkeys(gang.members, text)
-                if not self._queue.order.backfill or gang.overdue:
+                if not self.order.backfill or gang.overdue:
                     behind = behind or f"waits behind {gang.id}"
                 continue
             for lease, (node, devices) in zip(members, packing, strict=True):
@@ -189,7 +189,7 @@ class Placement:
 
     def _ending(self, ending: Sequence[str], now_s: float) -> tuple[list[str], list[Gang]]:
         """Return the leases that are renewed whatever waits, and the gangs that may have to give way."""
-        if not ending or not self._queue.order.gives_way:
+        if not ending or not self.order.gives_way:
             return list(ending), []
         gangs: dict[str, list[Lease]] = {}
         for lease_id in ending:

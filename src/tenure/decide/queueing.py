@@ -10,8 +10,8 @@ Three rules stand above that order, in this turn:
 - who waits for a first lease longer than `first_lease_s` goes first, the longest waiting before the rest, and what does not fit
   holds back all behind it;
 - a tenant that holds less than its floor, a part of an equal share among the tenants with work, goes before those above theirs;
-- gangs of a run that already holds a lease go before others where requests go by time, since making them wait for newcomers
-  would have both wait for each other.
+- gangs of a run that already holds a lease go before others, since making them wait for newcomers would have both wait for
+  each other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from heapq import merge
 from typing import TYPE_CHECKING
 
+from tenure.errors import SpecError
 from tenure.leases import EndReason, Lease, LeaseState
 from tenure.resources import Capacity, Envelope
 
@@ -93,6 +94,13 @@ ORDERS: Mapping[str, Order] = {
     )
 }
 """By name."""
+
+
+def order_named(name: str) -> Order:
+    """Return an order by name. Raises SpecError that lists those there are."""
+    if name not in ORDERS:
+        raise SpecError(f"no order of the queue is called {name!r}; there are: {', '.join(ORDERS)}")
+    return ORDERS[name]
 
 
 Amounts = tuple[int, int, int]
@@ -198,14 +206,14 @@ class Queue:
             return sorted(self._gangs.values(), key=lambda g: (g.job[0] not in self._running, g.requested_at_s, g.id))
         if self._stale:
             self._sort_anew()
-        late = self._overdue(now_s)
         gangs = [self._gangs[name] for _, _, name in self._sorted]
+        first = self._overdue(now_s) + [gang for gang in gangs if not gang.overdue and gang.job[0] in self._running]
         if ending:
             gangs = list(merge(gangs, sorted(ending, key=_by_rank), key=_by_rank))
-        if not self.order.floor:
-            return [*late, *(gang for gang in gangs if not gang.overdue)]
-        below, above = self._by_floor(late, gangs, ending)
-        return [*late, *below, *above]
+        if first:
+            before = {gang.id for gang in first}
+            gangs = [gang for gang in gangs if gang.id not in before]
+        return first + (self._by_floor(first, gangs, ending) if self.order.floor else gangs)
 
     def running(self, name: str, leases: Sequence[Lease], now_s: float) -> Gang:
         """Return a gang that runs and whose slot is over, with its rank."""
@@ -362,28 +370,26 @@ class Queue:
             late.append(gang)
         return late
 
-    def _by_floor(self, late: Sequence[Gang], gangs: Sequence[Gang], ending: Sequence[Gang]) -> tuple[list[Gang], list[Gang]]:
-        """Return those with which their tenant stays within its floor, and the rest, each in order."""
+    def _by_floor(self, before: Sequence[Gang], gangs: Sequence[Gang], ending: Sequence[Gang]) -> list[Gang]:
+        """Return first those with which their tenant stays within its floor, then the rest, each in order."""
         floor = self.order.floor / max(1, len(self._tenants))
         used = {name: list(tenant.amounts) for name, tenant in self._tenants.items()}
         for gang in ending:
             for lease in gang.members.values():
                 used[gang.tenant] = [a - b for a, b in zip(used[gang.tenant], amounts(lease.envelope), strict=True)]
         shares = {tenant: self._share(sums) for tenant, sums in used.items()}
-        for gang in late:
+        for gang in before:
             shares[gang.tenant] += gang.part
         below: list[Gang] = []
         above: list[Gang] = []
         for gang in gangs:
-            if gang.overdue:
-                continue
             with_it = shares[gang.tenant] + gang.part
             if with_it <= floor + 1e-9:
                 shares[gang.tenant] = with_it
                 below.append(gang)
             else:
                 above.append(gang)
-        return below, above
+        return below + above
 
 
 def _by_rank(gang: Gang) -> tuple[float, float, str]:

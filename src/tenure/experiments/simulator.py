@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tenure.decide.placement import Grant, Placement, Plan
-from tenure.decide.queueing import ORDERS
+from tenure.decide.queueing import order_named
 from tenure.decide.rules import rule_named
 from tenure.errors import SpecError
 from tenure.events import Event
@@ -173,15 +173,12 @@ class Simulation:
     ) -> None:
         if not fleet:
             raise SpecError("a simulation needs at least one node; found none")
-        order = ORDERS.get(policy.order)
-        if order is None:
-            raise SpecError(f"no order of the queue is called {policy.order!r}; there are: {', '.join(ORDERS)}")
         if len({job.id for job in trace}) != len(trace):
             raise SpecError("two jobs of the trace have the same id; ids must differ")
         self.policy, self.seed, self.now_s, self.steps, self.finished = policy, seed, 0.0, 0, 0
         self._sample_each_s = policy.slot_s if sample_each_s is None else sample_each_s
         self._trace, self._fleet = tuple(trace), tuple(fleet)
-        self._placement = Placement(rule=rule_named(policy.placement), order=order)
+        self._placement = Placement(rule=rule_named(policy.placement), order=order_named(policy.order))
         tie = list(range(len(trace)))
         if seed:
             random.Random(seed).shuffle(tie)
