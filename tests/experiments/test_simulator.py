@@ -69,3 +69,27 @@ def test_jobs_of_one_id_and_a_fleet_without_nodes_are_refused():
         simulate([a_job("a"), a_job("a")], [a_node()], Policy())
     with pytest.raises(SpecError, match="at least one node"):
         simulate([], [], Policy())
+
+
+def test_a_job_that_gives_way_keeps_its_work_and_pays_for_its_restart():
+    jobs = [a_job("long", lasts_s=1000, gpus=8), a_job("short", at_s=350, lasts_s=50, gpus=8)]
+    long, short = simulate(jobs, [a_node()], Policy(order="las", slot_s=100, restart_s=5)).jobs
+    assert (short.first_start_s, short.end_s) == (700.0, 750.0)  # half of 700 + 600 s is more than 600 s
+    assert (long.end_s, long.restarts) == (1055.0, 1)
+
+
+def test_when_work_ends_has_no_say_in_what_was_decided_before():
+    def starts(lasts_s):
+        jobs = [a_job(f"j{i}", at_s=i * 30.0, lasts_s=200 + 70 * i, gpus=1 + i % 8) for i in range(20)]
+        jobs[0] = a_job("j0", lasts_s=lasts_s, gpus=1)
+        simulation = Simulation(jobs, [a_node()], Policy(order="fair", slot_s=100))
+        while simulation.now_s < 1900:
+            simulation.step()
+        return [(job.first_start_s, job.restarts) for job in simulation.outcome().jobs]
+
+    assert starts(2000.0) == starts(9000.0)
+
+
+def test_an_unknown_order_is_refused_with_those_there_are():
+    with pytest.raises(SpecError, match="fifo, backfill, las, fair"):
+        simulate([a_job("a")], [a_node()], Policy(order="lifo"))
