@@ -194,6 +194,17 @@ def test_a_tenant_below_its_floor_goes_before_one_above():
     assert world.grant()[0][0] == "few"
 
 
+def test_a_tenant_alone_goes_by_service_though_only_its_narrow_gangs_are_within_the_floor():
+    world = World(FAIR, a_node(cpus=8.0))
+    world.had("old", 30)
+    world.ask("filler", cpus=8.0)
+    world.grant()
+    world.ask("narrow", job="old", cpus=1.0)
+    world.ask("wide", cpus=8.0)
+    world.end("filler")
+    assert world.grant()[0] == ["wide"]
+
+
 def test_who_waits_too_long_for_a_first_lease_goes_first_and_holds_back_the_rest():
     world = World(FAIR, a_node(cpus=8.0))
     world.ask("runs", cpus=7.0)

@@ -213,7 +213,8 @@ class Queue:
         if first:
             before = {gang.id for gang in first}
             gangs = [gang for gang in gangs if gang.id not in before]
-        return first + (self._by_floor(first, gangs, ending) if self.order.floor else gangs)
+        competing = self.order.floor and len(self._tenants) > 1
+        return first + (self._by_floor(first, gangs, ending) if competing else gangs)
 
     def running(self, name: str, leases: Sequence[Lease], now_s: float) -> Gang:
         """Return a gang that runs and whose slot is over, with its rank."""
@@ -372,7 +373,7 @@ class Queue:
 
     def _by_floor(self, before: Sequence[Gang], gangs: Sequence[Gang], ending: Sequence[Gang]) -> list[Gang]:
         """Return first those with which their tenant stays within its floor, then the rest, each in order."""
-        floor = self.order.floor / max(1, len(self._tenants))
+        floor = self.order.floor / len(self._tenants)
         used = {name: list(tenant.amounts) for name, tenant in self._tenants.items()}
         for gang in ending:
             for lease in gang.members.values():
