@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.decide.forecast import EXPERTS, Forecaster, nodes_needed, upper
+from tenure.decide.forecast import EXPERTS, Forecaster, nodes_needed, rehearse, upper
 from tenure.errors import SpecError
 
 demands = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
@@ -88,6 +88,13 @@ def test_a_forecast_can_be_kept_and_taken_up_again():
     for i, value in enumerate(values[40:].tolist(), start=40):
         half.observe(i * 60.0, value)
     assert half.forecast() == folded(values).forecast()
+
+
+def test_a_rehearsal_gives_each_step_what_was_foretold_a_lead_before():
+    series = [(i * 60.0, float(i % 7)) for i in range(100)]
+    steps = rehearse(Forecaster(step_s=60, lead_s=300), series)
+    assert [(s.t_s, s.demand) for s in steps] == series[5:]
+    assert steps[40].foretold == folded([d for _, d in series[:41]]).forecast()
 
 
 def planted(period, seed, n=480):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,6 +181,11 @@ class Forecaster:
         return min((s.period * self.step_s for s in used if s.score() >= 0.5 * most), default=None)
 
     @property
+    def season_errors(self) -> dict[float, tuple[float, float]]:
+        """Mean squared error (of square roots, at the lead) with and without each season tried so far, by period in seconds."""
+        return {s.period * self.step_s: (s.error, s.error_without) for s in self._candidates() if s.error_without > 0}
+
+    @property
     def weights(self) -> dict[str, float]:
         """How much each forecast counts now, by name; they sum up to 1."""
         names = [*EXPERTS, *(f"season of {s.period * self.step_s:g} s" for s in self._candidates())]
@@ -342,6 +347,32 @@ def upper(errors: Array, risk: float) -> float:
     top = ordered[-max(2, n // 10) :]
     share = len(top) / (n + 1)
     return float(max(ordered[-1], top[0] + float(np.mean(top - top[0])) * math.log(share / risk)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """One step of a series, and what had been foretold for it a lead before."""
+
+    t_s: float
+    demand: float
+    foretold: Forecast
+
+
+def rehearse(forecaster: Forecaster, series: Iterable[tuple[float, float]]) -> list[Rehearsed]:
+    """Return how a forecaster would have done on a series of (time, demand): rolling origin, nothing known beforehand.
+
+    The first steps, for which nothing had been foretold, are not among them.
+    """
+    made: dict[int, Forecast] = {}
+    found = []
+    for t_s, demand in series:
+        at = round(t_s / forecaster.step_s)
+        if at in made:
+            found.append(Rehearsed(t_s, demand, made[at]))
+        forecaster.observe(t_s, demand)
+        made[at + forecaster.lead] = forecaster.forecast()
+        made.pop(at - 1, None)
+    return found
 
 
 def nodes_needed(forecast: Forecast, *, node_capacity: float, held: int = 0, keep: int = 0) -> int:

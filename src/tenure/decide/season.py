@@ -90,6 +90,9 @@ class Season:
         self._block, self._in_block = 0.0, 0
         self._block_size = max(lead, math.ceil(period / 2))
         self._m = self._mean = self._m2 = 0.0
+        self.error = self.error_without = 0.0
+        """Mean squared error so far of the forecasts with the season, and of those without."""
+        self._compared = 0
         self._lately = self._plain = 0.0
         """Gain and squared error without the season, of late."""
 
@@ -124,6 +127,9 @@ class Season:
         errors_without = (value - np.append(made.base, plain)) ** 2
         without = float(errors_without[made.best_without])
         self._errors_without = self._errors_without * 0.999 + errors_without
+        self._compared += 1
+        self.error += (float(errors[made.best]) - self.error) / self._compared
+        self.error_without += (without - self.error_without) / self._compared
         self._block += float(without - errors[made.best])
         self._plain += _LATELY / self._block_size * (without - self._plain)
         self._in_block += 1
