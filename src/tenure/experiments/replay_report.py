@@ -14,6 +14,7 @@ import numpy as np
 from tenure.experiments.replay import LEFT_OUT, Replay, code_digest
 from tenure.experiments.replay_compare import FILLED, TIMED, Measure, Results, answer, count, percent, ranked, with_spread
 from tenure.experiments.replay_figures import mean, show_time
+from tenure.experiments.replay_outlook import outlook_blocks
 from tenure.resources import format_duration, show_bytes
 
 Block = dict[str, Any]
@@ -43,6 +44,7 @@ def build_replay_report(replay: Replay, results: Results) -> dict[str, Any]:
         _section("Policy beside policy", [_table(replay, results, measures)]),
         _section("While the fleet fills" if filled else "Over time", _curves(replay, results)),
         _section("Tenants", _tenants(replay, results)),
+        *([] if filled else [_section("What could be foretold", outlook_blocks(replay))]),
         _section("What was replayed, and how", _how(replay)),
     ]
     return {
