@@ -221,12 +221,23 @@ def test_what_is_wrong_in_a_list_of_nodes_is_told(tmp_path, name, text, says):
 
 
 def test_a_policy_is_an_order_a_placement_or_both():
-    found = [(one.order, one.placement) for one in parse_policies(["fifo", "fgd", "fifo+bestfit", "fgd"], fill=False)]
-    assert found == [("fifo", "tenure"), ("fifo", "fgd"), ("fifo", "bestfit")]
-    with pytest.raises(SpecError, match=r"'fi'. Orders of the queue: fifo\. Placements: tenure, fgd"):
+    found = [(one.order, one.placement) for one in parse_policies(["fifo", "fgd", "fair+bestfit", "las", "fgd"], fill=False)]
+    assert found == [("fifo", "tenure"), ("fifo", "fgd"), ("fair", "bestfit"), ("las", "tenure")]
+    with pytest.raises(SpecError, match=r"'fi'. Orders of the queue: fifo, backfill, las, fair\. Placements: tenure, fgd"):
         parse_policies(["fi"], fill=False)
     with pytest.raises(SpecError, match="nobody waits"):
         parse_policies(["fifo"], fill=True)
+
+
+def test_orders_of_the_queue_are_tried_beside_each_other(files):
+    long = "id,tenant,submit_s,gpus,duration_s\n" + "long,a,0,4,7200\n" * 1
+    long += "wide,a,1,4,7200\n" + "".join(f"short{i},b,{10 + i},4,60\n" for i in range(8))
+    (files / "jobs.csv").write_text(long)
+    done, _ = replayed(files, ("fifo", "fair"), slot_s=600.0)
+    found = json.loads(done.json.read_text())["results"]
+    assert found["fair"][0]["mean_completion_s"] < 0.5 * found["fifo"][0]["mean_completion_s"]
+    assert found["fifo"][0]["restarts"] == 0 < found["fair"][0]["restarts"]
+    assert done.answer.startswith("fair comes first")
 
 
 def test_the_same_replay_gives_the_same_bytes_and_writes_the_page_with_its_figures(files):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import tenure
 from tenure import decide
+from tenure.decide.queueing import ORDERS
 from tenure.decide.rules import RULES
 from tenure.errors import Conflict, SpecError
 from tenure.experiments.replay_figures import MAX_POINTS, of_outcome
@@ -32,7 +33,6 @@ from tenure.nodes import Node
 if TYPE_CHECKING:
     from tenure.experiments.context import Display
 
-ORDERS: Mapping[str, str] = {"fifo": "first come, first served"}
 MAX_SEEDS = 1_000
 LEFT_OUT = 0.1
 """Share of the jobs that every seed after 0 leaves out, so that the spread says what a few jobs more or less would change."""
@@ -52,7 +52,7 @@ class Tried:
     def means(self, *, fill: bool) -> str:
         """Say it in words. fill: nobody waits, so the order plays no part."""
         node = RULES[self.placement].means
-        return node if fill else f"queue: {ORDERS[self.order]}; node: {node}"
+        return node if fill else f"queue: {ORDERS[self.order].means}; node: {node}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ def _run(replay: Replay, tried: Tried, seed: int, tell: Tell) -> dict[str, Any]:
     if seed:
         rng = random.Random(seed)
         jobs = tuple(job for job in jobs if rng.random() >= LEFT_OUT) or jobs
-    policy = Policy(placement=tried.placement, slot_s=replay.slot_s, restart_s=replay.restart_s)
+    policy = Policy(order=tried.order, placement=tried.placement, slot_s=replay.slot_s, restart_s=replay.restart_s)
 
     def progress(now_s: float, finished: int, count: int) -> None:
         tell(f"{finished:,} of {count:,} jobs have ended, day {now_s / 86400:.1f}", finished / count)
