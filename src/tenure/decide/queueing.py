@@ -70,7 +70,7 @@ class Order:
 FIFO = Order(name="fifo", means="first come, first served; who waits for room holds back those behind")
 FAIR = Order(
     name="fair",
-    means="least service first, by estimates where there are some; half an equal share for each tenant; no start after 12 h",
+    means="least service first, by estimates where there are some; half an equal share per tenant; who waited 12 h goes first",
     backfill=True,
     by_service=True,
     gives_way=True,

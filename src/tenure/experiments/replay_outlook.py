@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tenure.decide.durations import Kind, RunTimes, keep_alive_s
 from tenure.decide.forecast import Forecaster, nodes_needed, rehearse
 from tenure.experiments.replay import Replay
+from tenure.experiments.replay_figures import show_time
 from tenure.experiments.simulator import TraceJob
-from tenure.resources import format_duration
 
 Array = NDArray[np.float64]
 LEAD_S = 600.0
@@ -210,15 +210,15 @@ def outlook_blocks(replay: Replay) -> list[dict[str, Any]]:
     gpus = any(one.gpus for one in capacities)
     node_units = max(len(one.gpus) if gpus else one.cpus for one in capacities)
     found = outlook(replay.trace.jobs, gpus=gpus, node_units=node_units, restart_s=replay.restart_s)
-    unit, lead = "GPUs" if gpus else "CPUs", format_duration(round(found.lead_s))
+    unit, lead = "GPUs" if gpus else "CPUs", show_time(found.lead_s)
     blocks: list[dict[str, Any]] = []
     if found.demands:
         note = (
-            f"What jobs would use if nobody waited, in {unit}, per {format_duration(round(found.step_s))}, on the last two "
+            f"What jobs would use if nobody waited, in {unit}, per {show_time(found.step_s)}, on the last two "
             f"thirds of the trace. Held: capacity fixed {lead} ahead, asked for misses in {RISK:.0%} of the steps. Reactive: "
             "last value with the best margin, known afterwards, at no more misses; no: none is enough. Nodes: what is held, "
             "on nodes of the largest size, on average. Keep idle: for how long a lease without work costs at most 3 times "
-            f"what the best would, with {format_duration(replay.restart_s)} per restart."
+            f"what the best would, with {show_time(replay.restart_s)} per restart."
         )
         columns = ["tenant", "peak", "held", "of peak", "steps missed", "reactive", "season", "nodes", "keep idle"]
         rows = [[{"text": text} for text in _row(one)] for one in found.demands]
@@ -246,7 +246,7 @@ def _row(one: DemandOutlook) -> tuple[str, ...]:
         f"{one.held / one.peak:.0%}",
         f"{one.misses:.1%}",
         f"{one.reactive:,.1f}" if one.reactive is not None else "no",
-        format_duration(round(one.season_s)) if one.season_s is not None else "none",
+        show_time(one.season_s) if one.season_s is not None else "none",
         f"{one.nodes:,.1f}",
-        format_duration(round(one.keep_alive_s)),
+        show_time(one.keep_alive_s),
     )
