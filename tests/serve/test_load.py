@@ -9,7 +9,7 @@ import pytest
 
 from tenure.errors import CorruptData, SpecError
 from tenure.serve.load import LoadSpec, load_command, read_load_result, read_load_spec, write_load_spec
-from tenure.serve.loadrun import _order
+from tenure.serve.load.closed import _order
 
 pytestmark = pytest.mark.real
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from tenure.errors import NotFound, SpecError, TenureError
 from tenure.serve.client import Model
-from tenure.serve.load import MAX_LATENCIES, LoadCell, LoadResult, LoadSpec, read_load_spec
+from tenure.serve.load.application import MAX_LATENCIES, LoadCell, LoadResult, LoadSpec, read_load_spec
 from tenure.serve.processes import worker_dir, write_json
 from tenure.serve.tensors import DTYPES, Array
 from tenure.serve.transports import Stages
@@ -291,7 +291,3 @@ def _versions() -> dict[str, str]:
         if module in sys.modules:
             found[package] = importlib.metadata.version(package)
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

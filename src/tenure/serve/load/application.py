@@ -1,6 +1,6 @@
 """What a load application is told and what it measured: the records, and how they are written and read.
 
-The application itself is `python -m tenure.serve.load SPEC.json` (see `loadrun`): it prepares the model, then for each
+The application itself is `python -m tenure.serve.load SPEC.json` (see `closed`): it prepares the model, then for each
 (batch, repeat), in a seeded random order, runs a closed loop and checks every answer.
 """
 
@@ -186,9 +186,3 @@ def _read(path: Path, kind: Any, refused: type[Exception]) -> Any:
         return msgspec.convert(content, kind)
     except (msgspec.ValidationError, TypeError) as error:
         raise refused(f"{path}: {error}") from error
-
-
-if __name__ == "__main__":
-    from tenure.serve.loadrun import main
-
-    sys.exit(main(sys.argv[1:]))
