@@ -17,7 +17,7 @@ from typing import Protocol, cast, runtime_checkable
 
 from benchmarks.peers.processes import Launch, Order
 
-NAMES = ("triton", "kserve", "mlserver", "litserve", "fastapi", "tritonclient", "perf_analyzer", "wrk")
+NAMES = ("triton", "kserve", "mlserver", "litserve", "fastapi", "tritonclient", "perf_analyzer", "wrk", "loadgen")
 
 
 class Peer(Protocol):
