@@ -17,6 +17,7 @@ NOUNS = frozenset(
         "jobs",
         "runs",
         "leases",
+        "links",
         "nodes",
         "tenants",
         "usage",
