@@ -73,8 +73,12 @@ class WireServer:
         while self._open:
             _cut(self._open.pop())
 
-    def close(self) -> None:
+    def stop_listening(self) -> None:
+        """Take no more connections; what is open goes on."""
         _cut(self._listening)
+
+    def close(self) -> None:
+        self.stop_listening()
         self.drop()
         for thread in self._threads:
             thread.join(10)

@@ -7,6 +7,7 @@ memory of heads makes the second of a kind free.
 
 from __future__ import annotations
 
+import os
 import socket
 from errno import EINPROGRESS
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
@@ -81,7 +82,7 @@ class HttpWire:
         code = opened.connect_ex(self._address)
         if code not in (0, EINPROGRESS):
             opened.close()
-            self.loop.fail(index, f"no connection: {OSError(code, '').strerror or code}")
+            self.loop.fail(index, f"no connection: {os.strerror(code)}")
             return
         _Connection(self, opened).send_later(index, request)
 
@@ -151,8 +152,11 @@ class _Connection:
         if not events & (EPOLLIN | _OVER) or self.fd < 0:
             return
         wire = self._wire
+        before = len(self._kept) if self._head is None else 0
+        if before:
+            wire.scratch[:before] = self._kept
         try:
-            size = self.socket.recv_into(wire.scratch)
+            size = self.socket.recv_into(wire.view[before:] if before else wire.scratch)
         except BlockingIOError:
             return
         except OSError as error:
@@ -163,7 +167,8 @@ class _Connection:
         elif self._index < 0:
             self.close()  # nothing was asked: whatever this is, the connection can't be trusted any more
         elif self._head is None:
-            self._read_head(size)
+            self._kept = b""
+            self._read_head(before + size)
         else:
             self._read_body(size)
 
@@ -184,14 +189,6 @@ class _Connection:
     def _read_head(self, size: int) -> None:
         wire = self._wire
         scratch, view = wire.scratch, wire.view
-        if self._kept:
-            kept = len(self._kept)
-            if kept + size > SCRATCH_BYTES:
-                self._broken(f"the answer's head is longer than {MAX_HEAD_BYTES} bytes")
-                return
-            scratch[kept : kept + size] = scratch[:size]
-            scratch[:kept] = self._kept
-            self._kept, size = b"", kept + size
         end = scratch.find(b"\r\n\r\n", 0, size) + 4
         if end < 4:
             self._kept = bytes(view[:size])

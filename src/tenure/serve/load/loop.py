@@ -11,6 +11,7 @@ one pointer is all the timer there is.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import gc
 import math
@@ -28,6 +29,7 @@ from tenure.serve.load.records import Outcome
 MAX_EVENTS = 8
 """Read before the schedule is looked at again: a crowd of answers delays what is due by so many reads at most."""
 MAX_REASONS = 32
+MAX_SENT_AGAIN = 10
 _LONGEST_WAIT_S = 0.5
 _SHORTEST_WAIT_S = 20e-6
 _TIMER_SLACK_NS = 5_000
@@ -88,6 +90,8 @@ class Loop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._waiting: deque[int] = deque()
         self._full_since_s = 0.0
+        self._came_back: dict[int, tuple[float, int]] = {}
+        """When a request that came back was first issued, and how often it came back."""
         self._failed_in_a_row = 0
         self._max_in_flight, self._in_flight = max_in_flight, 0
         self._closed_s = -1.0
@@ -136,6 +140,21 @@ class Loop:
         if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
             reason = "other reasons"
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def send_again(self, index: int, reason: str) -> None:
+        """A request came back from a server that has not begun with it: it waits for its place again, some times at most.
+
+        It stays issued when it first was: that the server did not take it is no delay of the generator's.
+        """
+        first_s, times = self._came_back.get(index, (self._issued[index], 0))
+        if times == MAX_SENT_AGAIN:
+            self.fail(index, reason)
+            return
+        self._came_back[index] = (first_s, times + 1)
+        self._in_flight -= 1
+        if not self._waiting:
+            self._full_since_s = self._clock() - self.zero_s
+        bisect.insort(self._waiting, index)
 
     # What the runner calls
 
@@ -226,6 +245,8 @@ class Loop:
 
     def _end(self, index: int, outcome: Outcome) -> None:
         now_s = self._clock() - self.zero_s
+        if self._came_back and index in self._came_back:
+            self._issued[index] = self._came_back.pop(index)[0]
         self._ended[index] = now_s
         self._outcome[index] = outcome
         if now_s < self._closed_s:
@@ -245,11 +266,13 @@ class Loop:
 
     def _give_up(self, index: int) -> None:
         waiting = self._waiting
-        if waiting and waiting[0] == index:  # it waits in order of the schedule: none before it does
+        if waiting and waiting[0] == index:  # they wait in order of the schedule: none before it does
             waiting.popleft()
-            self._issued[index] = float("nan")
-            self._end(index, Outcome.DROPPED)
-            self._ended[index] = float("nan")
+            if index in self._came_back:
+                self._end(index, Outcome.TIMED_OUT)
+            else:
+                self._end(index, Outcome.DROPPED)
+                self._issued[index] = self._ended[index] = math.nan
             if not waiting:
                 self.full_s += self._clock() - self.zero_s - self._full_since_s
         else:

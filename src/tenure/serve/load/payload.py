@@ -16,7 +16,7 @@ import numpy as np
 from tenure.errors import NotFound, SpecError
 from tenure.serve import v2
 from tenure.serve.http_client.v2json import infer_head, model_path, post_head
-from tenure.serve.load.grpc_wire import Message, header_block
+from tenure.serve.load.grpc_message import Message, header_block
 from tenure.serve.tensors import DTYPES, Array, ModelMetadata, TensorMetadata, datatype_of, to_raw
 
 MAX_BYTES = 256 << 20
