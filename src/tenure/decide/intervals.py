@@ -27,9 +27,9 @@ from tenure.errors import SpecError
 LEVEL = 0.95
 MAX_REPEATS = 1_000
 """Pairs of repeats are all averaged with each other: half a million values."""
-PRIOR_CORRELATION = 0.07
+PRIOR_CORRELATION = 0.05
 """Between neighbouring repeats, before anything was seen: machines remember."""
-PRIOR_REPEATS = 3
+PRIOR_REPEATS = 6
 """The prior weighs as much as so many repeats beyond the first five, from which no correlation is read."""
 MAX_CORRELATION = 0.8
 """Nine repeats are worth one there; from 20 nothing beyond could be told from chance."""
