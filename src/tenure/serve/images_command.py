@@ -13,13 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tenure.errors import NotFound, TenureError
+from tenure.errors import TenureError
 from tenure.serve.client import Model
 from tenure.serve.images import Classified
-from tenure.serve.pixels import FORMATS, NORMALISATIONS, preparation_for
+from tenure.serve.pixels import FORMATS, NORMALISATIONS, pictures_in, preparation_for
 from tenure.serve.processes import leased_threads
-
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,10 +69,7 @@ def _files(named: Sequence[str]) -> Iterator[str]:
         if each == "-":
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         elif os.path.isdir(each):
-            inside = sorted(entry.path for entry in os.scandir(each) if os.path.splitext(entry.name)[1].lower() in _ENDINGS)
-            if not inside:
-                raise NotFound(f"the folder {each} holds no picture ({', '.join(sorted(_ENDINGS))})")
-            yield from inside
+            yield from pictures_in(each)
         else:
             yield each
 

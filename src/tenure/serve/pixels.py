@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tenure.errors import SpecError
+from tenure.errors import NotFound, SpecError
 from tenure.serve.tensors import DTYPES, Array, ModelMetadata
 
 MAX_FILE_BYTES = 64 << 20
@@ -31,6 +31,8 @@ LARGE_PIXELS = 4_000_000
 """Pictures above are decoded one at a time, so that memory does not grow with the number of threads."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """What is decoded. Not everything that Pillow can: PostScript, for one, would start another program."""
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Of the files that a folder of pictures means."""
 _EXIF_WITHIN = 4096
 """Bytes from a file's start within which cameras write their EXIF part."""
 _ORIENTATION = 0x0112
@@ -126,17 +128,32 @@ def preparation_for(
     return Preparation(height=height, width=width, channels_first=first, dtype=dtype, normalise=normalise or "none", crop=crop)
 
 
+def pictures_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the picture files of a folder, in order of their names. Raises NotFound when there is none."""
+    try:
+        inside = sorted(entry.path for entry in os.scandir(folder) if os.path.splitext(entry.name)[1].lower() in ENDINGS)
+    except OSError as error:
+        raise NotFound(f"the folder {os.fspath(folder)} cannot be read: {error.strerror}") from error
+    if not inside:
+        raise NotFound(f"the folder {os.fspath(folder)} holds no picture ({', '.join(ENDINGS)})")
+    return inside
+
+
 def read_into(row: Array, path: str, how: Preparation) -> None:
     """Read a picture's file into one row of a model's input. Raises BadImage, with the reason."""
+    fill(row, decode(read_file(path), how), how)
+
+
+def read_file(path: str) -> bytes:
+    """Return a picture's file as it is. Raises BadImage, with the reason."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE_BYTES:
                 raise BadImage(f"the file has {size} bytes; at most {MAX_FILE_BYTES} are read")
-            content = file.read(MAX_FILE_BYTES + 1)
+            return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from error
-    fill(row, decode(content, how), how)
 
 
 def decode(content: bytes, how: Preparation) -> Array:
