@@ -13,21 +13,21 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 
-from tenure.errors import NotFound, SpecError, TenureError
+from tenure.errors import SpecError, TenureError
 from tenure.serve.client import Model
 from tenure.serve.load.application import MAX_LATENCIES, LoadCell, LoadResult, LoadSpec, read_load_spec
+from tenure.serve.load.examples import Data
 from tenure.serve.processes import worker_dir, write_json
-from tenure.serve.tensors import DTYPES, Array
+from tenure.serve.tensors import Array
 from tenure.serve.transports import Stages
 
 MAX_WAIT_FOR_START_S = 600.0
 _POLL_S = 0.02
-_TOLERANCE = 1e-4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def run_load(spec: LoadSpec) -> LoadResult:
         model.wait_ready(spec.timeout_s)
         model.metadata()
         prepared_s = time.perf_counter()
-        data = _Data(spec, model)
+        data = Data(model.metadata(), spec.inputs, spec.expected, output=spec.output)
         loaded_s = time.perf_counter()
         _wait_for(spec.start_at_s)
         started_at_s = time.time()
@@ -81,7 +81,7 @@ def run_load(spec: LoadSpec) -> LoadResult:
         peak_memory_bytes=max(cell.memory_bytes for cell in cells),
         started_at_s=started_at_s,
         ended_at_s=time.time(),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -96,11 +96,11 @@ def _order(spec: LoadSpec) -> list[tuple[int, int]]:
     return order
 
 
-def _sync_cell(spec: LoadSpec, model: Model, data: _Data, batch: int, repeat: int) -> LoadCell:
-    for start in data.starts(spec.seed, repeat, spec.warmup_requests):
+def _sync_cell(spec: LoadSpec, model: Model, data: Data, batch: int, repeat: int) -> LoadCell:
+    for start in data.starts(spec.seed * 1_000_003 + repeat, spec.warmup_requests):
         model.predict_timed(data.cut(start, batch))
     tally = _Tally(spec, data, batch, repeat)
-    for start in data.starts(spec.seed, repeat, spec.max_requests):
+    for start in data.starts(spec.seed * 1_000_003 + repeat, spec.max_requests):
         if tally.over():
             break
         x = tally.cut(start)
@@ -114,18 +114,18 @@ def _sync_cell(spec: LoadSpec, model: Model, data: _Data, batch: int, repeat: in
     return tally.cell()
 
 
-async def _async_cells(spec: LoadSpec, model: Model, data: _Data) -> list[LoadCell]:
+async def _async_cells(spec: LoadSpec, model: Model, data: Data) -> list[LoadCell]:
     try:
         return [await _async_cell(spec, model, data, *key) for key in _order(spec)]
     finally:
         await model.close_async()
 
 
-async def _async_cell(spec: LoadSpec, model: Model, data: _Data, batch: int, repeat: int) -> LoadCell:
-    for start in data.starts(spec.seed, repeat, spec.warmup_requests):
+async def _async_cell(spec: LoadSpec, model: Model, data: Data, batch: int, repeat: int) -> LoadCell:
+    for start in data.starts(spec.seed * 1_000_003 + repeat, spec.warmup_requests):
         await model.predict_timed_async(data.cut(start, batch))
     tally = _Tally(spec, data, batch, repeat)
-    starts = data.starts(spec.seed, repeat, spec.max_requests)
+    starts = data.starts(spec.seed * 1_000_003 + repeat, spec.max_requests)
 
     async def loop() -> None:
         for start in starts:  # one iterator for all loops: each request is drawn once
@@ -146,51 +146,10 @@ async def _async_cell(spec: LoadSpec, model: Model, data: _Data, batch: int, rep
     return tally.cell()
 
 
-class _Data:
-    """The rows to send and what their answers must be."""
-
-    def __init__(self, spec: LoadSpec, model: Model) -> None:
-        metadata = model.metadata()
-        if len(metadata.inputs) != 1:
-            raise SpecError(f"the load application feeds models with one input; {model.name} has {len(metadata.inputs)}")
-        self.rows = _load(spec.inputs)
-        self.expected = _load(spec.expected)
-        if len(self.rows) != len(self.expected) or not len(self.rows):
-            raise SpecError(f"{spec.inputs} has {len(self.rows)} rows, {spec.expected} has {len(self.expected)}")
-        self._dtype = DTYPES[metadata.inputs[0].datatype]
-        self._name = metadata.inputs[0].name
-        self.labels = self.expected.dtype.kind in "iu"
-        whole = {meta.name for meta in metadata.outputs if meta.datatype.startswith(("INT", "UINT"))}
-        fitting = [meta.name for meta in metadata.outputs if (meta.name in whole) == self.labels]
-        self.output = spec.output or (fitting or [meta.name for meta in metadata.outputs])[0]
-        if self.output not in {meta.name for meta in metadata.outputs}:
-            raise SpecError(f"load.output {spec.output!r} is none of {', '.join(m.name for m in metadata.outputs)}")
-
-    def starts(self, seed: int, repeat: int, count: int) -> Iterator[int]:
-        """Yield first rows of requests, seeded, at most `count`."""
-        chance = random.Random(seed * 1_000_003 + repeat)
-        return (chance.randrange(len(self.rows)) for _ in range(count))
-
-    def cut(self, start: int, batch: int) -> dict[str, Array]:
-        """Return one request's rows, cycling past the end."""
-        part = self.rows.take(np.arange(start, start + batch), axis=0, mode="wrap")
-        return {self._name: np.ascontiguousarray(part, dtype=self._dtype)}
-
-    def right(self, found: dict[str, Array], start: int, batch: int) -> bool:
-        """Return whether every row of an answer is as expected."""
-        wanted = self.expected.take(np.arange(start, start + batch), axis=0, mode="wrap")
-        answer = found[self.output]
-        if self.labels:
-            if answer.ndim == wanted.ndim + 1 and answer.dtype.kind == "f":
-                answer = answer.argmax(axis=-1)
-            return answer.shape == wanted.shape and bool(np.array_equal(answer, wanted))
-        return answer.shape == wanted.shape and bool(np.allclose(answer, wanted, rtol=0.0, atol=_TOLERANCE))
-
-
 class _Tally:
     """What one cell has seen so far. Checking answers is inside the wall time, outside of the latencies."""
 
-    def __init__(self, spec: LoadSpec, data: _Data, batch: int, repeat: int) -> None:
+    def __init__(self, spec: LoadSpec, data: Data, batch: int, repeat: int) -> None:
         self._data, self._batch, self._repeat = data, batch, repeat
         self._latencies: list[float] = []
         self._right = self._wrong = self._failed = self._dropped = 0
@@ -261,16 +220,6 @@ class _Tally:
         )
 
 
-def _load(path: str) -> Array:
-    try:
-        found: Array = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise NotFound(f"the data file {path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise SpecError(f"{path} is not a .npy file of plain numbers: {error}") from error
-    return found
-
-
 def _wait_for(start_at_s: float) -> None:
     remaining_s = start_at_s - time.time() if start_at_s else 0.0
     if remaining_s > MAX_WAIT_FOR_START_S:
@@ -285,7 +234,8 @@ def _memory_bytes() -> int:
         return sum(int(line.split()[1]) << 10 for line in status if line.startswith((b"RssAnon:", b"RssShmem:")))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what an application has loaded."""
     found = {"python": platform.python_version(), "numpy": np.__version__}
     for package, module in (("onnxruntime", "onnxruntime"), ("grpcio", "grpc"), ("aiohttp", "aiohttp")):
         if module in sys.modules:
