@@ -34,7 +34,11 @@ def page() -> str:
     from tenure.cli.commands import app
     from tenure.cli.exits import MEANINGS
 
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    names = [[command.name or command.callback.__name__] for command in app.registered_commands if command.callback]
+    for group in app.registered_groups:
+        inside = group.typer_instance
+        assert inside is not None
+        names += [[str(inside.info.name), str(command.name)] for command in inside.registered_commands]
     parts = [
         "# Command line",
         "Made by `make docs` from the commands' own help; do not edit by hand.",
@@ -46,7 +50,7 @@ def page() -> str:
         f"```text\n{help_of()}\n```",
     ]
     for name in names:
-        parts += [f"## tenure {name}", f"```text\n{help_of(name)}\n```"]
+        parts += [f"## tenure {' '.join(name)}", f"```text\n{help_of(*name)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

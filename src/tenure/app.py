@@ -19,6 +19,7 @@ from tenure.runs import Run, RunFiles
 from tenure.sockets import check_owner
 
 if TYPE_CHECKING:
+    from tenure.experiments.bench import BenchSpec
     from tenure.experiments.context import Display, RunContext
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import ForegroundSpec, Listening
@@ -109,6 +110,17 @@ def serve_model(spec: ForegroundSpec, *, home: Path, display: Display, listening
         context.listening = listening
         context.close_step("serve", "envelope", why)
         return run_stages(context, jobs)
+
+
+def bench_model(spec: BenchSpec, *, home: Path, display: Display) -> Outcome:
+    """Run the experiment of a model, a run in the ledger. See `experiments.bench`."""
+    from tenure.experiments.bench import bench_job_file
+    from tenure.experiments.flow import new_run, run_stages
+
+    text = bench_job_file(spec)
+    run, jobs = new_run(text, source=spec.model.absolute(), run_id=new_id("r"), now_s=SystemClock().utc_s())
+    with broker(home) as client:
+        return run_stages(_context(client, home, run, display=display), jobs)
 
 
 def _context(client: BrokerClient, home: Path, run: Run, *, display: Display) -> RunContext:

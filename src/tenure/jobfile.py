@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from tenure.errors import JobFileError, SpecError
-from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, ServerOptions, TrainGoal
+from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, ServerOptions, Sweep, TrainGoal
 from tenure.resources import Envelope, format_bytes, format_duration, parse_bytes, parse_duration
 from tenure.runs import DEFAULT_DISK_BYTES
 from tenure.tenants import check_name
@@ -128,10 +128,19 @@ class _Reader:
             for suffix, (parse, _) in _UNITS.items():
                 if field.name.endswith(suffix):
                     return self.guard(partial(parse, value), *path)
+        if str(field.type).startswith("tuple["):
+            return self.levels(field, value, *path)
         wanted: type | tuple[type, ...] = {"float": (int, float), "int": int, "str": str, "bool": bool}[str(field.type)]  # type: ignore[assignment]
         if not isinstance(value, wanted) or (isinstance(value, bool) and field.type != "bool"):
             raise self.fail(f"{path[-1]} must be {_A_TYPE[str(field.type)]}; found {value!r}", *path)
         return float(str(value)) if field.type == "float" else value
+
+    def levels(self, field: Field[Any], value: Any, *path: str | int) -> tuple[Any, ...]:
+        """Return a list of whole numbers or of texts, whichever the field holds."""
+        kind = int if "int" in str(field.type) else str
+        if not isinstance(value, list) or not all(isinstance(item, kind) and not isinstance(item, bool) for item in value):
+            raise self.fail(f"{path[-1]} must be a list of {_MANY[kind]}; found {value!r}", *path)
+        return tuple(value)
 
     def guard(self, build: Callable[[], Any], *path: str | int) -> Any:
         try:
@@ -152,6 +161,7 @@ class _Reader:
         return table
 
 
+_MANY = {int: "whole numbers, such as [1, 8]", str: 'texts, such as ["http", "grpc"]'}
 _A_TYPE = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
 
 _COMMON = ("name", "runtime", "envelope", "inputs", "env", "secrets")
@@ -164,7 +174,7 @@ _KEYS: Mapping[JobKind, tuple[str, ...]] = {
         *(*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "evaluate_every"),
         *("seed", "options", "probe", *_EXCHANGE),
     ),
-    "serve": (*_COMMON, "model", "goals", "ports", "server", "probe", "seed"),
+    "serve": (*_COMMON, "model", "goals", "ports", "server", "sweep", "probe", "seed"),
 }
 """Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
 _SCALARS = ("program", "model", "workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
@@ -241,7 +251,7 @@ def _job(reader: _Reader, kind: JobKind, table: dict[str, Any], path: tuple[str 
                 f"option {option} must be a text, a number, true or false; found {value!r}", *path, "options", option
             )
     values["options"] = options
-    for key, cls in (("envelope", Envelope), ("server", ServerOptions), ("retry", Retry), ("probe", Probe)):
+    for key, cls in (("envelope", Envelope), ("server", ServerOptions), ("sweep", Sweep), ("retry", Retry), ("probe", Probe)):
         if key in table:
             values[key] = reader.noun(cls, table[key], *path, key)
     if "goal" in table:

@@ -92,6 +92,24 @@ def serve(
     return app.serve_model(spec, home=app.find_home(home), display=display or SilentDisplay(), listening=listening)
 
 
+def bench_serve(
+    model: str | Path, examples: str | Path, *, home: Home = None, display: Display | None = None, **options: Any
+) -> Outcome:
+    """Measure a model in every architecture, transport, interaction and batch, again and again in one random order.
+
+    examples: a folder of pictures, or an .npy file. options: fields of `Sweep`, and `goal`, `options`, `seed` of
+    `BenchSpec`. Returns the outcome, also of a run that failed (`outcome.failed`). Raises NotFound, SpecError.
+    """
+    from tenure.experiments.bench import BenchSpec  # SciPy and the client come with it
+    from tenure.jobs import Sweep
+
+    own = {name: options.pop(name) for name in ("goal", "options", "seed") if name in options}
+    if unknown := set(options) - set(Sweep.__dataclass_fields__):
+        raise SpecError(f"a sweep has no {sorted(unknown)[0]!r}; it has: {', '.join(Sweep.__dataclass_fields__)}")
+    spec = BenchSpec(model=Path(model), examples=Path(examples), sweep=Sweep(**options), **own)
+    return app.bench_model(spec, home=app.find_home(home), display=display or SilentDisplay())
+
+
 def recommend(job_file: str | Path, *, home: Home = None, display: Display | None = None) -> tuple[Recommendation, ...]:
     """Measure and recommend, as `run` does, but train and serve nothing past the probes."""
     found_home = app.find_home(home)

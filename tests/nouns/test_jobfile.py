@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tenure.errors import JobFileError
 from tenure.jobfile import JobFile, format_job_file, parse_job_file
-from tenure.jobs import Job, ServeGoal, TrainGoal
+from tenure.jobs import Job, ServeGoal, Sweep, TrainGoal
 from tenure.resources import Envelope
 
 GOOD = """
@@ -161,6 +161,45 @@ def test_parsing_a_printed_job_file_gives_the_same_jobs(jobs):
     jobs.sort(key=lambda job: job.kind)  # TOML keeps stages of one kind together
     job_file = JobFile(name="n", tenant="t", stages=tuple(jobs))
     assert parse_job_file(format_job_file(job_file)) == job_file
+
+
+EXPERIMENT = """
+[serve]
+model = "m.onnx"
+inputs = { images = "images" }
+[serve.sweep]
+batches = [1, 8]
+transports = ["http", "grpc"]
+cell = "300ms"
+"""
+
+
+def test_an_experiment_is_a_table_of_its_serving_stage():
+    parsed = parse_job_file(EXPERIMENT)
+    assert parsed.stages[0].sweep == Sweep(batches=(1, 8), transports=("http", "grpc"), cell_s=0.3)
+    assert parse_job_file(format_job_file(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('batches = [1, "x"]', "batches must be a list of whole numbers"),
+        ("batches = 3", "batches must be a list of whole numbers"),
+        ("data = [true]", "data must be a list of texts"),
+        ('transports = ["x"]', "one or more of http, grpc, shm"),
+        ("speed = 1", "unknown key 'speed'"),
+    ],
+)
+def test_a_wrong_level_of_an_experiment_is_refused_with_its_line(line, says):
+    text = EXPERIMENT.replace("[serve.sweep]\n", f"[serve.sweep]\n{line}\n").replace("batches = [1, 8]\n", "")
+    with pytest.raises(JobFileError, match=says) as refused:
+        parse_job_file(text.replace('transports = ["http", "grpc"]\n', ""))
+    assert refused.value.line == 6
+
+
+def test_a_serving_stage_is_served_or_an_experiment():
+    with pytest.raises(JobFileError, match="either served"):
+        parse_job_file(EXPERIMENT.replace("inputs =", "envelope = { cpus = 1 }\ninputs ="))
 
 
 @given(st.text(max_size=200))

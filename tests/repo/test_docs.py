@@ -52,6 +52,7 @@ def test_readme_commands_exist():
     from tenure.cli.commands import app
 
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs |= {group.typer_instance.info.name for group in app.registered_groups}
     used = set(
         re.findall(r"^\s*(?:\$ )?(?:\.venv/bin/)?tenure ([a-z]+)", "\n".join(code_blocks(ROOT / "README.md", "sh")), re.M)
     )

@@ -14,6 +14,7 @@ import typer
 
 from tenure import __version__
 from tenure.cli import exits, output
+from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
 from tenure.cli.replaying import replay
 from tenure.cli.serving import serve
@@ -136,6 +137,9 @@ def train(
 
 
 app.command()(serve)
+bench = typer.Typer(name="bench", help="Measure how models are served.", no_args_is_help=True, rich_markup_mode=None)
+bench.command("serve")(bench_serve)
+app.add_typer(bench)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from tenure.experiments.architectures import (
 )
 from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.foreground import Listening, answered, look
+from tenure.experiments.stage_sweep import run_sweep
 from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
 from tenure.protocols import Exit, ExitKind, Launched, LaunchRequest
@@ -52,6 +53,9 @@ def run_serve(context: RunContext, job: Job) -> None:
         context.set_stage(job.name, fingerprint=context.fingerprint(job, inputs={**inputs, "model": model}))
     if job.envelope is not None:
         _serve_until_ended(context, job, model, job.envelope)
+        return
+    if job.sweep is not None:
+        run_sweep(context, job, model)
         return
     if "x" not in inputs:
         raise SpecError(

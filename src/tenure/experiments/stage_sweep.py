@@ -1,0 +1,209 @@
+"""A serving stage that is an experiment: every setting of its sweep, again and again in one random order, then its trials.
+
+What is measured, and how each figure is defined, stands in docs/bench-serve.md. Not here: running the cells (`sweep_run`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tenure.errors import Refused, SpecError
+from tenure.experiments import netns
+from tenure.experiments.context import RunContext
+from tenure.experiments.sweep import Contender, settings
+from tenure.experiments.sweep_nodes import Bench
+from tenure.experiments.sweep_run import measure_sweep
+from tenure.jobs import Job, Sweep
+from tenure.nodes import Node
+from tenure.protocols import Launched
+from tenure.resources import Envelope
+from tenure.serve.client import Model
+from tenure.serve.load.orders import Examples
+from tenure.serve.pixels import BadImage, pictures_in, preparation_for, read_into
+from tenure.trials import Trial
+
+SLOT_S = 120.0
+"""Of both leases, which are renewed while the experiment lives: when it is killed, they end within this time."""
+TOTAL_S = 7 * 86400.0
+DISK_BYTES = 1 << 30
+MAX_EXAMPLES_BYTES = 2 << 30
+CHECK_ROWS = 32
+"""Rows that the model is asked at once, in this process, to know the right answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is sent and what must come back, as files; and what the model's shape allows."""
+
+    examples: Examples
+    fixed_batch: int
+    """0: any."""
+    skipped: tuple[str, ...] = ()
+    """Pictures that can't be decoded, each with its reason."""
+
+
+def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequence[Contender] = ()) -> tuple[Trial, ...]:
+    """Run the stage; return its trials, which are recorded. Raises JobFailed, Refused or SpecError with the reason."""
+    sweep = job.sweep
+    assert sweep is not None
+    context.step(job.name, "prepare", "pictures and right answers")
+    folder = context.files.stage(job.name) / "experiment"
+    prepared = prepare(model, context.inputs(job), sweep, folder)
+    rows = len(np.load(prepared.examples.expected, mmap_mode="r"))
+    skipped = f"; {len(prepared.skipped)} can't be decoded, such as {prepared.skipped[0]}" if prepared.skipped else ""
+    context.close_step(job.name, "prepare", f"{rows} {'pictures' if prepared.examples.files else 'examples'}{skipped}")
+    far_link = "loopback" if "distributed" in sweep.architectures and netns.available() else "netns"
+    planned = settings(
+        sweep,
+        files=bool(prepared.examples.files),
+        fixed_batch=prepared.fixed_batch,
+        far_link=far_link,
+        contenders=contenders,
+    )
+    for note in _left_out(sweep, prepared):
+        context.display.warn(f"{job.name}: {note}")
+    near, far = envelopes(context.node, sweep)
+    bench = Bench(
+        name=context.run.name,
+        model=model,
+        examples=prepared.examples,
+        launch=context.launch(job.name),
+        workdir=folder,
+        near=near,
+        far=far,
+        options=job.server,
+        renew=lambda launched: _renew(context, launched),
+        contenders=contenders,
+    )
+    context.step(job.name, "measure", f"{len(planned)} settings, {sweep.repeats} repeats, one random order")
+    trials = measure_sweep(
+        bench,
+        sweep,
+        planned,
+        seed=job.seed,
+        make_trial=lambda **fields: context.trial(stage=job.name, fingerprint=_fingerprint(context, job), **fields),
+        record=context.client.record_trial,
+        progress=context.progress,
+        gpu=bool(context.node.machine.gpus),
+        now=context.clock.boot_s,
+    )
+    context.close_step(job.name, "measure", _closing(trials, sweep))
+    return trials
+
+
+def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) -> Prepared:
+    """Write the examples and the answers that the model gives in this process. Raises SpecError, NotFound, JobFailed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Model(str(model)) as alone:
+        metadata = alone.metadata()
+        first = metadata.inputs[0].shape[0] if metadata.inputs and metadata.inputs[0].shape else 0
+        fixed = first if first > 0 else 0
+        files: list[str] = []
+        skipped: list[str] = []
+        if "images" in inputs:
+            how = preparation_for(metadata, normalise=sweep.normalise or None, crop=sweep.crop, size=sweep.size)  # type: ignore[arg-type]
+            x = np.zeros((sweep.images, *how.shape), how.dtype)
+            for path in pictures_in(inputs["images"]):
+                if len(files) == sweep.images:
+                    break
+                try:
+                    read_into(x[len(files)], path, how)
+                except BadImage as error:
+                    skipped.append(f"{Path(path).name}: {error}")
+                else:
+                    files.append(path)
+            if not files:
+                raise SpecError(
+                    f"{inputs['images']} has no picture that can be decoded: {'; '.join(skipped[:3]) or 'it is empty'}"
+                )
+            x = x[: len(files)]
+        elif "x" in inputs:
+            x = np.load(inputs["x"], mmap_mode="r", allow_pickle=False)[: sweep.images]
+        else:
+            raise SpecError("an experiment needs inputs.images, a folder of pictures, or inputs.x, an .npy file of examples")
+        if x.nbytes > MAX_EXAMPLES_BYTES:
+            raise SpecError(f"{len(x)} examples take {x.nbytes} bytes; at most {MAX_EXAMPLES_BYTES}: lower sweep.images")
+        expected = _answers(alone, x, fixed)
+    np.save(folder / "x.npy", x)
+    np.save(folder / "expected.npy", expected)
+    examples = Examples(
+        inputs=str((folder / "x.npy").resolve()),
+        expected=str((folder / "expected.npy").resolve()),
+        files=tuple(files),
+        normalise=sweep.normalise,  # type: ignore[arg-type]
+        crop=sweep.crop,
+        size=sweep.size,
+    )
+    return Prepared(examples=examples, fixed_batch=fixed, skipped=tuple(skipped))
+
+
+def _answers(model: Model, x: Any, fixed: int) -> Any:
+    """Return the answers in this process: labels where the model gives some, else its first output."""
+    rows = fixed or CHECK_ROWS
+    parts: list[Any] = []
+    for start in range(0, len(x), rows):
+        part = np.ascontiguousarray(x[start : start + rows])
+        if fixed and len(part) < fixed:
+            part = np.concatenate([part, np.zeros((fixed - len(part), *part.shape[1:]), part.dtype)])
+        answers, _ = model.predict_timed(part)
+        whole = [array for array in answers.values() if array.dtype.kind in "iu"]
+        parts.append((whole or list(answers.values()))[0][: len(x) - start])
+    return np.concatenate(parts)
+
+
+def envelopes(node: Node, sweep: Sweep) -> tuple[Envelope, Envelope | None]:
+    """Return the leases of the server's node and, where something is distributed, of the client's. Raises Refused."""
+    cpus = round(node.capacity.cpus - node.held_cpus, 3)
+    memory_bytes = (node.capacity.memory_bytes - node.held_memory_bytes) // 10 * 9
+    if cpus < 0.1 or memory_bytes < 256 << 20:
+        raise Refused(
+            f'leases hold all of node {node.name}: "tenure leases --live" lists them, "tenure release LEASE" ends one'
+        )
+    distributed = "distributed" in sweep.architectures
+    if distributed and sweep.client_cpus >= cpus:
+        raise SpecError(f"sweep.client_cpus is {sweep.client_cpus:g}; {cpus:g} cores are free for both nodes")
+    far_cpus = (sweep.client_cpus or cpus / 2) if distributed else 0.0
+    far_bytes = memory_bytes // 4 if distributed else 0
+
+    def envelope(cores: float, size_bytes: int) -> Envelope:
+        return Envelope(cpus=cores, memory_bytes=size_bytes, disk_bytes=DISK_BYTES, slot_s=SLOT_S, total_s=TOTAL_S)
+
+    near = envelope(cpus - far_cpus, memory_bytes - far_bytes)
+    return near, envelope(far_cpus, far_bytes) if distributed else None
+
+
+def _renew(context: RunContext, launched: Launched) -> None:
+    context.client.renew(launched.lease_id, SLOT_S)
+
+
+def _fingerprint(context: RunContext, job: Job) -> str:
+    return next(stage.fingerprint for stage in context.run.stages if stage.name == job.name)
+
+
+def _left_out(sweep: Sweep, prepared: Prepared) -> list[str]:
+    """Return what of the sweep is not measured, and why."""
+    found = []
+    if prepared.fixed_batch and (others := [batch for batch in sweep.batches if batch != prepared.fixed_batch]):
+        found.append(
+            f"batch {', '.join(map(str, others))} left out: the model takes {prepared.fixed_batch} at a time; export it with a "
+            "first dimension of any length to have batches"
+        )
+    if "files" in sweep.data and not prepared.examples.files:
+        found.append("nothing is read from files: the examples are an array (inputs.x), not pictures (inputs.images)")
+    return found
+
+
+def _closing(trials: Sequence[Trial], sweep: Sweep) -> str:
+    best = max(trials, key=lambda trial: trial.metrics["images_per_s"].mean)
+    found = best.metrics["images_per_s"]
+    factors = best.configuration
+    what = " ".join(str(factors[name]) for name in ("architecture", "transport", "interaction") if factors[name] != "none")
+    return (
+        f"{len(trials)} settings, {sweep.repeats} repeats, every answer right; fastest: {what}, batch {factors['batch']}, from "
+        f"{factors['data']}: {found.mean:,.1f} ± {found.standard_error:.1f} images/s"
+    )

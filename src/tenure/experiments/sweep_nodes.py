@@ -1,0 +1,360 @@
+"""The nodes of an experiment, each one lease, and the cells that run on them.
+
+    server's node                                            client's node
+    [ simple … ] [ microservice … ] [ server + instances ]  <== link ==>  [ distributed … ]
+
+One node's lease bounds all that runs in it, as a machine would: in the simple architecture the model has the whole of it,
+in the microservice it shares it with the application, in the distributed one the application has a node of its own.
+Not here: which cells (`sweep`), what they used (`sweep_parties`), trials (`sweep_trials`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tenure.errors import CorruptData, JobFailed, Unavailable
+from tenure.experiments import netns
+from tenure.experiments.architectures import server_command
+from tenure.experiments.sweep import OURS, Contender, Setting
+from tenure.experiments.sweep_parties import CellUse, PartyMeter
+from tenure.jobs import Command, ServerOptions
+from tenure.meter.process import children
+from tenure.protocols import Launch, Launched, LaunchRequest
+from tenure.resources import Envelope
+from tenure.serve.load.orders import (
+    ANSWERS,
+    ORDERS,
+    READY,
+    Cell,
+    Examples,
+    NodeReady,
+    NodeSpec,
+    Order,
+    StandingSpec,
+    node_command,
+    read,
+    write,
+)
+
+START_S, START_PER_APPLICATION_S = 60.0, 10.0
+"""Bound of starting a node."""
+CELL_S, CELL_PER_S = 120.0, 4.0
+"""Bound of one cell, and by how much it grows per second that the cell is meant to take."""
+NODE_S = 10.0
+"""Bound of what a node adds to the bound of its application."""
+GRACE_S = 15.0
+"""A server answers what it accepted, then its node leaves."""
+RENEW_S = 20.0
+"""How often leases are renewed; a slot is several times as long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What is measured, and by which means."""
+
+    name: str
+    """The model's name at the server."""
+    model: Path
+    examples: Examples
+    launch: Launch
+    workdir: Path
+    """Specs are written here; made when missing."""
+    near: Envelope
+    """Of the server's node."""
+    far: Envelope | None = None
+    """Of the client's node; None where nothing is distributed."""
+    options: ServerOptions = field(default_factory=ServerOptions)
+    renew: Callable[[Launched], None] = lambda launched: None
+    contenders: Sequence[Contender] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One cell that was run."""
+
+    setting: Setting
+    repeat: int
+    order: int
+    """Its place among all cells of the experiment."""
+    cell: Cell
+    use: CellUse
+    queue_s: float
+    """Per request, as the server counts it; 0 without one that does."""
+    compute_s: float
+    at_s: float
+
+
+class Nodes:
+    """Nodes whose applications are ready. Made by `standing`."""
+
+    def __init__(self, bench: Bench, near: _Node, far: _Node | None, meter: PartyMeter, note: str) -> None:
+        self.note = note
+        """What a reader must know of how the nodes are joined."""
+        self.meter = meter
+        self._bench, self._near, self._far = bench, near, far
+        self._renewed_s = time.monotonic()
+        self._contenders = {contender.name: contender for contender in bench.contenders}
+
+    def prepare_model_s(self, setting: Setting) -> tuple[float, ...]:
+        """Return how long the setting's application took to prepare its model, each time."""
+        return self._node(setting).applications[setting.application].prepare_model_s
+
+    @property
+    def server_start_s(self) -> float:
+        """How long the server took to listen."""
+        return self._near.ready.server_start_s
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what the applications have loaded."""
+        nodes = [self._near, *([self._far] if self._far else [])]
+        found: dict[str, str] = {}
+        for node in nodes:
+            for application in node.ready.applications:
+                found |= application.versions
+        return found
+
+    def run(self, setting: Setting, *, repeat: int, order: int, seconds: float, in_flight: int, probes: bool = True) -> Asked:
+        """Warm up for a cell and run it, watched. Raises JobFailed when it gave no answer."""
+        self._renew()
+        node, server = self._node(setting), self._server_pids(setting)
+        parties: dict[str, tuple[int, ...]] = {"app": (node.applications[setting.application].pid,)}
+        if server:
+            parties["server"] = server
+            if setting.server == OURS:
+                parties["recogniser"] = server[1:]
+
+        def told(do: str) -> Order:
+            return Order(
+                application=setting.application,
+                do="warm" if do == "warm" else "run",
+                batch=setting.batch,
+                data="files" if setting.data == "files" else "memory",
+                seconds=seconds,
+                in_flight=in_flight,
+                seed=repeat,  # all settings of a repeat get the same pictures
+                probes=probes,
+                bound_s=CELL_S + CELL_PER_S * seconds,
+            )
+
+        what = setting.describe()
+        node.ask(told("warm"), what)
+        before = self._counted(setting)
+        self.meter.begin(parties if probes else {})
+        try:
+            cell = node.ask(told("run"), what)
+        finally:
+            use = self.meter.end()
+        after = self._counted(setting)
+        requests = max(1, after[0] - before[0])
+        return Asked(
+            setting=setting,
+            repeat=repeat,
+            order=order,
+            cell=_checked(cell, what),
+            use=use,
+            queue_s=max(0.0, after[1] - before[1]) / requests,
+            compute_s=max(0.0, after[2] - before[2]) / requests,
+            at_s=time.time(),
+        )
+
+    def _node(self, setting: Setting) -> _Node:
+        if not setting.far:
+            return self._near
+        assert self._far is not None
+        return self._far
+
+    def _server_pids(self, setting: Setting) -> tuple[int, ...]:
+        if setting.architecture == "simple":
+            return ()
+        if setting.server != OURS:
+            return self._contenders[setting.server].pids
+        pid = self._near.ready.server_pid
+        return (pid, *children(pid))
+
+    def _counted(self, setting: Setting) -> tuple[int, float, float]:
+        """Return the server's own count of requests, their seconds in the queue and in the model; zeros without a server."""
+        address = self._near.ready.endpoints.get("http")
+        if setting.architecture == "simple" or setting.server != OURS or address is None:
+            return 0, 0.0, 0.0
+        return counted(address, self._bench.name)
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed_s < RENEW_S:
+            return
+        self._renewed_s = time.monotonic()
+        for node in (self._near, self._far):
+            if node is not None:
+                self._bench.renew(node.launched)
+
+
+@contextlib.contextmanager
+def standing(bench: Bench, all_settings: Sequence[Setting], meter: PartyMeter) -> Iterator[Nodes]:
+    """Start what the settings need, wait until all of it is ready, and end it, whatever happened inside.
+
+    Raises JobFailed with the reason when a node can't be started, Refused without room.
+    """
+    near_settings = [setting for setting in all_settings if not setting.far]
+    far_settings = [setting for setting in all_settings if setting.far]
+    served = any(setting.server == OURS and setting.architecture != "simple" for setting in all_settings)
+    with contextlib.ExitStack() as stack:
+        why_not = netns.available() if far_settings else ""
+        link = stack.enter_context(netns.namespace()) if far_settings and not why_not else None
+        server = _server(bench, link.near if link else "127.0.0.1") if served else ()
+        near = stack.enter_context(_standing(bench, "server", bench.near, _applications(bench, near_settings), server=server))
+        far = None
+        if far_settings:
+            assert bench.far is not None
+            far_specs = [spec.at(near.ready.endpoints) for spec in _applications(bench, far_settings)]
+            network = f"netns:{link.namespace}" if link else "host"
+            far = stack.enter_context(_standing(bench, "client", bench.far, far_specs, network=network))
+        note = f"The distributed ones measured over loopback, not over a second network stack: {why_not}." if why_not else ""
+        yield Nodes(bench, near, far, meter, note)
+
+
+def _server(bench: Bench, host: str) -> tuple[str, ...]:
+    command = server_command(bench.model, name=bench.name, options=replace(bench.options, host=host))
+    # Its address on the cable is this machine's own, so whoever stands on this node may use shared memory.
+    return (*command.argv, "--shared-memory=on")
+
+
+def _applications(bench: Bench, some: Sequence[Setting]) -> list[StandingSpec]:
+    """Return the applications that some settings need, each once."""
+    found: dict[str, StandingSpec] = {}
+    contenders = {contender.name: contender for contender in bench.contenders}
+    doors = {"http": "http://{http}", "shm": "shm://{http}", "grpc": "grpc://{grpc}"}
+    for setting in some:
+        if setting.application in found:
+            continue
+        if setting.architecture == "simple":
+            target, model = f"simple:{bench.model}", ""
+        elif setting.server == OURS:
+            target, model = doors[setting.transport], bench.name
+        else:
+            contender = contenders[setting.server]
+            target, model = contender.targets[setting.transport], contender.model
+        found[setting.application] = StandingSpec(
+            name=setting.application,
+            target=target,
+            model=model,
+            interaction="async" if setting.interaction == "async" else "sync",
+            examples=bench.examples,
+        )
+    return list(found.values())
+
+
+class _Node:
+    """One node whose applications are ready, by its lease and its two FIFOs."""
+
+    def __init__(self, launched: Launched, ready: NodeReady) -> None:
+        self.launched, self.ready = launched, ready
+        self.applications = {each.name: each for each in ready.applications}
+        self._orders = os.open(launched.worker_dir / ORDERS, os.O_WRONLY | os.O_NONBLOCK)
+        self._answers = os.open(launched.worker_dir / ANSWERS, os.O_RDONLY | os.O_NONBLOCK)
+        self._held = b""
+
+    def ask(self, order: Order, what: str) -> Cell:
+        """Hand in an order and return its answer. Raises JobFailed when there is none."""
+        os.write(self._orders, write(order))  # shorter than a pipe takes at once
+        end_s = time.monotonic() + order.bound_s + NODE_S
+        while b"\n" not in self._held:
+            ready, _, _ = select.select([self._answers], [], [], 1.0)
+            self._held += os.read(self._answers, 1 << 20) if ready else b""
+            if ready:
+                continue
+            if (ended := self.launched.wait(0.0)) is not None:
+                raise JobFailed(f"{what}: the node ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip())
+            if time.monotonic() > end_s:
+                raise JobFailed(f"{what}: no answer within {order.bound_s + NODE_S:g} s")
+        line, _, self._held = self._held.partition(b"\n")
+        try:
+            return read(line, Cell)
+        except CorruptData as error:
+            raise JobFailed(f"{what}: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the FIFOs."""
+        os.close(self._orders)
+        os.close(self._answers)
+
+
+@contextlib.contextmanager
+def _standing(
+    bench: Bench,
+    name: str,
+    envelope: Envelope,
+    applications: Sequence[StandingSpec],
+    *,
+    server: tuple[str, ...] = (),
+    network: str = "host",
+) -> Iterator[_Node]:
+    """Launch one node and wait until it is ready; end it at the end."""
+    start_s = START_S + START_PER_APPLICATION_S * len(applications)
+    spec = NodeSpec(server=server, applications=tuple(applications), start_s=start_s)
+    bench.workdir.mkdir(parents=True, exist_ok=True)
+    path = bench.workdir / f"{name}-node.json"
+    path.write_bytes(write(spec))
+    command = Command(argv=node_command(path.resolve()), network=network, grace_s=GRACE_S)
+    launched = bench.launch(LaunchRequest(name=f"{name}-node", command=command, envelope=envelope))
+    try:
+        node = _Node(launched, _ready(launched, start_s + NODE_S))
+        try:
+            yield node
+        finally:
+            node.close()
+    finally:
+        launched.stop(GRACE_S)
+
+
+def _ready(launched: Launched, timeout_s: float) -> NodeReady:
+    """Wait until a node says that it is ready. Raises JobFailed, with what it says."""
+    end_s = time.monotonic() + timeout_s
+    path = launched.worker_dir / READY
+    while not path.exists():
+        ended = launched.wait(0.05)
+        if path.exists():
+            break
+        if ended is not None:
+            raise JobFailed(f"a node of the experiment ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip())
+        if time.monotonic() > end_s:
+            raise JobFailed(f"a node of the experiment was not ready within {timeout_s:g} s")
+    try:
+        return read(path.read_bytes(), NodeReady)
+    except CorruptData as error:
+        raise JobFailed(f"a node of the experiment cannot be used: {error}") from error
+
+
+def _checked(cell: Cell, what: str) -> Cell:
+    """Return the cell when every answer was right. Raises JobFailed otherwise: a fast wrong answer is no measurement."""
+    if cell.wrong:
+        raise JobFailed(f"{what}: {cell.wrong} answers differ from the model's own in-process answers; nothing is recorded")
+    if cell.failed or not cell.images:
+        raise JobFailed(
+            f"{what}: {cell.failed} requests failed and {cell.requests} were answered "
+            f"({cell.first_error or 'no error was given'}); nothing is recorded"
+        )
+    return cell
+
+
+def counted(address: str, model: str) -> tuple[int, float, float]:
+    """Return a server's own count of a model's requests, and their seconds in the queue and in the model.
+
+    Source: the statistics extension of the Open Inference Protocol v2. Raises Unavailable.
+    """
+    client = http.client.HTTPConnection(address, timeout=5.0)
+    try:
+        client.request("GET", f"/v2/models/{model}/stats")
+        stats = json.loads(client.getresponse().read())["model_stats"][0]["inference_stats"]
+        return int(stats["success"]["count"]), stats["queue"]["ns"] / 1e9, stats["compute_infer"]["ns"] / 1e9
+    except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+        raise Unavailable(f"the server at {address} does not tell what it counted: {error}") from error
+    finally:
+        client.close()

@@ -1,0 +1,101 @@
+"""All cells of a serving experiment, one after the other in the order that was drawn, and its trials.
+
+What is broken off, by Ctrl-C or by a cell that fails, keeps the trials of whole repeats and every cell as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from tenure.experiments.following import show_time
+from tenure.experiments.sweep import Setting, in_flight, order
+from tenure.experiments.sweep_nodes import Asked, Bench, Nodes, standing
+from tenure.experiments.sweep_parties import PartyMeter
+from tenure.experiments.sweep_trials import raw_line, trials_of
+from tenure.jobs import Sweep
+from tenure.meter.sample import NvmlSampler
+from tenure.protocols import Progress
+from tenure.trials import Trial
+
+RAW = "cells.jsonl"
+"""Every cell as it ended, in the bench's work folder."""
+WARM_S = 0.05
+"""Of each setting's first cell, which nobody keeps."""
+WARM_SHARE = 0.05
+"""Of the progress bar."""
+
+
+def measure_sweep(
+    bench: Bench,
+    sweep: Sweep,
+    planned: Sequence[Setting],
+    *,
+    seed: int,
+    make_trial: Callable[..., Trial],
+    record: Callable[[Trial], None],
+    progress: Progress,
+    gpu: bool = False,
+    now: Callable[[], float] = time.monotonic,
+) -> tuple[Trial, ...]:
+    """Run all cells and return the trials, one per setting, each recorded.
+
+    make_trial: called with source, configuration, metrics, seed, curves, note; adds what all trials share. gpu: watch the first
+    one. now: a monotonic clock. Raises JobFailed when a cell fails or gives a wrong answer, Refused without room.
+    """
+    asked: list[Asked] = []
+    progress("starting the server and the applications")
+    with PartyMeter(NvmlSampler if gpu else None) as meter, standing(bench, planned, meter) as nodes:
+        trials: list[Trial] = []
+        try:
+            with (bench.workdir / RAW).open("a") as raw:
+                for each in cells(nodes, sweep, planned, seed=seed, progress=progress, now=now):
+                    raw.write(raw_line(each) + "\n")
+                    raw.flush()
+                    asked.append(each)
+        finally:
+            whole = len(asked) // len(planned)
+            trials = trials_of(
+                asked[: whole * len(planned)],
+                prepare_model_s=nodes.prepare_model_s,
+                server_start_s=nodes.server_start_s,
+                make_trial=make_trial,
+                seed=seed,
+                note=lambda setting: _note(setting, sweep, nodes, whole),
+            )
+            for trial in trials:
+                record(trial)
+    return tuple(trials)
+
+
+def cells(
+    nodes: Nodes,
+    sweep: Sweep,
+    planned: Sequence[Setting],
+    *,
+    seed: int,
+    progress: Progress,
+    now: Callable[[], float],
+) -> Iterator[Asked]:
+    """Yield every cell as it ends. A round before the first, of which nothing is kept, warms all up."""
+    for done, setting in enumerate(planned):
+        progress(f"warming up: {setting.describe()}", done=WARM_SHARE * done / len(planned))
+        nodes.run(setting, repeat=-1, order=-1, seconds=WARM_S, in_flight=in_flight(sweep, setting), probes=False)
+    total, began_s = len(planned) * sweep.repeats, now()
+    for place, (repeat, setting) in enumerate(order(planned, sweep.repeats, seed)):
+        left = f", about {show_time((now() - began_s) / place * (total - place))} left" if place >= len(planned) else ""
+        text = f"repeat {repeat + 1} of {sweep.repeats}: {setting.describe()}{left}"
+        progress(text, done=WARM_SHARE + (1 - WARM_SHARE) * place / total)
+        yield nodes.run(setting, repeat=repeat, order=place, seconds=sweep.cell_s, in_flight=in_flight(sweep, setting))
+
+
+def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int) -> str:
+    """Return what a reader must know of one setting's trial."""
+    parts = []
+    if setting.interaction == "async":
+        parts.append(f"{in_flight(sweep, setting)} requests in flight.")
+    if setting.far and nodes.note:
+        parts.append(nodes.note)
+    if whole < sweep.repeats:
+        parts.append(f"Broken off after {whole} of {sweep.repeats} repeats.")
+    return " ".join(parts)

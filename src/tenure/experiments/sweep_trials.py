@@ -1,0 +1,131 @@
+"""From the cells of an experiment to its trials: one per setting, every metric summed up over the repeats.
+
+`raw_line` is what is kept of each cell as it ends, so that a broken experiment loses nothing. Not here: what follows from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from tenure.experiments.architectures import percentile
+from tenure.experiments.machine_load import DISTURBED_CORES
+from tenure.experiments.sweep import Setting
+from tenure.experiments.sweep_nodes import Asked
+from tenure.serve.load.orders import STAGES
+from tenure.trials import Trial
+from tenure.usage import Summary, summarize
+
+QUANTILES = 1000
+"""Parts of the curve of latencies."""
+
+
+def trials_of(
+    asked: Iterable[Asked],
+    *,
+    prepare_model_s: Callable[[Setting], Sequence[float]],
+    server_start_s: float,
+    make_trial: Callable[..., Trial],
+    seed: int,
+    note: Callable[[Setting], str],
+) -> list[Trial]:
+    """Return one trial per setting, in the order in which settings were first met by repeat 0's order of factors.
+
+    make_trial: called with source, configuration, metrics, seed, curves, note.
+    """
+    by_setting: dict[Setting, list[Asked]] = {}
+    for each in asked:
+        by_setting.setdefault(each.setting, []).append(each)
+    made = []
+    for setting, cells in by_setting.items():
+        cells.sort(key=lambda each: each.repeat)
+        metrics = metrics_of(cells) | {"prepare_model_s": summarize(prepare_model_s(setting))}
+        if setting.architecture != "simple" and server_start_s:
+            metrics["server_start_s"] = summarize([server_start_s])
+        made.append(
+            make_trial(
+                source="sweep",
+                configuration=setting.configuration(),
+                metrics=metrics,
+                seed=seed,
+                curves=curves_of(cells),
+                note=" ".join(filter(None, (note(setting), _disturbance(metrics)))),
+            )
+        )
+    return made
+
+
+def metrics_of(cells: Sequence[Asked]) -> dict[str, Summary]:
+    """Return the metrics of one setting's cells. Percentiles are of all requests of all repeats in one pool."""
+    rows = [_row(each) for each in cells]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    pool = sorted(latency for each in cells for latency in each.cell.latencies_s)
+    found = {name: summarize([row[name] for row in rows]) for name in names}
+    return found | {"p50_s": summarize([percentile(pool, 50)]), "p99_s": summarize([percentile(pool, 99)])}
+
+
+def curves_of(cells: Sequence[Asked]) -> dict[str, tuple[float, ...]]:
+    """Return what is kept in order: rates by repeat, places in the order, the quantiles of all latencies (0, 0.1 % … 100 %)."""
+    pool = sorted(latency for each in cells for latency in each.cell.latencies_s)
+    return {
+        "images_per_s": tuple(each.cell.images / each.cell.wall_s for each in cells),
+        "order": tuple(float(each.order) for each in cells),
+        "latency_s": (pool[0], *(percentile(pool, 100 * place / QUANTILES) for place in range(1, QUANTILES + 1))),
+    }
+
+
+def _row(asked: Asked) -> dict[str, float]:
+    """Return one cell's metrics. docs/bench-serve.md defines each of them."""
+    cell, use, setting = asked.cell, asked.use, asked.setting
+    mean_s = sum(cell.latencies_s) / len(cell.latencies_s) if cell.latencies_s else 0.0
+    found = {
+        "images_per_s": cell.images / cell.wall_s,
+        "mean_s": mean_s,
+        "requests": float(cell.requests),
+        "wall_s": cell.places * cell.wall_s / cell.requests,
+        **{name: cell.stages[name] / cell.requests for name in STAGES if name in cell.stages},
+        "wrong_answers": float(cell.wrong),
+    }
+    parts = {"app": cell.cpu_s}
+    client_s = max(0.0, cell.cpu_s - cell.own_cpu_s)  # what is not the application's own work is the client's, or the engine's
+    if setting.architecture == "simple":
+        parts["recogniser"] = client_s
+    else:
+        parts["client"] = client_s
+    for name in ("server", "recogniser"):
+        if name in use.parties:
+            parts[name] = use.parties[name].cpu_s
+    for name, cpu_s in parts.items():
+        found[f"{name}_cpu"] = cpu_s / cell.wall_s
+        found[f"{name}_cpu_s_per_image"] = cpu_s / cell.images
+    for name, party in use.parties.items():
+        found[f"{name}_cpu_max"], found[f"{name}_cpu_min"] = party.cores_max, party.cores_min
+        found[f"{name}_memory_bytes"] = party.memory_bytes
+    own_s = sum(use.parties[name].cpu_s for name in ("app", "server") if name in use.parties)
+    found["other_cpu_cores"] = max(0.0, use.host_cpu_s - own_s) / use.span_s if use.span_s else 0.0
+    if asked.compute_s:
+        found["queue_s"], found["compute_s"] = asked.queue_s, asked.compute_s
+    if use.gpu_memory_bytes:
+        found["gpu_busy"], found["gpu_busy_max"] = use.gpu_busy, use.gpu_busy_max
+        found["gpu_memory_bytes"] = use.gpu_memory_bytes
+    return found
+
+
+def _disturbance(metrics: Mapping[str, Summary]) -> str:
+    other = metrics["other_cpu_cores"].mean
+    return f"Others kept {other:.1f} cores busy meanwhile." if other > DISTURBED_CORES else ""
+
+
+def raw_line(asked: Asked) -> str:
+    """Return one cell as a line of JSON: the setting, its place, all metrics, every latency that was kept."""
+    return json.dumps(
+        {
+            **asked.setting.configuration(),
+            "repeat": asked.repeat,
+            "order": asked.order,
+            "at_s": asked.at_s,
+            **_row(asked),
+            "latencies_dropped": asked.cell.latencies_dropped,
+            "latencies_s": [round(latency, 7) for latency in asked.cell.latencies_s],
+        }
+    )

@@ -1,0 +1,178 @@
+"""A whole experiment on real processes: every setting in every repeat, its account complete, nothing left behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tenure.errors import JobFailed, SpecError
+from tenure.experiments import netns
+from tenure.experiments.stage_sweep import prepare
+from tenure.experiments.sweep import settings
+from tenure.experiments.sweep_nodes import Bench
+from tenure.experiments.sweep_run import RAW, measure_sweep
+from tenure.jobs import Sweep
+from tenure.resources import Envelope
+from tenure.serve.load.orders import STAGES
+from tenure.trials import Trial
+
+from .fake_launch import PlainLaunch
+from .synthetic import MACHINE
+
+onnx = pytest.importorskip("onnx", reason="the test model is made with the package onnx (extra demo)")
+pytestmark = pytest.mark.real
+PICTURES = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The mean colour of a picture, and some pictures; one that is none."""
+    folder = tmp_path_factory.mktemp("model")
+    tensor = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)],
+        "colours",
+        [tensor("x", onnx.TensorProto.FLOAT, ["n", 3, 32, 32])],
+        [tensor("y", onnx.TensorProto.FLOAT, ["n", 3])],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), folder / "colours.onnx"
+    )
+    chance = np.random.default_rng(1)
+    (folder / "images").mkdir()
+    for index in range(PICTURES):
+        pixels = chance.integers(0, 256, (40, 50, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    (folder / "images" / "00.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def launch(tmp_path):
+    launch = PlainLaunch(tmp_path / "leases")
+    yield launch
+    launch.stop_all()
+
+
+def make_trial(**fields):
+    return Trial(id="t", run_id="r", stage="serve", fingerprint="f", machine=MACHINE, **fields)
+
+
+def quiet(text, *, done=None):
+    pass
+
+
+def run(model, launch, tmp_path, sweep, *, recorded, expected=None):
+    prepared = prepare(model / "colours.onnx", {"images": model / "images"}, sweep, tmp_path / "work")
+    if expected is not None:
+        np.save(prepared.examples.expected, expected(np.load(prepared.examples.expected)))
+    bench = Bench(
+        name="colours",
+        model=model / "colours.onnx",
+        examples=prepared.examples,
+        launch=launch,
+        workdir=tmp_path / "work",
+        near=Envelope(),
+        far=Envelope(),
+    )
+    planned = settings(sweep, files=True, far_link="loopback" if netns.available() else "netns")
+    return measure_sweep(bench, sweep, planned, seed=2, make_trial=make_trial, record=recorded.append, progress=quiet)
+
+
+def test_every_setting_is_measured_in_every_repeat_and_its_account_is_complete(model, launch, tmp_path):
+    sweep = Sweep(batches=(4,), repeats=2, cell_s=0.05, in_flight=3, images=PICTURES, normalise="unit")
+    recorded = []
+    trials = run(model, launch, tmp_path, sweep, recorded=recorded)
+    assert tuple(recorded) == trials
+    assert len(trials) == 6 * 2 * 2 + 1
+    places = sorted(place for trial in trials for place in trial.curves["order"])
+    assert places == list(range(len(trials) * 2))
+    for trial in trials:
+        metrics, factors = trial.metrics, trial.configuration
+        assert trial.source == "sweep"
+        assert metrics["images_per_s"].n == len(trial.curves["images_per_s"]) == 2
+        assert metrics["images_per_s"].mean == pytest.approx(np.mean(trial.curves["images_per_s"]))
+        assert metrics["wrong_answers"].maximum == 0
+        assert sum(metrics[name].mean for name in STAGES) == pytest.approx(metrics["wall_s"].mean, rel=0.02)
+        assert (metrics["load_data_s"].mean > 0) == (factors["data"] == "files")
+        assert 0 < metrics["p50_s"].mean <= metrics["p99_s"].mean == trial.curves["latency_s"][990]
+        assert metrics["prepare_model_s"].n == 3
+        simple = factors["architecture"] == "simple"
+        parties = {"app", "recogniser"} if simple else {"app", "client", "server", "recogniser"}
+        assert {name.removesuffix("_cpu") for name in metrics if name.endswith("_cpu")} == parties
+        assert metrics["app_cpu"].mean > metrics["recogniser_cpu" if simple else "client_cpu"].mean
+        assert all(metrics[f"{name}_cpu_s_per_image"].mean >= 0 for name in parties)
+        if not simple:
+            assert metrics["server_cpu"].mean >= metrics["recogniser_cpu"].mean > 0
+            assert metrics["server_memory_bytes"].mean > metrics["recogniser_memory_bytes"].mean > 1 << 20
+            assert metrics["server_cpu_min"].mean <= metrics["server_cpu_max"].mean
+            assert metrics["compute_s"].mean > 0
+        assert metrics["app_memory_bytes"].mean > 1 << 20
+        assert ("3 requests in flight" in trial.note) == (factors["interaction"] == "async")
+    raw = [json.loads(line) for line in (tmp_path / "work" / RAW).read_text().splitlines()]
+    assert [each["order"] for each in raw] == list(range(len(trials) * 2))
+    assert all(each["latencies_s"] for each in raw)
+    assert all(launched.wait(0.0) is not None for launched in launch.started)
+    assert len(launch.started) == 2  # a lease is a node: the server's and the client's
+
+
+def test_a_wrong_answer_refuses_the_experiment_and_ends_what_runs(model, launch, tmp_path):
+    sweep = Sweep(architectures=("simple",), batches=(1,), repeats=1, cell_s=0.05, images=PICTURES, normalise="unit")
+    recorded = []
+    with pytest.raises(JobFailed, match="answers differ"):
+        run(model, launch, tmp_path, sweep, recorded=recorded, expected=lambda right: right + 1)
+    assert not recorded
+    assert all(launched.wait(0.0) is not None for launched in launch.started)
+
+
+def test_what_is_broken_off_keeps_its_whole_repeats(model, launch, tmp_path):
+    sweep = Sweep(architectures=("simple",), batches=(1,), repeats=3, cell_s=0.05, images=PICTURES, normalise="unit")
+    recorded = []
+
+    def interrupted(text, *, done=None):
+        if text.startswith("repeat 3"):
+            raise KeyboardInterrupt
+
+    prepared = prepare(model / "colours.onnx", {"images": model / "images"}, sweep, tmp_path / "work")
+    bench = Bench(
+        name="colours",
+        model=model / "colours.onnx",
+        examples=prepared.examples,
+        launch=launch,
+        workdir=tmp_path / "work",
+        near=Envelope(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        measure_sweep(
+            bench,
+            sweep,
+            settings(sweep, files=True),
+            seed=0,
+            make_trial=make_trial,
+            record=recorded.append,
+            progress=interrupted,
+        )
+    assert {trial.metrics["images_per_s"].n for trial in recorded} == {2}
+    assert all("Broken off after 2 of 3 repeats." in trial.note for trial in recorded)
+    assert all(launched.wait(0.0) is not None for launched in launch.started)
+
+
+def test_pictures_that_cannot_be_decoded_are_told_and_the_others_used(model, tmp_path):
+    sweep = Sweep(images=PICTURES, normalise="unit")
+    prepared = prepare(model / "colours.onnx", {"images": model / "images"}, sweep, tmp_path)
+    assert len(prepared.examples.files) == PICTURES
+    assert [each.partition(":")[0] for each in prepared.skipped] == ["00.png"]
+    assert np.load(prepared.examples.inputs).shape == (PICTURES, 3, 32, 32)
+    assert prepared.fixed_batch == 0
+
+
+def test_a_model_of_floats_needs_to_be_told_its_normalisation(model, tmp_path):
+    with pytest.raises(SpecError, match="normalise"):
+        prepare(model / "colours.onnx", {"images": model / "images"}, Sweep(), Path(tmp_path))
+
+
+def test_an_experiment_needs_something_to_send(model, tmp_path):
+    with pytest.raises(SpecError, match=r"inputs\.images"):
+        prepare(model / "colours.onnx", {}, Sweep(), tmp_path)
