@@ -3,7 +3,8 @@
 A cell is ``{"value", "text", "cite"}``, with ``"error"`` (standard error) and ``"n"`` where repeats were summarized.
 Nothing in a report holds a measured number that did not come through `Rows`, so a reader can follow every one back:
 
-    {"trial": id, "metric": name}                     mean of the trial's summary
+    {"trial": id, "metric": name}                     mean of the trial's summary; with "part": that part of it instead
+    {"trial": id, "against": id, "ratio": curve}      typical ratio of two trials' curves, repeat by repeat (decide.intervals)
     {"trial": id, "curve": name, "index": i}          one point of a curve
     {"trial": id, "configuration": factor}            level of a factor
     {"recommendation": id, "candidate": k, "metric": name, "part": "value" | "low" | "high"}    k = -1: the chosen one
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+from tenure.decide.bottleneck import rate_ratio
 from tenure.errors import NotFound
 from tenure.events import Event
 from tenure.jobs import Job
@@ -34,6 +36,7 @@ from tenure.wire import UsagePoint
 
 Cell = dict[str, Any]
 Cite = dict[str, Any]
+MAX_ROWS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +85,28 @@ class Rows:
         trials = [row for row in self.data.trials if row.id in cited or row.stage == stage.name]
         return trials, recommendations, [row for row in self.data.leases if row.stage == stage.name]
 
-    def trial(self, trial: Trial, metric: str) -> Cell:
-        """Return the mean of one metric with its standard error and number of repeats."""
+    def trial(self, trial: Trial, metric: str, part: str = "") -> Cell:
+        """Return the mean of one metric with its standard error and number of repeats; or another part, e.g. ``maximum``."""
         summary = self._trials[trial.id].metrics.get(metric)
         if summary is None:
             raise NotFound(f"trial {trial.id} has no metric {metric!r}; it has: {', '.join(trial.metrics)}")
+        if part:
+            value = getattr(summary, part)
+            return {"value": value, "text": show(metric, value), "cite": {"trial": trial.id, "metric": metric, "part": part}}
         text = show(metric, summary.mean)
         if summary.n > 1:
             text = show_spread(metric, summary.mean, summary.standard_error)
         cite = {"trial": trial.id, "metric": metric}
         return {"value": summary.mean, "error": summary.standard_error, "n": summary.n, "text": text, "cite": cite}
+
+    def ratio(self, trial: Trial, against: Trial) -> Cell:
+        """Return images/s of a trial ÷ another's, paired by repeat, with its 95 % interval; words where they do not pair."""
+        found = rate_ratio(self._trials[trial.id], self._trials[against.id])
+        if found is None:
+            return text_cell("–")
+        text = f"{found.value:.3g}×" + (f" ({found.low:.3g}–{found.high:.3g})" if found.low > 0 else "")
+        cite = {"trial": trial.id, "against": against.id, "ratio": "images_per_s"}
+        return {"value": found.value, "text": text, "cite": cite}
 
     def factor(self, trial: Trial, name: str) -> Cell:
         """Return the level of one factor."""
@@ -171,6 +186,8 @@ def show(name: str, value: Any) -> str:
         return _show_seconds(value)
     if "accuracy" in name:
         return f"{100 * value:.2f} %"
+    if name.endswith("_busy"):
+        return f"{100 * value:.0f} %"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
@@ -218,6 +235,24 @@ WORDS: Mapping[str, str] = {
     "server_memory_bytes": "server memory",
     "memory_bytes": "memory",
     "wrong_answers": "wrong answers",
+    "load_data_s": "load data",
+    "log_s": "print the log",
+    "other_s": "other",
+    "wall_s": "a request's time",
+    "queue_s": "in the server's queue",
+    "compute_s": "in the model",
+    "app_cpu": "application's cores",
+    "client_cpu": "client part's cores",
+    "server_cpu": "server's cores",
+    "recogniser_cpu": "recogniser's cores",
+    "forwarder_cpu": "forwarder's cores",
+    "other_cpu_cores": "cores used by others",
+    "recogniser_memory_bytes": "recogniser memory",
+    "gpu_busy": "GPU busy",
+    "gpu_memory_bytes": "GPU memory",
+    "link_busy": "link busy",
+    "server_start_s": "start the server",
+    "link": "link, there and back",
 }
 """Metric -> the words that tables and plots use."""
 
@@ -248,6 +283,14 @@ def label(configuration: Mapping[str, Any]) -> str:
 def text_cell(text: object) -> Cell:
     """Return a cell of plain words that cites nothing."""
     return {"text": str(text)}
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], **more: Any) -> dict[str, Any]:
+    """Return the block of a table, cut off after `MAX_ROWS` rows and saying so."""
+    shown = [list(row) for row in rows[:MAX_ROWS]]
+    left = len(rows) - len(shown)
+    note = f"{left} further rows are in the JSON file's ledger rows only." if left > 0 else ""
+    return {"kind": "table", "title": title, "columns": list(columns), "rows": shown, "note": note, **more}
 
 
 def metrics_present(trials: Sequence[Trial], order: Sequence[str]) -> list[str]:

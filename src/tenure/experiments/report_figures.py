@@ -1,9 +1,6 @@
 """The figures of a report as plain data: every point holds its value in base units and the ledger row it comes from.
 
-    {"id", "kind", "title", "alt", "x_label", "y_label", "scale", "series": [{"name", "points": [{"x", "y", "cite", …}]}]}
-
-`x` is a number (kind ``lines``; then `cite_x` says where from) or a row's label; `error`, `low`, `high` are whiskers.
-Figures without points are left out. How they are drawn is in `plots`.
+Their form is in `report_points`, how they are drawn in `plots`. Figures without points are left out.
 """
 
 from __future__ import annotations
@@ -13,12 +10,12 @@ from typing import Any
 
 from tenure.events import Event
 from tenure.experiments.report_cite import Cell, Rows, label, show, words
+from tenure.experiments.report_points import Figure, has_points, make_figure, make_level, make_point
 from tenure.leases import Lease
 from tenure.resources import Envelope
 from tenure.runs import Stage
 from tenure.trials import Candidate, Recommendation, Trial
 
-Figure = dict[str, Any]
 MIB = float(1 << 20)
 _MAX_CANDIDATES = 14
 _MAX_SPANS = 60
@@ -34,7 +31,7 @@ def training_figures(rows: Rows, stage: Stage) -> list[Figure]:
         _round_time(rows, stage, trials, recommendations),
         *(_cost(rows, stage, recommendation) for recommendation in recommendations),
     ]
-    return [figure for figure in made if _has_points(figure)]
+    return [figure for figure in made if has_points(figure)]
 
 
 def serving_figures(rows: Rows, stage: Stage) -> list[Figure]:
@@ -43,7 +40,7 @@ def serving_figures(rows: Rows, stage: Stage) -> list[Figure]:
     measured = [
         trial
         for trial in trials
-        if "architecture" in trial.configuration and trial.source != "observed" and trial.configuration.get("clients", 1) == 1
+        if "architecture" in trial.configuration and trial.source == "probe" and trial.configuration.get("clients", 1) == 1
     ]
     made = [
         *(_throughput(rows, stage, measured, interaction) for interaction in _levels(measured, "interaction")),
@@ -51,13 +48,13 @@ def serving_figures(rows: Rows, stage: Stage) -> list[Figure]:
         _cpu_by_party(rows, stage, measured),
         *(_cost(rows, stage, recommendation) for recommendation in recommendations),
     ]
-    return [figure for figure in made if _has_points(figure)]
+    return [figure for figure in made if has_points(figure)]
 
 
 def lease_figures(rows: Rows) -> list[Figure]:
     """Return the timeline of the run's leases, from its events."""
     figure = _timeline(rows)
-    return [figure] if _has_points(figure) else []
+    return [figure] if has_points(figure) else []
 
 
 def comparison_figures(stage: Stage, compared: Sequence[Mapping[str, Cell]]) -> list[Figure]:
@@ -76,7 +73,7 @@ def comparison_figures(stage: Stage, compared: Sequence[Mapping[str, Cell]]) -> 
         }
         for row in compared
     ]
-    figure = _figure(
+    figure = make_figure(
         f"{stage.name}-compared",
         "ratios",
         "Predicted against observed",
@@ -87,28 +84,8 @@ def comparison_figures(stage: Stage, compared: Sequence[Mapping[str, Cell]]) -> 
     return [figure] if points else []
 
 
-def _figure(name: str, kind: str, title: str, alt: str, *, series: list[dict[str, Any]], **more: Any) -> Figure:
-    kept = [one for one in series if one["points"]]
-    return {"id": f"figure-{name}", "kind": kind, "title": title, "alt": alt, "series": kept, **more}
-
-
-def _has_points(figure: Figure) -> bool:
-    return any(series["points"] for series in figure["series"] if series.get("style") != "level")
-
-
-def _point(x: object, cell: Cell, **more: Any) -> dict[str, Any]:
-    return {"x": x, "y": cell["value"], "error": cell.get("error", 0.0), "cite": cell["cite"], **more}
-
-
 def _levels(trials: Iterable[Trial], factor: str) -> list[Any]:
     return sorted({trial.configuration[factor] for trial in trials if factor in trial.configuration})
-
-
-def _level(name: str, cell: Cell | None, role: str) -> list[dict[str, Any]]:
-    """Return a line across at one cited value, as a series; none without the cell."""
-    if cell is None:
-        return []
-    return [{"name": name, "role": role, "style": "level", "points": [{"x": "", "y": cell["value"], "cite": cell["cite"]}]}]
 
 
 def _named(trial: Trial, seen: dict[str, int]) -> str:
@@ -125,11 +102,11 @@ def _learning_curve(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure
         points = []
         for index in range(length):
             along = rows.curve(trial, "round", index)
-            points.append(_point(along["value"], rows.curve(trial, "accuracy", index), cite_x=along["cite"]))
+            points.append(make_point(along["value"], rows.curve(trial, "accuracy", index), cite_x=along["cite"]))
         if points:
             series.append({"name": _named(trial, seen), "points": points})
     goal = rows.job(stage.name, "train_goal.accuracy")
-    return _figure(
+    return make_figure(
         f"{stage.name}-learning",
         "lines",
         "Learning curve",
@@ -137,27 +114,27 @@ def _learning_curve(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure
         x_label="round",
         y_label="held-out accuracy",
         from_zero=False,
-        series=[*series, *(_level("goal", goal, "goal") if series else [])],
+        series=[*series, *(make_level("goal", goal, "goal") if series else [])],
     )
 
 
 def _memory_peaks(rows: Rows, stage: Stage, trials: Sequence[Trial], leases: Sequence[Lease]) -> Figure:
     seen = dict[str, int]()
     points = [
-        _point(_named(trial, seen), rows.trial(trial, "peak_memory_bytes"))
+        make_point(_named(trial, seen), rows.trial(trial, "peak_memory_bytes"))
         for trial in trials
         if "peak_memory_bytes" in trial.metrics
     ]
     gang = [lease for lease in _workers(leases) if lease.starts_at_s]
     granted = rows.lease(gang[-1], "envelope.memory_bytes") if gang else None
-    return _figure(
+    return make_figure(
         f"{stage.name}-memory",
         "hbars",
         "Peak memory against the envelope",
         "Highest memory of one worker in each trial; the dashed line is the envelope that was granted per worker.",
         x_label="MiB, highest worker",
         scale=MIB,
-        series=[{"name": "peak memory", "points": points}, *_level("envelope granted", granted, "envelope")],
+        series=[{"name": "peak memory", "points": points}, *make_level("envelope granted", granted, "envelope")],
     )
 
 
@@ -171,11 +148,11 @@ def _memory_over_time(rows: Rows, stage: Stage, leases: Sequence[Lease]) -> Figu
     series: list[dict[str, Any]] = []
     gang = _workers(leases)
     for lease in gang[-8:]:
-        points = [_point(at_s, cell) for at_s, cell in rows.usage(lease, "memory_bytes")]
+        points = [make_point(at_s, cell) for at_s, cell in rows.usage(lease, "memory_bytes")]
         series.append({"name": f"worker {lease.worker}", "points": points})
     starts = [point["x"] for one in series for point in one["points"]]
     envelope = rows.lease(gang[-1], "envelope.memory_bytes") if gang and starts else None
-    return _figure(
+    return make_figure(
         f"{stage.name}-memory-time",
         "lines",
         "Memory over time",
@@ -184,7 +161,7 @@ def _memory_over_time(rows: Rows, stage: Stage, leases: Sequence[Lease]) -> Figu
         y_label="MiB",
         scale=MIB,
         x_origin=min(starts, default=0.0),
-        series=[*series, *_level("envelope granted", envelope, "envelope")],
+        series=[*series, *make_level("envelope granted", envelope, "envelope")],
     )
 
 
@@ -195,7 +172,7 @@ def _round_time(rows: Rows, stage: Stage, trials: Sequence[Trial], recommendatio
             if "round_s" not in candidate.predictions or "workers" not in candidate.configuration:
                 continue
             low, high = (rows.prediction(recommendation, index, "round_s", part) for part in ("low", "high"))
-            point = _point(
+            point = make_point(
                 candidate.configuration["workers"],
                 rows.prediction(recommendation, index, "round_s"),
                 low=low["value"],
@@ -213,9 +190,9 @@ def _round_time(rows: Rows, stage: Stage, trials: Sequence[Trial], recommendatio
         for trial in trials:
             if trial.source == source and "round_s" in trial.metrics and "workers" in trial.configuration:
                 workers = rows.factor(trial, "workers")
-                points.append(_point(workers["value"], rows.trial(trial, "round_s"), cite_x=workers["cite"]))
+                points.append(make_point(workers["value"], rows.trial(trial, "round_s"), cite_x=workers["cite"]))
         series.append({"name": f"measured: {name}", "style": "points", "points": points})
-    return _figure(
+    return make_figure(
         f"{stage.name}-round",
         "lines",
         "Time of one round by workers",
@@ -248,7 +225,7 @@ def _cost(rows: Rows, stage: Stage, recommendation: Recommendation) -> Figure:
         low, high = (rows.prediction(recommendation, index, metric, part) for part in ("low", "high"))
         name = label(candidate.configuration)
         name += f" ({_size(candidate.envelope)})" if candidate.envelope and name in order else ""
-        point = _point(
+        point = make_point(
             name,
             rows.prediction(recommendation, index, metric),
             low=low["value"],
@@ -260,7 +237,7 @@ def _cost(rows: Rows, stage: Stage, recommendation: Recommendation) -> Figure:
         order.append(name)
     hourly = stage.kind == "serve" or (bool(kept) and "hour" in kept[0][3])
     scale, unit = _money(max((entry[0] for entry in kept), default=0.0))
-    return _figure(
+    return make_figure(
         f"{stage.name}-cost-{recommendation.id}",
         "hbars",
         f"Cost by candidate: {recommendation.goal}" if recommendation.goal else "Cost by candidate",
@@ -301,9 +278,9 @@ def _throughput(rows: Rows, stage: Stage, trials: Sequence[Trial], interaction: 
     for trial in sorted(trials, key=lambda trial: int(trial.configuration.get("batch", 0))):
         if trial.configuration.get("interaction") == interaction and "images_per_s" in trial.metrics:
             batch = rows.factor(trial, "batch")
-            point = _point(f"batch {batch['value']}", rows.trial(trial, "images_per_s"), cite_x=batch["cite"])
+            point = make_point(f"batch {batch['value']}", rows.trial(trial, "images_per_s"), cite_x=batch["cite"])
             series.setdefault(_without_batch(trial, "interaction"), []).append(point)
-    return _figure(
+    return make_figure(
         f"{stage.name}-throughput-{interaction}",
         "bars",
         f"Throughput by batch, {interaction} calls",
@@ -328,7 +305,7 @@ def _smallest_batch(trials: Sequence[Trial]) -> tuple[int, list[Trial]]:
 
 def _latency(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure:
     batch, kept = _smallest_batch(trials)
-    return _figure(
+    return make_figure(
         f"{stage.name}-latency",
         "hbars",
         f"Latency of a request, batch {batch}",
@@ -340,7 +317,7 @@ def _latency(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure:
             {
                 "name": name,
                 "points": [
-                    _point(_without_batch(trial), rows.trial(trial, metric)) for trial in kept if metric in trial.metrics
+                    make_point(_without_batch(trial), rows.trial(trial, metric)) for trial in kept if metric in trial.metrics
                 ],
             }
             for metric, name in (("p50_s", "p50"), ("p99_s", "p99"))
@@ -350,7 +327,7 @@ def _latency(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure:
 
 def _cpu_by_party(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure:
     batch, kept = _smallest_batch(trials)
-    return _figure(
+    return make_figure(
         f"{stage.name}-cpu",
         "hbars",
         f"CPU time per image by party, batch {batch}",
@@ -362,7 +339,7 @@ def _cpu_by_party(rows: Rows, stage: Stage, trials: Sequence[Trial]) -> Figure:
             {
                 "name": words(metric).split(" ")[0],
                 "points": [
-                    _point(_without_batch(trial), rows.trial(trial, metric)) for trial in kept if metric in trial.metrics
+                    make_point(_without_batch(trial), rows.trial(trial, metric)) for trial in kept if metric in trial.metrics
                 ],
             }
             for metric in ("app_cpu_s_per_image", "server_cpu_s_per_image")
@@ -387,8 +364,8 @@ def _timeline(rows: Rows) -> Figure:
         end = rows.event(ended.get(lease_id, rows.data.events[-1]))
         reason = str(lease.end_reason) if lease.end_reason else "still held"
         name = f"{lease.stage} · worker {lease.worker} · {lease.id}"
-        series.setdefault(reason, []).append(_point(name, start, end=end["value"], cite_end=end["cite"]))
-    return _figure(
+        series.setdefault(reason, []).append(make_point(name, start, end=end["value"], cite_end=end["cite"]))
+    return make_figure(
         "leases",
         "spans",
         "Leases over time",

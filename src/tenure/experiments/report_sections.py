@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tenure.experiments.report_cite import Cell, Rows, label, metrics_present, show, text_cell, words
+from tenure.experiments.report_cite import Cell, Rows, label, make_table, metrics_present, show, text_cell, words
 from tenure.experiments.report_figures import comparison_figures, serving_figures, training_figures
 from tenure.experiments.report_predictions import prediction_blocks
 from tenure.leases import Lease
@@ -19,7 +19,6 @@ from tenure.runs import RunState, Stage
 from tenure.trials import Recommendation, Trial
 
 Block = dict[str, Any]
-_MAX_ROWS = 80
 _FOLD_ABOVE = 10
 """Longer tables are opened by a click: the plots show the same."""
 _TRAINING = ("startup_s", "shard_s", "combine_s", "round_s", "peak_memory_bytes")
@@ -56,13 +55,6 @@ def _as_blocks(figures: Sequence[dict[str, Any]]) -> list[Block]:
     return [{"kind": "figure", "figure": figure} for figure in figures]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], **more: Any) -> Block:
-    shown = [list(row) for row in rows[:_MAX_ROWS]]
-    left = len(rows) - len(shown)
-    note = f"{left} further rows are in the JSON file's ledger rows only." if left > 0 else ""
-    return {"kind": "table", "title": title, "columns": list(columns), "rows": shown, "note": note, **more}
-
-
 def _measured(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
     if not trials:
         return []
@@ -74,7 +66,7 @@ def _measured(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
         if kept:
             table = [_trial_row(rows, trial, metrics) for trial in kept]
             columns = ["trial", "configuration", "n", *(words(metric) for metric in metrics)]
-            blocks.append(_table(title, columns, table, folded=len(table) > _FOLD_ABOVE))
+            blocks.append(make_table(title, columns, table, folded=len(table) > _FOLD_ABOVE))
     notes: dict[str, list[str]] = {}
     for trial in trials:
         if trial.note:
@@ -126,7 +118,7 @@ def _recommended(rows: Rows, recommendation: Recommendation) -> list[Block]:
             for metric in chosen.predictions
         ]
         if predicted:
-            blocks.append(_table("What it predicts", ["metric", "expected", "low", "high"], predicted))
+            blocks.append(make_table("What it predicts", ["metric", "expected", "low", "high"], predicted))
     if recommendation.thin:
         blocks.append({"kind": "warning", "text": f"Thin data: {recommendation.thin}"})
     if recommendation.ruled_out:
@@ -156,7 +148,7 @@ def _ruled_out(rows: Rows, recommendation: Recommendation) -> Block:
             )
             table.append([name, text_cell(words(broken.constraint)), limit, found, text_cell(broken.reason)])
     columns = ["configuration", "constraint broken", "limit", "found", "why"]
-    return _table("What was ruled out", columns, table, folded=len(table) > _FOLD_ABOVE)
+    return make_table("What was ruled out", columns, table, folded=len(table) > _FOLD_ABOVE)
 
 
 def lease_table(rows: Rows, leases: Sequence[Lease]) -> Block:
@@ -177,7 +169,7 @@ def lease_table(rows: Rows, leases: Sequence[Lease]) -> Block:
         for lease in leases
     ]
     columns = ["lease", "worker", "node", "cpus", "memory", "slot", "total", "held", "end", "detail"]
-    return _table(f"{len(leases)} lease{'s' if len(leases) != 1 else ''}", columns, table, folded=len(table) > _FOLD_ABOVE)
+    return make_table(f"{len(leases)} lease{'s' if len(leases) != 1 else ''}", columns, table, folded=len(table) > _FOLD_ABOVE)
 
 
 def bounds_blocks(rows: Rows) -> list[Block]:
@@ -192,7 +184,7 @@ def bounds_blocks(rows: Rows) -> list[Block]:
         sentence = node.confinement.get(runtime, "")
         if sentence:
             blocks.append({"kind": "text", "text": f"Confinement of runtime {runtime}: {sentence}."})
-        blocks.append(_table(f"How runtime {runtime} holds each bound", ["bound", "word", "meaning"], table))
+        blocks.append(make_table(f"How runtime {runtime} holds each bound", ["bound", "word", "meaning"], table))
     return blocks
 
 
@@ -206,7 +198,7 @@ def _compared(rows: Rows, stage: Stage, trials: Sequence[Trial], recommendations
     columns = ["metric", "predicted", "low", "high", "observed", "miss"]
     blocks: list[Block] = [
         {"kind": "heading", "text": "Predicted against observed"},
-        _table("The real run against its prediction", columns, table),
+        make_table("The real run against its prediction", columns, table),
         *_as_blocks(comparison_figures(stage, compared)),
     ]
     sentences = [row["sentence"]["text"] for row in compared if row["sentence"]["text"]]
