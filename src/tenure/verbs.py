@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import Listening
     from tenure.experiments.replaying import Replayed
+    from tenure.serve.load.plan import LoadPlan
+    from tenure.serve.load.report import LoadReport
     from tenure.train.dataset import Dataset
 
 Home = str | Path | None
@@ -108,6 +110,17 @@ def bench_serve(
         raise SpecError(f"a sweep has no {sorted(unknown)[0]!r}; it has: {', '.join(Sweep.__dataclass_fields__)}")
     spec = BenchSpec(model=Path(model), examples=Path(examples), sweep=Sweep(**options), **own)
     return app.bench_model(spec, home=app.find_home(home), display=display or SilentDisplay())
+
+
+def bench_load(plan: LoadPlan, *, folder: str | Path | None = None) -> LoadReport:
+    """Send a model of any v2 server requests by a schedule laid down beforehand; nothing is leased.
+
+    folder: a new one, for the report and the record of every request.
+    Raises Unavailable, NotFound, SpecError, ModelFailed before the run; what happens during it is in the report.
+    """
+    from tenure.serve.load.report import measure
+
+    return measure(plan, Path(folder) if folder is not None else None)
 
 
 def recommend(job_file: str | Path, *, home: Home = None, display: Display | None = None) -> tuple[Recommendation, ...]:

@@ -14,6 +14,7 @@ import typer
 
 from tenure import __version__
 from tenure.cli import exits, output
+from tenure.cli.bench_loading import bench_load
 from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
 from tenure.cli.replaying import replay
@@ -139,6 +140,7 @@ def train(
 app.command()(serve)
 bench = typer.Typer(name="bench", help="Measure how models are served.", no_args_is_help=True, rich_markup_mode=None)
 bench.command("serve")(bench_serve)
+bench.command("load")(bench_load)
 app.add_typer(bench)
 
 
