@@ -167,3 +167,13 @@ def test_inputs_lie_aligned_one_behind_the_other():
     starts, total = offsets({"a": np.zeros(1, np.int8), "b": np.zeros(100, np.float32), "c": np.zeros(0), "d": np.zeros(2)})
     assert starts == [0, 64, 512, 512]
     assert total == 576
+
+
+def test_metadata_may_leave_out_or_null_what_the_protocol_makes_optional():
+    found = v2json.read_metadata(
+        memoryview(b'{"name":"m","versions":null,"inputs":[{"name":"x","datatype":"FP32","shape":[-1,4]}],"outputs":[]}')
+    )
+    assert found.versions == ()
+    assert found.platform == ""
+    assert found.inputs[0].shape == (-1, 4)
+    assert v2json.read_metadata(memoryview(b'{"name":"m"}')).inputs == ()

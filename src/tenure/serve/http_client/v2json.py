@@ -41,11 +41,13 @@ class _Answer(msgspec.Struct):
 
 
 class _Metadata(msgspec.Struct):
+    """Optional parts are null at some servers (KServe: versions), or missing."""
+
     name: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-    platform: str = ""
-    versions: list[str] = []
+    inputs: list[TensorMetadata] | None = None
+    outputs: list[TensorMetadata] | None = None
+    platform: str | None = None
+    versions: list[str] | None = None
 
 
 class _Server(msgspec.Struct):
@@ -133,10 +135,10 @@ def read_metadata(body: memoryview) -> ModelMetadata:
         raise ModelFailed(f"the server's metadata is not v2 JSON: {error}") from error
     return ModelMetadata(
         name=found.name,
-        versions=tuple(found.versions),
-        platform=found.platform,
-        inputs=tuple(found.inputs),
-        outputs=tuple(found.outputs),
+        versions=tuple(found.versions or ()),
+        platform=found.platform or "",
+        inputs=tuple(found.inputs or ()),
+        outputs=tuple(found.outputs or ()),
     )
 
 
