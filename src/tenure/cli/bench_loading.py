@@ -13,6 +13,7 @@ from tenure.cli import output
 from tenure.errors import SpecError
 
 if TYPE_CHECKING:  # NumPy comes with it, which `tenure --help` need not pay
+    from tenure.serve.load.payload import Shape
     from tenure.serve.load.report import LoadReport
     from tenure.serve.load.summary import Figures
 
@@ -49,7 +50,12 @@ def bench_load(
     ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option("--shape", metavar="NAME:N,N", help="Of an input whose lengths are open, beside the batch; repeatable."),
+        typer.Option(
+            "--shape",
+            metavar="NAME:[TYPE:]N,N",
+            help="Of an input whose lengths are open, beside the batch; with its type where the server tells no inputs. "
+            "Repeatable.",
+        ),
     ] = None,
     json_tensors: Annotated[
         bool, typer.Option("--json-tensors", help="Over HTTP: tensors as JSON, for servers that take no raw ones.")
@@ -153,9 +159,13 @@ def _time(seconds: float) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, found, lengths = text.rpartition(":")
-    parts = lengths.split(",")
-    if not found or not name or not all(part.isdigit() for part in parts):
-        raise SpecError(f"--shape is NAME:N,N such as x:3,224,224, lengths beside the batch; found {text!r}")
-    return name, tuple(int(part) for part in parts)
+def _shape(text: str) -> tuple[str, Shape]:
+    from tenure.serve.load.payload import Shape
+
+    parts = text.split(":")
+    lengths = parts[-1].split(",")
+    if len(parts) not in (2, 3) or not parts[0] or not all(part.isdigit() for part in lengths):
+        raise SpecError(
+            f"--shape is NAME:N,N or NAME:TYPE:N,N such as x:3,224,224 or x:FP32:1024, lengths beside the batch; found {text!r}"
+        )
+    return parts[0], Shape(tuple(int(part) for part in lengths), parts[1] if len(parts) == 3 else "")

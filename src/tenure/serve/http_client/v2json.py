@@ -87,6 +87,8 @@ def infer_head(
     sizes: Sequence[int],
     outputs: Sequence[str],
     places: Sequence[Place] = (),
+    *,
+    id: str = "",
 ) -> bytes:
     """Return head and JSON of an inference request. The raw tensors follow, unless `places` says where they lie.
 
@@ -103,6 +105,8 @@ def infer_head(
             where = {"binary_data_size": sizes[index]}
         tensors.append({"name": key, "datatype": datatype_of(array), "shape": list(array.shape), "parameters": where})
     header: dict[str, Any] = {"inputs": tensors, "parameters": {"binary_data_output": True}}
+    if id:
+        header["id"] = id
     if outputs:
         header["outputs"] = [{"name": wanted, "parameters": {"binary_data": True}} for wanted in outputs]
     content = msgspec.json.encode(header)

@@ -269,8 +269,8 @@ class _Connection:
     def _refused(self) -> None:
         assert self._head is not None
         index, self._index = self._index, -1
-        reason = f"HTTP {self._head.status}: {told_error(self._head, memoryview(self._kept))}"[:200]
-        self._wire.loop.fail(index, reason)
+        status, words = f"HTTP {self._head.status}", str(told_error(self._head, memoryview(self._kept)))
+        self._wire.loop.fail(index, (words if words.startswith(status) else f"{status}: {words}")[:200])
         self._free(index)
 
     def _free(self, index: int) -> None:

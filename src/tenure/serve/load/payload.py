@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,51 @@ MAX_BYTES = 256 << 20
 """Of all requests kept encoded."""
 MAX_DIFFERENT = 64
 """Requests that are kept encoded; the run draws from them."""
+_ID = "load"
+"""Of every request: a server that needs one (KServe over HTTP) may have it."""
 _MAX_WHOLE = 256
 """Random whole numbers lie below it, and so within any whole type, as a pixel does."""
 
 Inputs = Mapping[str, Array]
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the user says of one input."""
+
+    lengths: tuple[int, ...]
+    """Beside the batch."""
+    datatype: str = ""
+    """The protocol's name of its type; needed only where the server does not say which inputs a model has."""
+
+
+def inputs_of(metadata: ModelMetadata, shapes: Mapping[str, Shape]) -> tuple[TensorMetadata, ...]:
+    """Return a model's inputs as the server tells them, or where it tells none, as the user does. Raises SpecError."""
+    if metadata.inputs:
+        if unknown := set(shapes) - {meta.name for meta in metadata.inputs}:
+            known = ", ".join(meta.name for meta in metadata.inputs)
+            raise SpecError(f"the model has no input {sorted(unknown)[0]!r}; it has {known}")
+        return metadata.inputs
+    if not shapes or not all(shape.datatype in DTYPES for shape in shapes.values()):
+        raise SpecError(
+            f"the server does not say which inputs {metadata.name} has: say it, each with its type ({', '.join(DTYPES)}), "
+            "as in --shape x:FP32:1024"
+        )
+    return tuple(TensorMetadata(name, shape.datatype, (-1, *shape.lengths)) for name, shape in shapes.items())
+
+
 def random_inputs(
-    metadata: ModelMetadata, *, batch: int, shapes: Mapping[str, Sequence[int]], seed: int, count: int
+    metadata: ModelMetadata, *, batch: int, shapes: Mapping[str, Shape], seed: int, count: int
 ) -> Iterator[Inputs]:
     """Yield `count` requests of random numbers: floats from 0 to 1, whole ones from 0 to 255 (127 where signed in 8 bits).
 
-    shapes: of inputs whose metadata leaves lengths open, the batch not among them. Raises SpecError.
+    shapes: of inputs whose metadata leaves lengths open. Raises SpecError.
     """
-    wanted = {meta.name: shape_of(meta, batch, shapes.get(meta.name)) for meta in metadata.inputs}
-    if unknown := set(shapes) - set(wanted):
-        raise SpecError(f"the model has no input {sorted(unknown)[0]!r}; it has {', '.join(wanted)}")
+    inputs = inputs_of(metadata, shapes)
+    wanted = {meta.name: shape_of(meta, batch, shapes[meta.name].lengths if meta.name in shapes else None) for meta in inputs}
     chance = np.random.default_rng(seed)
     for _ in range(count):
-        yield {meta.name: _drawn(chance, meta, wanted[meta.name]) for meta in metadata.inputs}
+        yield {meta.name: _drawn(chance, meta, wanted[meta.name]) for meta in inputs}
 
 
 def file_inputs(path: Path, metadata: ModelMetadata, *, batch: int) -> Iterator[Inputs]:
@@ -55,23 +82,22 @@ def file_inputs(path: Path, metadata: ModelMetadata, *, batch: int) -> Iterator[
         raise NotFound(f"the inputs {path} cannot be read: {error}") from error
     except ValueError as error:
         raise SpecError(f"{path} is not a .npy or .npz file of plain numbers: {error}") from error
-    if isinstance(found, np.ndarray):
-        if len(metadata.inputs) != 1:
-            names = ", ".join(meta.name for meta in metadata.inputs)
-            raise SpecError(f"{metadata.name} takes the inputs {names}: give a .npz with these names, not {path}")
-        arrays = {metadata.inputs[0].name: found}
+    types = {meta.name: DTYPES.get(meta.datatype) for meta in metadata.inputs}
+    if not isinstance(found, np.ndarray):
+        arrays = {name: found[name] for name in types or found.files if name in found.files}
+        types = types or dict.fromkeys(arrays)
+        if missing := [name for name in types if name not in arrays]:
+            raise SpecError(f"{path} has no array {missing[0]!r}, which {metadata.name} takes")
+    elif len(types) == 1:
+        arrays = {next(iter(types)): found}
     else:
-        arrays = {name: found[name] for name in found.files}
-    if missing := [meta.name for meta in metadata.inputs if meta.name not in arrays]:
-        raise SpecError(f"{path} has no array {missing[0]!r}, which {metadata.name} takes")
-    rows = min(len(arrays[meta.name]) if arrays[meta.name].ndim else 0 for meta in metadata.inputs)
+        names = f"takes the inputs {', '.join(types)}" if types else "has inputs whose names its server does not tell"
+        raise SpecError(f"{metadata.name} {names}: give a .npz with their names, not {path}")
+    rows = min((len(array) if array.ndim else 0 for array in arrays.values()), default=0)
     if rows < batch:
         raise SpecError(f"{path} has {rows} rows; a request takes {batch}")
     for start in range(0, min(rows - batch + 1, batch * MAX_DIFFERENT), batch):
-        yield {
-            meta.name: np.ascontiguousarray(arrays[meta.name][start : start + batch], dtype=DTYPES.get(meta.datatype))
-            for meta in metadata.inputs
-        }
+        yield {name: np.ascontiguousarray(array[start : start + batch], dtype=types[name]) for name, array in arrays.items()}
 
 
 def shape_of(meta: TensorMetadata, batch: int, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -111,7 +137,7 @@ def grpc_requests(address: str, model: str, inputs: Sequence[Inputs]) -> list[Me
 
 def _binary(address: str, model: str, inputs: Inputs) -> bytes:
     raws = [to_raw(array) for array in inputs.values()]
-    return infer_head(address, model, inputs, [len(raw) for raw in raws], ()) + b"".join(raws)
+    return infer_head(address, model, inputs, [len(raw) for raw in raws], (), id=_ID) + b"".join(raws)
 
 
 def _json(address: str, model: str, inputs: Inputs) -> bytes:
@@ -119,7 +145,7 @@ def _json(address: str, model: str, inputs: Inputs) -> bytes:
         {"name": name, "datatype": datatype_of(array), "shape": list(array.shape), "data": _plain(array)}
         for name, array in inputs.items()
     ]
-    body = msgspec.json.encode({"inputs": tensors})
+    body = msgspec.json.encode({"id": _ID, "inputs": tensors})
     return post_head(address, f"{model_path(model)}/infer", len(body), "Content-Type: application/json") + body
 
 
@@ -129,7 +155,7 @@ def _plain(array: Array) -> list[Any]:
 
 
 def _message(model: str, inputs: Inputs) -> bytes:
-    message = v2.ModelInferRequest(model_name=model)
+    message = v2.ModelInferRequest(model_name=model, id=_ID)
     for name, array in inputs.items():
         message.inputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
         message.raw_input_contents.append(bytes(to_raw(array)))

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from tenure.errors import SpecError
+from tenure.serve.load.payload import Shape
 from tenure.serve.load.records import Floats
 from tenure.serve.load.schedule import MAX_REQUESTS, Arrivals, drawn, recorded
 
@@ -47,8 +48,8 @@ class LoadPlan:
     """Rows of a request."""
     inputs: str = ""
     """A .npy or .npz file of rows; empty: random numbers."""
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of random inputs whose lengths the model leaves open, beside the batch."""
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    """Of random inputs whose lengths the model leaves open, or which the server does not tell."""
     json: bool = False
     """Over HTTP: tensors as JSON, for servers without the binary extension."""
     seed: int = 0

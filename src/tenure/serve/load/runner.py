@@ -114,7 +114,8 @@ class Target:
             good = record.service_s[record.outcome == 0]
             if not good.size:
                 reason = next(iter(loop.reasons), f"no answer within {self._plan.timeout_s:g} s")
-                raise ModelFailed(f"{self._plan.url} answers no request for {self._plan.model}: {reason}")
+                hint = " (does the server take raw tensors? else --json-tensors)" if _may_be_raw(self._plan, reason) else ""
+                raise ModelFailed(f"{self._plan.url} answers no request for {self._plan.model}: {reason}{hint}")
             median_s = statistics.median(good.tolist())
             settled = len(record) == WARM_ROUND and median_s >= WARM_QUICKER * before_s
             before_s = median_s
@@ -187,6 +188,11 @@ class Target:
         if plan.scheme == "http":
             return payload.http_requests(where, plan.model, inputs, json=plan.json)
         return payload.grpc_requests(where, plan.model, inputs)
+
+
+def _may_be_raw(plan: LoadPlan, reason: str) -> bool:
+    """Return whether a failure may come of a server that does not know the protocol's binary extension."""
+    return plan.scheme == "http" and not plan.json and reason.startswith(("HTTP 400", "HTTP 415", "HTTP 422", "HTTP 5"))
 
 
 def _room_for_files(wanted: int) -> int:
