@@ -133,7 +133,7 @@ class LoadPlan:
             return 2
         if due_s is None:
             return self.clients
-        busiest = int(np.max(np.searchsorted(due_s, due_s + 1.0) - np.arange(len(due_s))))
+        busiest = int(np.max(np.searchsorted(due_s, due_s + (1 - 1e-9)) - np.arange(len(due_s))))
         return min(self.max_in_flight, max(8, min(256, math.ceil(busiest))))
 
     def choice(self, different: int) -> list[int]:
