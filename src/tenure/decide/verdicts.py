@@ -72,8 +72,8 @@ class Percentile:
     value_s: float
     """Nearest rank: always one of the sample."""
     low_s: float
-    high_s: float
-    """Infinite when the sample is too small to bound it from above."""
+    high_s: float | None
+    """None when the sample is too small to bound it from above."""
     level: float
     """Share of cases in which the truth should lie within [low_s, high_s]."""
 
@@ -102,7 +102,7 @@ def percentile(latencies_s: Floats, percent: float, *, level: float = LEVEL, clu
         percent=percent,
         value_s=float(ordered[max(0, math.ceil(round(q * n, 9)) - 1)]),
         low_s=float(ordered[low - 1]) if low else 0.0,
-        high_s=float(ordered[high]) if high < n else math.inf,
+        high_s=float(ordered[high]) if high < n else None,
         level=level,
     )
 
