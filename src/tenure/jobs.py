@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tenure.errors import SpecError
+from tenure.links import parse_link
 from tenure.resources import Envelope
 
 JobKind = Literal["workspace", "train", "serve", "task"]
@@ -194,6 +195,7 @@ class Sweep:
             raise SpecError(f"sweep.client_cpus must not be negative; found {self.client_cpus!r}")
         if self.normalise not in NORMALISATIONS:
             raise SpecError(f"sweep.normalise must be one of {', '.join(NORMALISATIONS[1:])}; found {self.normalise!r}")
+        parse_link(self.link)
 
 
 def _check_levels(name: str, found: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from tenure.experiments.sweep import settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import RAW, measure_sweep
 from tenure.jobs import Sweep
+from tenure.links import parse_link
 from tenure.resources import Envelope
 from tenure.serve.load.orders import STAGES
 from tenure.trials import Trial
@@ -76,8 +77,10 @@ def run(model, launch, tmp_path, sweep, *, recorded, expected=None):
         workdir=tmp_path / "work",
         near=Envelope(),
         far=Envelope(),
+        link=parse_link(sweep.link),
     )
-    planned = settings(sweep, files=True, far_link="loopback" if netns.available() else "netns")
+    far_link = "loopback" if netns.available() else str(bench.link) or "netns"
+    planned = settings(sweep, files=True, far_link=far_link)
     return measure_sweep(bench, sweep, planned, seed=2, make_trial=make_trial, record=recorded.append, progress=quiet)
 
 
@@ -116,6 +119,30 @@ def test_every_setting_is_measured_in_every_repeat_and_its_account_is_complete(m
     assert all(each["latencies_s"] for each in raw)
     assert all(launched.wait(0.0) is not None for launched in launch.started)
     assert len(launch.started) == 2  # a lease is a node: the server's and the client's
+
+
+@pytest.mark.netns
+@pytest.mark.skipif(bool(netns.available()), reason=f"no namespace: {netns.available()}")
+def test_a_declared_link_is_crossed_and_its_forwarder_is_a_party(model, launch, tmp_path):
+    sweep = Sweep(
+        architectures=("distributed",),
+        interactions=("sync",),
+        transports=("http",),
+        batches=(1,),
+        data=("memory",),
+        repeats=2,
+        cell_s=0.2,
+        images=PICTURES,
+        normalise="unit",
+        twins=False,
+        link="rate=100Mbit,delay=5ms",
+    )
+    (trial,) = run(model, launch, tmp_path, sweep, recorded=[])
+    assert trial.configuration["link"] == "100Mbit 5ms"
+    assert trial.metrics["p50_s"].minimum > 0.01  # there and back
+    assert 0 < trial.metrics["link_busy"].mean <= 1
+    assert trial.metrics["forwarder_memory_bytes"].mean > 0
+    assert trial.metrics["forwarder_cpu"].mean >= 0
 
 
 def test_a_wrong_answer_refuses_the_experiment_and_ends_what_runs(model, launch, tmp_path):

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tenure.errors import Refused, SpecError
+from tenure.errors import Refused, SpecError, Unavailable
 from tenure.experiments import netns
 from tenure.experiments.context import RunContext
 from tenure.experiments.sweep import Contender, settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import measure_sweep
 from tenure.jobs import Job, Sweep
+from tenure.links import parse_link
 from tenure.nodes import Node
 from tenure.protocols import Launched
 from tenure.resources import Envelope
@@ -57,7 +58,12 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
     rows = len(np.load(prepared.examples.expected, mmap_mode="r"))
     skipped = f"; {len(prepared.skipped)} can't be decoded, such as {prepared.skipped[0]}" if prepared.skipped else ""
     context.close_step(job.name, "prepare", f"{rows} {'pictures' if prepared.examples.files else 'examples'}{skipped}")
-    far_link = "loopback" if "distributed" in sweep.architectures and netns.available() else "netns"
+    link = parse_link(sweep.link)
+    far_link = str(link) or "netns"
+    if "distributed" in sweep.architectures and (why_not := netns.available()):
+        if link.shapes:
+            raise Unavailable(f"the declared link {link} cannot be made: {why_not}")
+        far_link = "loopback"
     planned = settings(
         sweep,
         files=bool(prepared.examples.files),
@@ -79,6 +85,7 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
         options=job.server,
         renew=lambda launched: _renew(context, launched),
         contenders=contenders,
+        link=link,
     )
     context.step(job.name, "measure", f"{len(planned)} settings, {sweep.repeats} repeats, one random order")
     trials = measure_sweep(

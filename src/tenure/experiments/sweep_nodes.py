@@ -21,11 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tenure.errors import CorruptData, JobFailed, Unavailable
-from tenure.experiments import netns
+from tenure.experiments import links, netns
 from tenure.experiments.architectures import server_command
 from tenure.experiments.sweep import OURS, Contender, Setting
+from tenure.experiments.sweep_crossing import Crossed, Crossing
 from tenure.experiments.sweep_parties import CellUse, PartyMeter
 from tenure.jobs import Command, ServerOptions
+from tenure.links import DeclaredLink
 from tenure.meter.process import children
 from tenure.protocols import Launch, Launched, LaunchRequest
 from tenure.resources import Envelope
@@ -74,6 +76,8 @@ class Bench:
     options: ServerOptions = field(default_factory=ServerOptions)
     renew: Callable[[Launched], None] = lambda launched: None
     contenders: Sequence[Contender] = ()
+    link: DeclaredLink = field(default_factory=DeclaredLink)
+    """Between the two nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,17 +93,21 @@ class Asked:
     queue_s: float
     """Per request, as the server counts it; 0 without one that does."""
     compute_s: float
+    crossed: Crossed | None = None
+    """None where nothing crossed it."""
     at_s: float
 
 
 class Nodes:
     """Nodes whose applications are ready. Made by `standing`."""
 
-    def __init__(self, bench: Bench, near: _Node, far: _Node | None, meter: PartyMeter, note: str) -> None:
+    def __init__(
+        self, bench: Bench, near: _Node, far: _Node | None, meter: PartyMeter, crossing: Crossing | None, note: str
+    ) -> None:
         self.note = note
         """What a reader must know of how the nodes are joined."""
         self.meter = meter
-        self._bench, self._near, self._far = bench, near, far
+        self._bench, self._near, self._far, self._crossing = bench, near, far, crossing
         self._renewed_s = time.monotonic()
         self._contenders = {contender.name: contender for contender in bench.contenders}
 
@@ -147,12 +155,16 @@ class Nodes:
 
         what = setting.describe()
         node.ask(told("warm"), what)
+        crossing = self._crossing if setting.far else None
         before = self._counted(setting)
+        if crossing:
+            crossing.begin()
         self.meter.begin(parties if probes else {})
         try:
             cell = node.ask(told("run"), what)
         finally:
             use = self.meter.end()
+        crossed = crossing.end() if crossing else None
         after = self._counted(setting)
         requests = max(1, after[0] - before[0])
         return Asked(
@@ -163,6 +175,7 @@ class Nodes:
             use=use,
             queue_s=max(0.0, after[1] - before[1]) / requests,
             compute_s=max(0.0, after[2] - before[2]) / requests,
+            crossed=crossed,
             at_s=time.time(),
         )
 
@@ -200,24 +213,25 @@ class Nodes:
 def standing(bench: Bench, all_settings: Sequence[Setting], meter: PartyMeter) -> Iterator[Nodes]:
     """Start what the settings need, wait until all of it is ready, and end it, whatever happened inside.
 
-    Raises JobFailed with the reason when a node can't be started, Refused without room.
+    Raises JobFailed with the reason when a node can't be started, Refused without room, Unavailable where the kernel cannot
+    make the declared link.
     """
     near_settings = [setting for setting in all_settings if not setting.far]
     far_settings = [setting for setting in all_settings if setting.far]
     served = any(setting.server == OURS and setting.architecture != "simple" for setting in all_settings)
     with contextlib.ExitStack() as stack:
         why_not = netns.available() if far_settings else ""
-        link = stack.enter_context(netns.namespace()) if far_settings and not why_not else None
-        server = _server(bench, link.near if link else "127.0.0.1") if served else ()
+        joined = stack.enter_context(links.joined(bench.link)) if far_settings and not why_not else None
+        server = _server(bench, joined.near if joined else "127.0.0.1") if served else ()
         near = stack.enter_context(_standing(bench, "server", bench.near, _applications(bench, near_settings), server=server))
         far = None
         if far_settings:
             assert bench.far is not None
             far_specs = [spec.at(near.ready.endpoints) for spec in _applications(bench, far_settings)]
-            network = f"netns:{link.namespace}" if link else "host"
+            network = f"netns:{joined.namespace}" if joined else "host"
             far = stack.enter_context(_standing(bench, "client", bench.far, far_specs, network=network))
         note = f"The distributed ones measured over loopback, not over a second network stack: {why_not}." if why_not else ""
-        yield Nodes(bench, near, far, meter, note)
+        yield Nodes(bench, near, far, meter, Crossing(joined) if joined else None, note)
 
 
 def _server(bench: Bench, host: str) -> tuple[str, ...]:

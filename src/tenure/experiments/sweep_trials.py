@@ -49,7 +49,7 @@ def trials_of(
                 metrics=metrics,
                 seed=seed,
                 curves=curves_of(cells),
-                note=" ".join(filter(None, (note(setting), _disturbance(metrics)))),
+                note=" ".join(filter(None, (_invalid(cells), note(setting), _disturbance(metrics)))),
             )
         )
     return made
@@ -103,12 +103,25 @@ def _row(asked: Asked) -> dict[str, float]:
         found[f"{name}_memory_bytes"] = party.memory_bytes
     own_s = sum(use.parties[name].cpu_s for name in ("app", "server") if name in use.parties)
     found["other_cpu_cores"] = max(0.0, use.host_cpu_s - own_s) / use.span_s if use.span_s else 0.0
+    if (crossed := asked.crossed) is not None:
+        if crossed.busy:
+            found["link_busy"] = crossed.busy
+        if crossed.forwarder_memory_bytes:
+            found["forwarder_cpu"] = crossed.forwarder_cpu_s / cell.wall_s
+            found["forwarder_cpu_s_per_image"] = crossed.forwarder_cpu_s / cell.images
+            found["forwarder_memory_bytes"] = crossed.forwarder_memory_bytes
     if asked.compute_s:
         found["queue_s"], found["compute_s"] = asked.queue_s, asked.compute_s
     if use.gpu_memory_bytes:
         found["gpu_busy"], found["gpu_busy_max"] = use.gpu_busy, use.gpu_busy_max
         found["gpu_memory_bytes"] = use.gpu_memory_bytes
     return found
+
+
+def _invalid(cells: Sequence[Asked]) -> str:
+    """Return why some of the cells are no measurement of the declared link; empty when all are."""
+    wrong = [each.crossed.invalid for each in cells if each.crossed and each.crossed.invalid]
+    return f"INVALID in {len(wrong)} of {len(cells)} repeats: {wrong[0][0]}." if wrong else ""
 
 
 def _disturbance(metrics: Mapping[str, Summary]) -> str:
