@@ -163,6 +163,8 @@ class Sweep:
     """Pictures used, the first by name."""
     twins: bool = True
     """Measure the first setting of each batch twice in every repeat: what the machine does to a ratio whose truth is 1."""
+    fresh: bool = True
+    """Measure memory by a server and an application that have run nothing else, once per setting, before the repeats."""
     client_cpus: float = 0.0
     """Cores of the distributed application's node; 0: half of what is free. The rest is the server's node."""
     link: str = ""

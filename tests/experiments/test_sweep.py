@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tenure.errors import SpecError
-from tenure.experiments.sweep import Contender, in_flight, order, settings
+from tenure.experiments.sweep import Contender, fresh, in_flight, order, settings
 from tenure.jobs import Sweep
 
 SWEEP = Sweep(batches=(1, 8), repeats=5)
@@ -69,6 +69,16 @@ def test_every_repeat_runs_every_setting_once_in_an_order_of_its_own():
     assert all(set(each) == set(found) for each in rounds)
     assert len({tuple(each) for each in rounds}) == 5
     assert list(order(found, 5, seed=3)) == drawn != list(order(found, 5, seed=4))
+
+
+def test_a_fresh_server_tells_the_memory_of_all_that_ask_it_alike():
+    found = planned(contenders=[Contender(name="triton", targets={"grpc": "grpc://h:1"}, model="m")])
+    told_by = fresh(found)
+    assert set(told_by) == {each for each in found if each.server == "tenure"}
+    assert {(each.data, each.twin) for each in told_by.values()} == {("memory", 0)}
+    assert len(set(told_by.values())) == 6 * 2 * 2
+    for setting, other in told_by.items():
+        assert replace(setting, data="memory", twin=0) == other
 
 
 def test_without_pictures_nothing_comes_from_files():

@@ -85,7 +85,7 @@ def run(model, launch, tmp_path, sweep, *, recorded, expected=None):
 
 
 def test_every_setting_is_measured_in_every_repeat_and_its_account_is_complete(model, launch, tmp_path):
-    sweep = Sweep(batches=(4,), repeats=2, cell_s=0.05, in_flight=3, images=PICTURES, normalise="unit")
+    sweep = Sweep(batches=(4,), repeats=2, cell_s=0.05, in_flight=3, images=PICTURES, normalise="unit", fresh=False)
     recorded = []
     trials = run(model, launch, tmp_path, sweep, recorded=recorded)
     assert tuple(recorded) == trials
@@ -135,6 +135,7 @@ def test_a_declared_link_is_crossed_and_its_forwarder_is_a_party(model, launch, 
         images=PICTURES,
         normalise="unit",
         twins=False,
+        fresh=False,
         link="rate=100Mbit,delay=5ms",
     )
     (trial,) = run(model, launch, tmp_path, sweep, recorded=[])
@@ -146,7 +147,9 @@ def test_a_declared_link_is_crossed_and_its_forwarder_is_a_party(model, launch, 
 
 
 def test_a_wrong_answer_refuses_the_experiment_and_ends_what_runs(model, launch, tmp_path):
-    sweep = Sweep(architectures=("simple",), batches=(1,), repeats=1, cell_s=0.05, images=PICTURES, normalise="unit")
+    sweep = Sweep(
+        architectures=("simple",), batches=(1,), repeats=1, cell_s=0.05, images=PICTURES, normalise="unit", fresh=False
+    )
     recorded = []
     with pytest.raises(JobFailed, match="answers differ"):
         run(model, launch, tmp_path, sweep, recorded=recorded, expected=lambda right: right + 1)
@@ -155,7 +158,9 @@ def test_a_wrong_answer_refuses_the_experiment_and_ends_what_runs(model, launch,
 
 
 def test_what_is_broken_off_keeps_its_whole_repeats(model, launch, tmp_path):
-    sweep = Sweep(architectures=("simple",), batches=(1,), repeats=3, cell_s=0.05, images=PICTURES, normalise="unit")
+    sweep = Sweep(
+        architectures=("simple",), batches=(1,), repeats=3, cell_s=0.05, images=PICTURES, normalise="unit", fresh=False
+    )
     recorded = []
 
     def interrupted(text, *, done=None):
@@ -184,6 +189,31 @@ def test_what_is_broken_off_keeps_its_whole_repeats(model, launch, tmp_path):
     assert {trial.metrics["images_per_s"].n for trial in recorded} == {2}
     assert all("Broken off after 2 of 3 repeats." in trial.note for trial in recorded)
     assert all(launched.wait(0.0) is not None for launched in launch.started)
+
+
+def test_memory_is_that_of_processes_that_have_run_nothing_else(model, launch, tmp_path):
+    sweep = Sweep(
+        architectures=("simple", "microservice"),
+        interactions=("async",),
+        transports=("http",),
+        batches=(1, 64),
+        repeats=2,
+        cell_s=0.05,
+        images_in_flight=512,
+        images=PICTURES,
+        normalise="unit",
+        twins=False,
+    )
+    trials = run(model, launch, tmp_path, sweep, recorded=[])
+    found = {tuple(t.configuration[name] for name in ("architecture", "batch", "data")): t.metrics for t in trials}
+    for batch in (1, 64):
+        one, two = (found["microservice", batch, data] for data in ("memory", "files"))
+        assert one["server_memory_bytes"] == two["server_memory_bytes"]
+        assert (one["server_memory_bytes"].n, one["app_memory_bytes"].n, two["app_memory_bytes"].n) == (1, 1, 2)
+    small, large = (found["microservice", batch, "memory"]["server_memory_bytes"].mean for batch in (1, 64))
+    assert large - small > 4 << 20  # 8 x 64 pictures of 12 KB are under way
+    # A pair of nodes for each of the four, and those of the repeats.
+    assert len(launch.started) == 4 + 1
 
 
 def test_pictures_that_cannot_be_decoded_are_told_and_the_others_used(model, tmp_path):

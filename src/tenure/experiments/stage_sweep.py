@@ -15,7 +15,7 @@ import numpy as np
 from tenure.errors import Refused, SpecError, Unavailable
 from tenure.experiments import netns
 from tenure.experiments.context import RunContext
-from tenure.experiments.sweep import Contender, settings
+from tenure.experiments.sweep import Contender, Setting, settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import measure_sweep
 from tenure.jobs import Job, Sweep
@@ -50,6 +50,28 @@ class Prepared:
 
 def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequence[Contender] = ()) -> tuple[Trial, ...]:
     """Run the stage; return its trials, which are recorded. Raises JobFailed, Refused or SpecError with the reason."""
+    assert job.sweep is not None
+    bench, planned = assemble(context, job, model, contenders=contenders)
+    context.step(job.name, "measure", f"{len(planned)} settings, {job.sweep.repeats} repeats, one random order")
+    trials = measure_sweep(
+        bench,
+        job.sweep,
+        planned,
+        seed=job.seed,
+        make_trial=lambda **fields: context.trial(stage=job.name, fingerprint=_fingerprint(context, job), **fields),
+        record=context.client.record_trial,
+        progress=context.progress,
+        gpu=bool(context.node.machine.gpus),
+        now=context.clock.boot_s,
+    )
+    context.close_step(job.name, "measure", _closing(trials, job.sweep))
+    return trials
+
+
+def assemble(
+    context: RunContext, job: Job, model: Path, *, contenders: Sequence[Contender] = ()
+) -> tuple[Bench, tuple[Setting, ...]]:
+    """Prepare pictures and right answers; return what is measured, by which means, and its settings."""
     sweep = job.sweep
     assert sweep is not None
     context.step(job.name, "prepare", "pictures and right answers")
@@ -58,21 +80,16 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
     rows = len(np.load(prepared.examples.expected, mmap_mode="r"))
     skipped = f"; {len(prepared.skipped)} can't be decoded, such as {prepared.skipped[0]}" if prepared.skipped else ""
     context.close_step(job.name, "prepare", f"{rows} {'pictures' if prepared.examples.files else 'examples'}{skipped}")
+    for note in _left_out(sweep, prepared):
+        context.display.warn(f"{job.name}: {note}")
     link = parse_link(sweep.link)
-    far_link = str(link) or "netns"
-    if "distributed" in sweep.architectures and (why_not := netns.available()):
-        if link.shapes:
-            raise Unavailable(f"the declared link {link} cannot be made: {why_not}")
-        far_link = "loopback"
     planned = settings(
         sweep,
         files=bool(prepared.examples.files),
         fixed_batch=prepared.fixed_batch,
-        far_link=far_link,
+        far_link=_far_link(sweep),
         contenders=contenders,
     )
-    for note in _left_out(sweep, prepared):
-        context.display.warn(f"{job.name}: {note}")
     near, far = envelopes(context.node, sweep)
     bench = Bench(
         name=context.run.name,
@@ -87,20 +104,17 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
         contenders=contenders,
         link=link,
     )
-    context.step(job.name, "measure", f"{len(planned)} settings, {sweep.repeats} repeats, one random order")
-    trials = measure_sweep(
-        bench,
-        sweep,
-        planned,
-        seed=job.seed,
-        make_trial=lambda **fields: context.trial(stage=job.name, fingerprint=_fingerprint(context, job), **fields),
-        record=context.client.record_trial,
-        progress=context.progress,
-        gpu=bool(context.node.machine.gpus),
-        now=context.clock.boot_s,
-    )
-    context.close_step(job.name, "measure", _closing(trials, sweep))
-    return trials
+    return bench, planned
+
+
+def _far_link(sweep: Sweep) -> str:
+    """Return what will join the two nodes. Raises Unavailable where a declared link cannot be made."""
+    link = parse_link(sweep.link)
+    if "distributed" in sweep.architectures and (why_not := netns.available()):
+        if link.shapes:
+            raise Unavailable(f"the declared link {link} cannot be made: {why_not}")
+        return "loopback"
+    return str(link) or "netns"
 
 
 def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) -> Prepared:

@@ -144,6 +144,15 @@ def in_flight(sweep: Sweep, setting: Setting) -> int:
     return min(sweep.in_flight, max(2, sweep.images_in_flight // setting.batch))
 
 
+def fresh(planned: Sequence[Setting]) -> dict[Setting, Setting]:
+    """Return, for each setting, the one whose fresh server tells its memory: the same, or that with other data. No twins."""
+    first: dict[tuple[str, int], Setting] = {}
+    for setting in planned:
+        if not setting.twin and setting.server == OURS:
+            first.setdefault((setting.application, setting.batch), setting)
+    return {each: first[each.application, each.batch] for each in planned if each.server == OURS}
+
+
 def _places(sweep: Sweep, far_link: str, contenders: Sequence[Contender]) -> Iterator[tuple[str, str, str, str]]:
     """Yield architecture, transport, link and server."""
     links = {"simple": "in-process", "microservice": "loopback", "distributed": far_link}

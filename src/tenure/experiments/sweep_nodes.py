@@ -116,6 +116,11 @@ class Nodes:
         return self._node(setting).applications[setting.application].prepare_model_s
 
     @property
+    def pids(self) -> tuple[int, ...]:
+        """Return the process that each node's lease began with: the server's node, then the client's."""
+        return tuple(node.ready.pid for node in (self._near, self._far) if node is not None)
+
+    @property
     def server_start_s(self) -> float:
         """How long the server took to listen."""
         return self._near.ready.server_start_s

@@ -5,14 +5,15 @@ What is broken off, by Ctrl-C or by a cell that fails, keeps the trials of whole
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from tenure.experiments.following import show_time
-from tenure.experiments.sweep import Setting, in_flight, order
+from tenure.experiments.sweep import Setting, fresh, in_flight, order
 from tenure.experiments.sweep_nodes import Asked, Bench, Nodes, standing
 from tenure.experiments.sweep_parties import PartyMeter
-from tenure.experiments.sweep_trials import raw_line, trials_of
+from tenure.experiments.sweep_trials import Fresh, raw_line, trials_of
 from tenure.jobs import Sweep
 from tenure.meter.sample import NvmlSampler
 from tenure.protocols import Progress
@@ -22,8 +23,8 @@ RAW = "cells.jsonl"
 """Every cell as it ended, in the bench's work folder."""
 WARM_S = 0.05
 """Of each setting's first cell, which nobody keeps."""
-WARM_SHARE = 0.05
-"""Of the progress bar."""
+FRESH_SHARE, WARM_SHARE = 0.1, 0.15
+"""Of the progress bar: up to where memory is measured, and up to where everything is warm."""
 
 
 def measure_sweep(
@@ -44,8 +45,11 @@ def measure_sweep(
     one. now: a monotonic clock. Raises JobFailed when a cell fails or gives a wrong answer, Refused without room.
     """
     asked: list[Asked] = []
-    progress("starting the server and the applications")
-    with PartyMeter(NvmlSampler if gpu else None) as meter, standing(bench, planned, meter) as nodes:
+    with contextlib.ExitStack() as stack:
+        meter = stack.enter_context(PartyMeter(NvmlSampler if gpu else None))
+        memory = measure_fresh(bench, sweep, planned, meter, progress=progress) if sweep.fresh else {}
+        progress("starting the server and the applications")
+        nodes = stack.enter_context(standing(bench, planned, meter))
         trials: list[Trial] = []
         try:
             with (bench.workdir / RAW).open("a") as raw:
@@ -62,10 +66,24 @@ def measure_sweep(
                 make_trial=make_trial,
                 seed=seed,
                 note=lambda setting: _note(setting, sweep, nodes, whole),
+                fresh=memory,
             )
             for trial in trials:
                 record(trial)
     return tuple(trials)
+
+
+def measure_fresh(
+    bench: Bench, sweep: Sweep, planned: Sequence[Setting], meter: PartyMeter, *, progress: Progress
+) -> dict[Setting, Fresh]:
+    """Return the memory of each setting's parties on nodes that have run nothing else."""
+    told_by = fresh(planned)
+    found: dict[Setting, Asked] = {}
+    for done, setting in enumerate(dict.fromkeys(told_by.values())):
+        progress(f"memory, fresh processes: {setting.describe()}", done=FRESH_SHARE * done / len(set(told_by.values())))
+        with standing(bench, [setting], meter) as nodes:
+            found[setting] = nodes.run(setting, repeat=-1, order=-1, seconds=sweep.cell_s, in_flight=in_flight(sweep, setting))
+    return {setting: Fresh(found[other].use, same_data=setting.data == other.data) for setting, other in told_by.items()}
 
 
 def cells(
@@ -79,7 +97,7 @@ def cells(
 ) -> Iterator[Asked]:
     """Yield every cell as it ends. A round before the first, of which nothing is kept, warms all up."""
     for done, setting in enumerate(planned):
-        progress(f"warming up: {setting.describe()}", done=WARM_SHARE * done / len(planned))
+        progress(f"warming up: {setting.describe()}", done=FRESH_SHARE + (WARM_SHARE - FRESH_SHARE) * done / len(planned))
         nodes.run(setting, repeat=-1, order=-1, seconds=WARM_S, in_flight=in_flight(sweep, setting), probes=False)
     total, began_s = len(planned) * sweep.repeats, now()
     for place, (repeat, setting) in enumerate(order(planned, sweep.repeats, seed)):

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from tenure.experiments.architectures import percentile
 from tenure.experiments.machine_load import DISTURBED_CORES
 from tenure.experiments.sweep import Setting
 from tenure.experiments.sweep_nodes import Asked
+from tenure.experiments.sweep_parties import CellUse
 from tenure.serve.load.orders import STAGES
 from tenure.trials import Trial
 from tenure.usage import Summary, summarize
 
 QUANTILES = 1000
 """Parts of the curve of latencies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What a cell used on nodes that had run nothing else."""
+
+    use: CellUse
+    same_data: bool
+    """False: its application took its data from elsewhere, and tells the server's memory alone."""
 
 
 def trials_of(
@@ -28,10 +39,11 @@ def trials_of(
     make_trial: Callable[..., Trial],
     seed: int,
     note: Callable[[Setting], str],
+    fresh: Mapping[Setting, Fresh] | None = None,
 ) -> list[Trial]:
     """Return one trial per setting, in the order in which settings were first met by repeat 0's order of factors.
 
-    make_trial: called with source, configuration, metrics, seed, curves, note.
+    make_trial: called with source, configuration, metrics, seed, curves, note. fresh: where memory was measured apart.
     """
     by_setting: dict[Setting, list[Asked]] = {}
     for each in asked:
@@ -40,6 +52,8 @@ def trials_of(
     for setting, cells in by_setting.items():
         cells.sort(key=lambda each: each.repeat)
         metrics = metrics_of(cells) | {"prepare_model_s": summarize(prepare_model_s(setting))}
+        if fresh and setting in fresh:
+            metrics |= _memory(fresh[setting])
         if setting.architecture != "simple" and server_start_s:
             metrics["server_start_s"] = summarize([server_start_s])
         made.append(
@@ -71,6 +85,16 @@ def curves_of(cells: Sequence[Asked]) -> dict[str, tuple[float, ...]]:
         "images_per_s": tuple(each.cell.images / each.cell.wall_s for each in cells),
         "order": tuple(float(each.order) for each in cells),
         "latency_s": (pool[0], *(percentile(pool, 100 * place / QUANTILES) for place in range(1, QUANTILES + 1))),
+    }
+
+
+def _memory(fresh: Fresh) -> dict[str, Summary]:
+    """Return the memory of the parties that a fresh cell tells of."""
+    parties = fresh.use.parties
+    return {
+        f"{name}_memory_bytes": summarize([party.memory_bytes])
+        for name, party in parties.items()
+        if name != "app" or fresh.same_data
     }
 
 
