@@ -1,5 +1,7 @@
 import json
+import math
 import re
+import statistics
 from dataclasses import replace
 from functools import reduce
 
@@ -42,10 +44,14 @@ class Ledger:
         self.usage, self.jobs = rows["usage"], rows["jobs"]
 
     def follow(self, cite):
+        if "ratio" in cite:
+            pairs = zip(*(self.trials[cite[one]]["curves"][cite["ratio"]] for one in ("trial", "against")), strict=True)
+            logs = [math.log(one / other) for one, other in pairs]
+            return math.exp(statistics.median((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:]))
         if "trial" in cite:
             row = self.trials[cite["trial"]]
             if "metric" in cite:
-                return row["metrics"][cite["metric"]]["mean"]
+                return row["metrics"][cite["metric"]][cite.get("part", "mean")]
             return (
                 row["curves"][cite["curve"]][cite["index"]] if "curve" in cite else row["configuration"][cite["configuration"]]
             )

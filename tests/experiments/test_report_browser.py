@@ -10,6 +10,7 @@ import pytest
 
 from tenure.experiments.report import ReportData, build_report, figures, render_html, write_report
 
+from .bench_synthetic import bench_run
 from .synthetic import full_run
 from .test_report_predictions import made
 
@@ -38,10 +39,14 @@ def chromium(folder, *words):
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, cwd=folder).stdout
 
 
-def test_the_browser_finds_every_plot_with_its_title_and_marks(tmp_path):
-    page, _ = write_report(full_run(), tmp_path)
+RUNS = pytest.mark.parametrize("made_run", [full_run, bench_run], ids=["run", "experiment"])
+
+
+@RUNS
+def test_the_browser_finds_every_plot_with_its_title_and_marks(made_run, tmp_path):
+    page, _ = write_report(made_run(), tmp_path)
     dom = chromium(tmp_path, "--dump-dom", page.as_uri())
-    for figure in figures(build_report(full_run())):
+    for figure in figures(build_report(made_run())):
         start = dom.index(f'<figure id="{figure["id"]}"')
         svg = dom[start : dom.index("</figure>", start)]
         marks = sum(len(series["points"]) for series in figure["series"] if series.get("style") != "level")
@@ -50,11 +55,12 @@ def test_the_browser_finds_every_plot_with_its_title_and_marks(tmp_path):
         assert drawn > (10 if figure["kind"] == "lines" else marks), figure["id"]
 
 
-def test_the_browser_paints_every_plot(tmp_path):
+@RUNS
+def test_the_browser_paints_every_plot(made_run, tmp_path):
     """All plots on one sheet, each in a box of known size, so that one screenshot tells of each."""
     from PIL import Image
 
-    report = build_report(full_run())
+    report = build_report(made_run())
     page = render_html(report)
     svgs = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
     assert len(svgs) == len(figures(report))
@@ -101,3 +107,17 @@ def test_the_browser_finds_every_plot_of_a_replay(tmp_path):
         start = dom.index(f'<figure id="replay-{name}"')
         svg = dom[start : dom.index("</figure>", start)]
         assert len(re.findall(r"<path |<use ", svg)) > 8, name
+
+
+def test_nothing_on_an_experiments_page_is_wider_than_a_laptop_shows(tmp_path):
+    """Tables that are wider scroll within themselves; the page does not. Measured by the page in the browser."""
+    page, _ = write_report(bench_run(), tmp_path)
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>document.title = document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg').length</script>"
+    )
+    probe.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    dom = chromium(tmp_path, "--window-size=1000,1400", "--dump-dom", probe.as_uri())
+    width, svgs = re.search(r"<title>(\d+) (\d+)</title>", dom).groups()
+    assert int(width) <= 1000
+    assert int(svgs) == len(figures(build_report(bench_run())))

@@ -27,7 +27,7 @@ _ADVICE: Mapping[str, Advice] = {
         ("place",),
     ),
     "node model": Advice(
-        "Use less CPU per image: a smaller or quantised model, more cores, or a GPU. The way to the model hardly counts here.",
+        "The model itself fills the cores: a smaller or quantised one, more cores, or a GPU.",
         ("batch", "place"),
     ),
     "node app": Advice(

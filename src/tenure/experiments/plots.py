@@ -1,6 +1,6 @@
 """Figures drawn as SVG for one HTML page: no script, no outside reference, the same bytes for the same data.
 
-A figure is plain data (see `report_figures`); values are in base units, and `scale` divides them for the axis. Text
+A figure is plain data (see `report_points`); values are in base units, and `scale` divides them for the axis. Text
 stays text, so that it can be searched, read aloud and printed sharply. What is shown is decided elsewhere.
 """
 
@@ -75,6 +75,8 @@ def _height(figure: Figure) -> float:
 
 
 def _dress(axes: Any, figure: Figure) -> None:
+    from matplotlib.ticker import NullLocator
+
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     along = "x" if figure["kind"] in ("hbars", "spans", "ratios") else "y"
@@ -90,6 +92,10 @@ def _dress(axes: Any, figure: Figure) -> None:
         axis.set_minor_formatter("")
     elif figure.get("from_zero", True) and figure["kind"] in ("lines", "bars"):
         axes.set_ylim(bottom=0)
+    if ticks := figure.get("x_ticks"):  # few levels, each about a multiple of the one before
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
     if figure.get("whole"):
         axes.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes.get_legend_handles_labels()
@@ -111,7 +117,7 @@ def _categories(figure: Figure) -> list[str]:
 
 
 def _colour(series: Mapping[str, Any], index: int) -> str:
-    return ROLES.get(series.get("role", series["name"]), PALETTE[index % len(PALETTE)])
+    return ROLES.get(series.get("role", series["name"]), PALETTE[series.get("tone", index) % len(PALETTE)])
 
 
 def _scaled(point: Mapping[str, Any], figure: Figure) -> float:
@@ -145,6 +151,8 @@ def _lines(axes: Any, figure: Figure) -> None:
         width = max(1.4, 4.4 - index)  # equal curves lie on each other: the later ones are thinner, so all are seen
         marker = "o" if len(xs) < 30 else None
         axes.plot(xs, ys, color=colour, linewidth=width, alpha=0.85, marker=marker, markersize=2 + width, label=series["name"])
+        if whiskers := None if any("low" in point for point in points) else _whiskers(series, figure):
+            axes.errorbar(xs, ys, yerr=whiskers, fmt="none", ecolor=colour, capsize=3, linewidth=1.2)
         if any("low" in point for point in points):
             lows, highs = zip(*(_reach(point, figure) for point in points), strict=True)
             axes.fill_between(
@@ -213,7 +221,7 @@ def _hbars(axes: Any, figure: Figure) -> None:
             height * 0.92,
             left=[reached[str(point["x"])] for point in points] if stacked else None,
             xerr=_whiskers(series, figure),
-            color=_colour(series, index),
+            color=_colour(series, index) + ("70" if series.get("pale") else ""),
             ecolor=INK,
             error_kw={"linewidth": 0.9, "capsize": 2},
             edgecolor="white",

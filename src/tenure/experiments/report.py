@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tenure.experiments.bench_report import bench_cards, bench_outcome
 from tenure.experiments.plots import draw
 from tenure.experiments.report_cite import ReportData, Rows, label, show
 from tenure.experiments.report_figures import lease_figures
@@ -143,6 +144,9 @@ def _outcome(data: ReportData) -> str:
     if missed:
         return f"No configuration meets the goal of stage {missed[0].stage}: {missed[0].goal}."
     if run.state is RunState.DONE:
+        found = [sentence for stage in run.stages if (sentence := bench_outcome(Rows(data), stage))]
+        if found:
+            return found[0]
         done = f"All {len(run.stages)} stages are done" if len(run.stages) != 1 else "The stage is done"
         return f"{done}; {len(data.trials)} trials were made and {len(data.leases)} leases were granted and ended."
     return f"The run is {run.state}: this report shows what it has so far."
@@ -158,7 +162,7 @@ def _cards(rows: Rows) -> list[dict[str, Any]]:
 
 def _stage_cards(rows: Rows, stage: Stage) -> list[dict[str, Any]]:
     trials, recommendations, _ = rows.of_stage(stage)
-    cards = []
+    cards = bench_cards(rows, stage)
     for recommendation in recommendations:
         if recommendation.chosen is not None:
             goal = recommendation.goal or stage.name

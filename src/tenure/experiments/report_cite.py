@@ -104,7 +104,7 @@ class Rows:
         found = rate_ratio(self._trials[trial.id], self._trials[against.id])
         if found is None:
             return text_cell("–")
-        text = f"{found.value:.3g}×" + (f" ({found.low:.3g}–{found.high:.3g})" if found.low > 0 else "")
+        text = f"{found.value:.2f}× ({found.low:.2f}–{found.high:.2f})"
         cite = {"trial": trial.id, "against": against.id, "ratio": "images_per_s"}
         return {"value": found.value, "text": text, "cite": cite}
 
@@ -193,6 +193,9 @@ def show(name: str, value: Any) -> str:
 
 def show_spread(name: str, mean: float, error: float) -> str:
     """Return mean ± error for people, both in the unit that fits the mean, e.g. ``422 ± 2.9 ms``."""
+    if name.endswith("_per_s"):
+        number = show(name, mean).removesuffix("/s")
+        return f"{number} ± {error:.0f}/s" if error >= 100 else f"{number} ± {error:.2g}/s"
     number, _, unit = show(name, mean).rpartition(" ")
     if not number or not mean:
         return f"{show(name, mean)} ± {show(name, error)}"
@@ -285,9 +288,11 @@ def text_cell(text: object) -> Cell:
     return {"text": str(text)}
 
 
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], **more: Any) -> dict[str, Any]:
-    """Return the block of a table, cut off after `MAX_ROWS` rows and saying so."""
-    shown = [list(row) for row in rows[:MAX_ROWS]]
+def make_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, most: int = MAX_ROWS, **more: Any
+) -> dict[str, Any]:
+    """Return the block of a table, cut off after so many rows and saying so."""
+    shown = [list(row) for row in rows[:most]]
     left = len(rows) - len(shown)
     note = f"{left} further rows are in the JSON file's ledger rows only." if left > 0 else ""
     return {"kind": "table", "title": title, "columns": list(columns), "rows": shown, "note": note, **more}

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tenure.experiments.bench_report import bench_blocks
 from tenure.experiments.report_cite import Cell, Rows, label, make_table, metrics_present, show, text_cell, words
 from tenure.experiments.report_figures import comparison_figures, serving_figures, training_figures
 from tenure.experiments.report_predictions import prediction_blocks
@@ -35,6 +36,8 @@ def stage_blocks(rows: Rows, stage: Stage) -> list[Block]:
     if stage.detail:
         failed = stage.state in (RunState.FAILED, RunState.CANCELLED)
         blocks.append({"kind": "warning" if failed else "text", "text": stage.detail})
+    blocks += bench_blocks(rows, stage)
+    trials = [trial for trial in trials if trial.source != "sweep"]
     figures = serving_figures(rows, stage) if stage.kind == "serve" else training_figures(rows, stage)
     costs = [figure for figure in figures if "-cost-" in figure["id"]]
     blocks += _measured(rows, trials) + _as_blocks([figure for figure in figures if figure not in costs])
