@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # NumPy comes with it, which `tenure --help` need not pay
     from tenure.serve.load.report import LoadReport
     from tenure.serve.load.summary import Figures
 
+
 def bench_load(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server: http://HOST:PORT or grpc://HOST:PORT.")],
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="The model, by its name there.")],
