@@ -16,7 +16,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("dataset", "doctor", "down", "gc", "logs", "release", "report", "run", "up")
+_VERBS = (
+    *("dataset", "doctor", "down", "execute", "follow", "gc", "lease", "logs", "release", "renew", "report", "resize", "run"),
+    *("top", "up"),
+)
 _LISTS = ("events", "leases", "nodes", "runs", "trials")
 _HOMES = {
     **{name: ("tenure.verbs", name) for name in _VERBS},

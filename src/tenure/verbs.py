@@ -12,6 +12,13 @@ from tenure.broker.client import connect, start_broker
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.events import Event
 from tenure.leases import EndReason, Lease
+from tenure.leasing import execute as execute
+from tenure.leasing import follow as follow
+from tenure.leasing import lease as lease
+from tenure.leasing import logs as logs
+from tenure.leasing import renew as renew
+from tenure.leasing import resize as resize
+from tenure.leasing import top as top
 from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node, NodeState
 from tenure.protocols import SystemClock
@@ -183,21 +190,6 @@ def report(run_id: str, *, home: Home = None, folder: str | Path | None = None) 
     with app.broker(found_home) as client:
         files = RunFiles(found_home, run_id)
         return report_run(client, files, run_id, now_s=SystemClock().utc_s(), folder=Path(folder) if folder else None)
-
-
-def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
-    """Return the end of a lease's output, its last attempt. Raises NotFound."""
-    found_home = app.find_home(home)
-    with app.broker(found_home) as client:
-        lease = client.lease(lease_id).lease
-    folder = RunFiles(found_home, lease.run_id).logs(lease.stage)
-    found = sorted(folder.glob(f"{lease.worker}.*.log"), key=lambda path: path.stat().st_mtime)
-    path = next((p for p in found if p.name == f"{lease.worker}.{lease.attempt}.log"), None)
-    if path is None:
-        raise NotFound(f"lease {lease_id} has no log in {folder}: it wrote none yet, or it was removed for its age")
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - max_bytes))
-        return file.read().decode(errors="replace")
 
 
 def up(

@@ -15,7 +15,7 @@ Here is encoding only; sockets are in `sockets`. Operations and their arguments 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -207,6 +207,16 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exec:
+    """Run a command inside a lease, without a terminal; of the broker and of the agent. It is ended after `timeout_s`
+    (Unavailable). Unlike every other operation, doing it again runs it again. Raises Conflict when nothing runs there."""
+
+    lease_id: str
+    argv: tuple[str, ...]
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Nudge:
     """Have the broker look into a stage's ``store/events`` now instead of within a second."""
 
@@ -298,6 +308,14 @@ class Backup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExecResult:
+    """Exit code and output (as text, undecodable bytes replaced) of a command run inside a lease."""
+
+    code: int
+    output: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseView:
     """A lease with what is known of its attempts."""
 
@@ -369,6 +387,8 @@ BROKER_OPS: Mapping[str, Op] = {
     "renew": Op(args=Renew, result=Lease),
     "resize": Op(args=Resize, result=Lease),
     "release": Op(args=Release, result=Nothing),
+    "exec": Op(args=Exec, result=ExecResult),
+    "live": Op(args=Nothing, result=tuple[LeaseView, ...]),
     "nudge": Op(args=Nudge, result=Nothing),
     "events": Op(args=ListEvents, result=tuple[Event, ...]),
     "usage": Op(args=LeaseRef, result=tuple[UsagePoint, ...]),
@@ -446,23 +466,6 @@ class AttemptView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AgentExec:
-    """Run a command inside a lease."""
-
-    lease_id: str
-    argv: tuple[str, ...]
-    timeout_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecResult:
-    """Exit code and output (as text, undecodable bytes replaced) of a command run inside a lease."""
-
-    code: int
-    output: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BootTime:
     """The node's CLOCK_BOOTTIME, so that the broker can turn UTC ends into deadlines."""
 
@@ -481,18 +484,9 @@ AGENT_OPS: Mapping[str, Op] = {
     "stop": Op(args=AgentStop, result=Nothing),
     "attempts": Op(args=Nothing, result=tuple[AttemptView, ...]),
     "forget": Op(args=LeaseRef, result=Nothing),
-    "exec": Op(args=AgentExec, result=ExecResult),
+    "exec": Op(args=Exec, result=ExecResult),
     "shutdown": Op(args=Nothing, result=Nothing),
 }
 
 AGENT_NOTES: Mapping[str, Any] = {"attempt": AttemptView}
 """What an agent tells the broker unasked: usage of a running attempt about once a second, and each exit."""
-
-
-def describe_ops(ops: Mapping[str, Op]) -> str:
-    """Return the operations as text, for the reference page."""
-    lines = []
-    for name, op in ops.items():
-        names = [f.name for f in fields(op.args)] if is_dataclass(op.args) else []
-        lines.append(f"{name}({', '.join(names)})")
-    return "\n".join(lines)

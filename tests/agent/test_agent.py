@@ -89,7 +89,7 @@ def test_an_agent_starts_renews_looks_into_stops_and_forgets_a_lease(node):
         client.call("start", wire.AgentStart(runtime="container", spec=node.spec("true", boot=boot, lease="other")))
     client.call("renew", wire.AgentRenew(lease_id="lease-1", fence=1, deadline_boot_s=boot.boot_s + 100))
     client.call("resize", wire.AgentResize(lease_id="lease-1", fence=1, envelope=Envelope(memory_bytes=80 << 20)))
-    assert client.call("exec", wire.AgentExec(lease_id="lease-1", argv=("echo", "in"))).output == "in\n"
+    assert client.call("exec", wire.Exec(lease_id="lease-1", argv=("echo", "in"))).output == "in\n"
     (view,) = client.call("attempts", wire.Nothing())
     assert (view.handle, view.exit) == (handle, None)
     with pytest.raises(StaleFence):

@@ -31,7 +31,7 @@ NOUNS = frozenset(
 ROOMS = frozenset(
     ("decide", "meter", "runtimes", "agent", "fleet", "ledger", "broker", "train", "serve", "recommend", "experiments", "cli")
 )
-EDGES = frozenset({"verbs", "app"})
+EDGES = frozenset({"verbs", "leasing", "app"})
 OTHERS = frozenset({"sockets", "jobfile", "data"})
 """`sockets` sits beside meter; `jobfile` and `data` turn files' text into nouns."""
 

@@ -182,7 +182,7 @@ class Agent:
         self._check_broker(connection)
         await self._do(self._runtime.forget, args.lease_id)
 
-    async def _exec(self, args: wire.AgentExec, _connection: Connection) -> wire.ExecResult:
+    async def _exec(self, args: wire.Exec, _connection: Connection) -> wire.ExecResult:
         handle = await self._do(self._runtime.attach, args.lease_id)
         loop = asyncio.get_running_loop()
         code, output = await loop.run_in_executor(

@@ -140,7 +140,7 @@ def _answers(home: Path) -> bool:
 class BrokerClient:
     """Each method is the operation of that name in `wire.BROKER_OPS` and raises what the broker raises.
 
-    A call that finds the broker dead is made once more, on a broker started anew: every operation is idempotent.
+    A call that finds the broker dead is made once more, on a broker started anew: every operation but `exec` is idempotent.
     """
 
     def __init__(self, home: Path, *, start: bool = True, who: str = "client") -> None:
@@ -186,8 +186,8 @@ class BrokerClient:
                 return
         connection.close()
 
-    def _call(self, op: str, args: Any, *, timeout_s: float = 60.0) -> Any:
-        for again in (True, False):
+    def _call(self, op: str, args: Any, *, timeout_s: float = 60.0, once: bool = False) -> Any:
+        for again in (False,) if once else (True, False):
             connection = self._connection()
             try:
                 result = connection.call(op, args, timeout_s=timeout_s)
@@ -287,6 +287,15 @@ class BrokerClient:
     def release(self, lease_ids: Sequence[str], *, reason: EndReason = EndReason.RELEASED, why: str = "") -> None:
         """Ask leases to end; returns at once."""
         self._call("release", wire.Release(lease_ids=tuple(lease_ids), reason=reason, why=why))
+
+    def exec(self, lease_id: str, argv: Sequence[str], *, timeout_s: float) -> wire.ExecResult:
+        """Run a command inside a lease. Raises NotFound, Conflict, Unavailable when it did not end in time."""
+        args = wire.Exec(lease_id=lease_id, argv=tuple(argv), timeout_s=timeout_s)
+        return self._call("exec", args, timeout_s=timeout_s + 30.0, once=True)  # type: ignore[no-any-return]
+
+    def live(self) -> tuple[wire.LeaseView, ...]:
+        """Return every lease that has not ended with its latest usage, oldest request first; exits are left out."""
+        return self._call("live", wire.Nothing())  # type: ignore[no-any-return]
 
     def nudge(self, run_id: str, stage: str) -> None:
         """Have the broker look into a stage's events now."""

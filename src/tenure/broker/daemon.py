@@ -24,6 +24,7 @@ from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
 from tenure.broker.steady import SteadyClock
+from tenure.broker.workspaces import Workspaces
 from tenure.decide.queueing import FIFO
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
@@ -115,6 +116,7 @@ class Broker:
         self.invocations = Invocations(self.book, self.attempts, home=home)
         self.quotas = Quotas(self.book, self.attempts, home=home)
         self.retention = Retention(self.book, fleet, home=home)
+        self.workspaces = Workspaces(self.book)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
         self.handlers = Handlers(
@@ -172,6 +174,7 @@ class Broker:
             self.queue.tick,
             self.invocations.tick,
             self.quotas.tick,
+            self.workspaces.tick,
             self.retention.tick,
         ):
             try:

@@ -236,6 +236,18 @@ class Handlers:
         for lease in [self._book.lease(lease_id) for lease_id in args.lease_ids]:
             self._attempts.drain(lease, args.reason, args.why or f"{args.reason} on request", who=f"tenant:{lease.tenant}")
 
+    async def op_exec(self, args: wire.Exec, client: Connection) -> wire.ExecResult:
+        """See wire.Exec."""
+        lease = self._book.lease(args.lease_id)
+        if lease.id not in self._book.busy or lease.state not in (LeaseState.ACTIVE, LeaseState.RESIZING):
+            raise Conflict(f"lease {lease.id} is {lease.state} and nothing runs in it: no command can be run inside")
+        return await self._fleet.call(lease.node, "exec", args, timeout_s=args.timeout_s + 10.0)  # type: ignore[no-any-return]
+
+    async def op_live(self, args: wire.Nothing, client: Connection) -> tuple[wire.LeaseView, ...]:
+        """Return the live leases with their latest usage. From memory: it is asked every second."""
+        live = sorted(self._book.live.values(), key=lambda lease: (lease.requested_at_s, lease.id))
+        return tuple(wire.LeaseView(lease=lease, usage=self._book.usage.get(lease.id)) for lease in live)
+
     async def op_nudge(self, args: wire.Nudge, client: Connection) -> None:
         """See wire.Nudge."""
         self._invocations.tick(now=True)

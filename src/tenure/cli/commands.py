@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tenure import __version__
-from tenure.cli import exits, output
+from tenure.cli import exits, leasing, output
 from tenure.cli.bench_loading import bench_load
 from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
@@ -165,6 +165,9 @@ def doctor(home: Home = None, json: Json = False) -> None:
         raise typer.Exit(exits.JOB_FAILED)
 
 
+app.command()(leasing.lease)
+
+
 @app.command()
 def leases(
     run: RunOption = "",
@@ -176,6 +179,10 @@ def leases(
     from tenure import verbs
 
     _show(verbs.leases(home=home, run=run, live=live), output.leases_table, json)
+
+
+app.command()(leasing.renew)
+app.command()(leasing.resize)
 
 
 @app.command()
@@ -192,6 +199,10 @@ def release(
         lambda ended: f"lease {output.clean(ended.id)} {ended.state} ({ended.end_reason})",
         json,
     )
+
+
+app.command("exec")(leasing.execute)
+app.command()(leasing.top)
 
 
 @app.command()
@@ -352,12 +363,25 @@ def gc(
 @app.command()
 def logs(
     lease: Annotated[str, typer.Argument(metavar="LEASE", help="Id of the lease; `tenure leases` lists them.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what is written, until the lease has ended or Ctrl-C.")
+    ] = False,
     home: Home = None,
     json: Json = False,
 ) -> None:
     """Print what a lease's processes wrote."""
     from tenure import verbs
 
+    if follow:
+        if json:
+            raise SpecError("--follow prints text as it comes; leave --json out")
+        try:
+            for part in verbs.follow(lease, home=home):
+                sys.stdout.write(part)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return
+        return
     text = verbs.logs(lease, home=home)
     _print(output.as_json({"lease": lease, "log": text}) if json else text.rstrip("\n"))
 

@@ -185,7 +185,7 @@ class FakeFleet:
         self.attempts[node].pop(args.lease_id, None)
         return wire.Nothing()
 
-    def _exec(self, node: str, args: wire.AgentExec) -> wire.ExecResult:
+    def _exec(self, node: str, args: wire.Exec) -> wire.ExecResult:
         return wire.ExecResult(code=0, output=" ".join(args.argv))
 
     def _shutdown(self, node: str, args: wire.Nothing) -> wire.Nothing:

@@ -1,0 +1,233 @@
+"""`tenure lease renew resize exec top`: what a holder does with a lease. Not here: what each means (`tenure.leasing`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tenure.cli import output
+from tenure.errors import SpecError
+
+if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
+    from tenure.leases import Lease
+    from tenure.leasing import Watched
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", metavar="DIR", help="Where Tenure keeps its state [default: $TENURE_HOME, else the user's data folder]."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+LeaseArgument = Annotated[str, typer.Argument(metavar="LEASE", help="Id of the lease; `tenure leases --live` lists them.")]
+CLEAR = "\x1b[H\x1b[J"
+"""Cursor to the top left, and nothing below it."""
+
+
+def lease(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- COMMAND...]", help="What to run inside [default: only hold the workspace open, for `tenure exec`]."
+        ),
+    ] = None,
+    cpus: Annotated[float, typer.Option("--cpus", metavar="N", help="Cores; may be a fraction.")] = 1.0,
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="E.g. 4GiB.")] = "1GiB",
+    gpu: Annotated[float, typer.Option("--gpu", metavar="N", help="Devices, or a fraction of one.")] = 0.0,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="SIZE", help="Of each device.")] = "0B",
+    disk: Annotated[str, typer.Option("--disk", metavar="SIZE", help="What may be written in the workspace.")] = "10GiB",
+    for_: Annotated[
+        str, typer.Option("--for", metavar="TIME", help="How long, e.g. 8h; it then ends, unless it is renewed before.")
+    ] = "1h",
+    renewable: Annotated[
+        str, typer.Option("--renewable", metavar="TIME", help="How long it can be renewed for, all in all [default: 7d].")
+    ] = "",
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What to call the workspace.")] = "workspace",
+    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Who holds it.")] = "default",
+    grace: Annotated[
+        str, typer.Option("--grace", metavar="TIME", help="To save and leave in: between SIGTERM at its end and SIGKILL.")
+    ] = "10s",
+    wait: Annotated[str, typer.Option("--wait", metavar="TIME", help="How long it may queue for room.")] = "1h",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Lease a workspace: so many cores, so much memory, for so long; it outlives this command, and says how to get in.
+
+    It needs `tenure up`. Ctrl-C while it queues gives it up.
+    """
+    from tenure import verbs
+    from tenure.resources import parse_bytes, parse_duration
+
+    held = verbs.lease(
+        command or (),
+        home=home,
+        cpus=cpus,
+        memory_bytes=parse_bytes(memory),
+        gpus=gpu,
+        gpu_memory_bytes=parse_bytes(gpu_memory),
+        disk_bytes=parse_bytes(disk),
+        for_s=parse_duration(for_),
+        renewable_s=parse_duration(renewable) if renewable else None,
+        name=name,
+        tenant=tenant,
+        grace_s=parse_duration(grace),
+        wait_s=parse_duration(wait),
+    )
+    output.say(output.as_json(held) if json else workspace_text(held), sys.stdout)
+
+
+def renew(
+    lease: LeaseArgument,
+    for_: Annotated[str, typer.Option("--for", metavar="TIME", help="From now on, e.g. 2h.")],
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Have a lease end later: so long from now, never past what it is renewable for, never earlier than it would have."""
+    from tenure import verbs
+    from tenure.resources import parse_duration
+
+    held = verbs.renew(lease, for_s=parse_duration(for_), home=home)
+    output.say(output.as_json(held) if json else _until(held), sys.stdout)
+
+
+def resize(
+    lease: LeaseArgument,
+    cpus: Annotated[float | None, typer.Option("--cpus", metavar="N", help="Cores; may be a fraction.")] = None,
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="E.g. 8GiB.")] = "",
+    disk: Annotated[str, typer.Option("--disk", metavar="SIZE", help="What may be written in the workspace.")] = "",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Change what a lease may use while it runs, without a restart; what is not named stays. Nothing is killed for it.
+
+    Less memory than is in use is refused. Devices cannot be changed.
+    """
+    from tenure import verbs
+    from tenure.resources import parse_bytes
+
+    held = verbs.resize(
+        lease,
+        cpus=cpus,
+        memory_bytes=parse_bytes(memory) if memory else None,
+        disk_bytes=parse_bytes(disk) if disk else None,
+        home=home,
+    )
+    output.say(
+        output.as_json(held) if json else f"lease {output.clean(held.id)} now has {held.envelope.describe()}", sys.stdout
+    )
+
+
+def execute(
+    lease: LeaseArgument,
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run, without a terminal.")],
+    timeout: Annotated[str, typer.Option("--timeout", metavar="TIME", help="It is ended when it takes longer.")] = "10min",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Run one command inside a lease: in its folder, under its bounds. Prints its output (the first MiB), ends with its code.
+
+    A command that a signal ended gives 128 and the signal's number, as in a shell.
+    """
+    from tenure import verbs
+    from tenure.resources import parse_duration
+
+    done = verbs.execute(lease, command, timeout_s=parse_duration(timeout), home=home)
+    if json:
+        output.say(output.as_json(done), sys.stdout)
+    elif done.output:
+        sys.stdout.write(done.output)
+        sys.stdout.flush()
+    raise typer.Exit(done.code if done.code >= 0 else 128 - done.code)
+
+
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print it once; so does an output that is no terminal.")] = False,
+    every: Annotated[str, typer.Option("--every", metavar="TIME", help="Between two looks.")] = "1s",
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Watch the live leases: what each uses against what it may, and how long it has left. Ctrl-C ends it."""
+    from itertools import islice
+
+    from tenure import verbs
+    from tenure.resources import parse_duration
+
+    every_s = parse_duration(every)
+    if not 0.1 <= every_s <= 3600:
+        raise SpecError(f"--every must lie between 100ms and 1h; found {every}")
+    looks = verbs.top(home=home, every_s=every_s)
+    if once or json or not sys.stdout.isatty():
+        first, second = islice(looks, 2)  # cores in use are known from the second look on
+        seen = second or first
+        output.say(output.as_json(seen) if json else top_table(seen), sys.stdout)
+        return
+    try:
+        for seen in looks:
+            output.say(CLEAR + top_table(seen), sys.stdout)
+    except KeyboardInterrupt:
+        return
+
+
+def workspace_text(held: Lease) -> str:
+    """Return what a holder needs to know of a new lease: what it is, until when, how to get in."""
+    from tenure.leases import LeaseState
+
+    lease_id = output.clean(held.id)
+    lines = [f"lease    {lease_id} on {output.clean(held.node or 'no node yet')}: {held.envelope.describe()}"]
+    if held.state is LeaseState.RESERVED:
+        lines.append(f"begins   {output.when(held.starts_at_s)} UTC; its room is kept from then on")
+        lines.append(f"give up  tenure release {lease_id}")
+        return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            f"until    {output.when(held.ends_at_s)} UTC; renewable until {output.when(held.total_ends_at_s)} UTC",
+            f"get in   tenure exec {lease_id} -- COMMAND",
+            f"output   tenure logs {lease_id} -f",
+            f"longer   tenure renew {lease_id} --for 2h",
+            f"give up  tenure release {lease_id}",
+        ]
+    )
+
+
+def top_table(seen: Sequence[Watched]) -> str:
+    """Return one row per live lease: what it uses of what it may."""
+    from tenure.resources import show_bytes
+
+    rows = []
+    for watched in seen:
+        held, used = watched.lease, watched.usage
+        rows.append(
+            (
+                held.id,
+                held.tenant,
+                f"{held.stage}/{held.worker}",
+                str(held.state),
+                held.node or "-",
+                f"{watched.cpus:.2f} of {held.envelope.cpus:g}" if used else f"- of {held.envelope.cpus:g}",
+                f"{show_bytes(used.memory_bytes) if used else '-'} of {show_bytes(held.envelope.memory_bytes)}",
+                f"{used.gpu_busy:.0%} of {held.envelope.gpus:g}" if used and held.envelope.gpus else "-",
+                str(used.processes) if used else "-",
+                _left(watched.left_s),
+            )
+        )
+    heads = ("LEASE", "TENANT", "STAGE/WORKER", "STATE", "NODE", "CPUS", "MEMORY", "GPU", "PROCESSES", "LEFT")
+    return output.table(heads, rows, empty="no live leases")
+
+
+def _until(held: Lease) -> str:
+    lease_id, ends = output.clean(held.id), output.when(held.ends_at_s)
+    last = "; that is its total" if held.ends_at_s >= held.total_ends_at_s - 1e-3 else ""
+    return f"lease {lease_id} ends {ends} UTC{last}"
+
+
+def _left(left_s: float) -> str:
+    minutes, seconds = divmod(int(left_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}min"
+    return f"{minutes}min{seconds:02d}s" if minutes else f"{seconds}s" if left_s else "-"

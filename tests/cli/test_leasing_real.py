@@ -1,0 +1,121 @@
+"""A workspace as its holder uses it, against a real broker, agent and processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from .test_real import command, living, until
+
+pytestmark = pytest.mark.real
+SAYS = "import sys,time\nfor n in range(3): print('line', n, flush=True); time.sleep(0.2)\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home with a broker that stays; afterwards nothing of it may live."""
+    folder = tmp_path_factory.mktemp("leasing") / "home"
+    done = subprocess.run(
+        [*command("up", "--cpus", "2", "--memory", "512MiB"), "--home", str(folder)], timeout=60, capture_output=True
+    )
+    assert done.returncode == 0
+    yield folder
+    subprocess.run([*command("down"), "--home", str(folder)], timeout=60, check=True)
+    until(lambda: not living(folder), within_s=30)
+
+
+@pytest.fixture
+def tenure(home):
+    def call(*argv, code=0):
+        env = {**os.environ, "TENURE_HOME": str(home)}
+        done = subprocess.run(command(*argv), env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+@pytest.fixture
+def workspace(tenure):
+    held = json.loads(tenure("lease", "--cpus", "1", "--memory", "128MiB", "--for", "10min", "--json").stdout)
+    yield held
+    tenure("release", held["id"])
+
+
+def state_of(tenure, lease_id):
+    leases = json.loads(tenure("leases", "--json").stdout)
+    return next(lease for lease in leases if lease["id"] == lease_id)
+
+
+def test_a_workspace_needs_a_broker_that_stays(tmp_path):
+    env = {**os.environ, "TENURE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command("lease"), env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert "tenure up" in done.stderr
+    assert not living(tmp_path / "home")
+
+
+def test_a_holder_gets_in_renews_resizes_watches_and_gives_it_back(tenure):
+    said = tenure("lease", "--cpus", "1", "--memory", "128MiB", "--for", "10min").stdout
+    lease_id = said.split()[1]
+    assert f"tenure exec {lease_id} -- COMMAND" in said
+
+    done = tenure(
+        "exec", lease_id, "--", sys.executable, "-c", "import os; print(os.environ['TENURE_LEASE_ID']); exit(7)", code=7
+    )
+    assert done.stdout == f"{lease_id}\n"
+    assert tenure("exec", lease_id, "--", "no-such-program", code=127).stdout
+
+    before = state_of(tenure, lease_id)
+    assert "ends" in tenure("renew", lease_id, "--for", "2h").stdout
+    after = state_of(tenure, lease_id)
+    assert 6600 < after["ends_at_s"] - before["ends_at_s"] + 600 < 7800
+    assert "total" in tenure("renew", lease_id, "--for", "3000h").stdout
+
+    tenure("resize", lease_id, "--memory", "256MiB", "--cpus", "1.5")
+    resized = state_of(tenure, lease_id)
+    assert (resized["envelope"]["cpus"], resized["envelope"]["memory_bytes"]) == (1.5, 256 << 20)
+    assert resized["attempt"] == before["attempt"], "it was started again"
+    assert "node has" in tenure("resize", lease_id, "--memory", "4GiB", code=3).stderr
+
+    (seen,) = json.loads(tenure("top", "--json").stdout)
+    assert seen["lease"]["id"] == lease_id
+    assert seen["left_s"] > 6000
+    assert f"of {resized['envelope']['cpus']:g}" in tenure("top", "--once").stdout
+
+    run = before["run_id"]
+    assert next(r for r in json.loads(tenure("runs", "--json").stdout) if r["id"] == run)["state"] == "running"
+    tenure("release", lease_id)
+    assert state_of(tenure, lease_id)["end_reason"] == "released"
+    until(
+        lambda: next(r for r in json.loads(tenure("runs", "--json").stdout) if r["id"] == run)["state"] == "done", within_s=20
+    )
+    assert "nothing runs in it" in tenure("exec", lease_id, "--", "true", code=5).stderr
+
+
+def test_what_a_command_in_a_workspace_writes_is_followed_to_its_end(tenure):
+    held = json.loads(tenure("lease", "--memory", "64MiB", "--for", "1min", "--json", "--", sys.executable, "-c", SAYS).stdout)
+    assert tenure("logs", held["id"], "-f").stdout == "line 0\nline 1\nline 2\n"
+    assert state_of(tenure, held["id"])["end_reason"] == "completed"
+
+
+def test_a_command_that_takes_too_long_inside_is_ended(tenure, workspace):
+    assert "did not end within" in tenure("exec", workspace["id"], "--timeout", "300ms", "--", "sleep", "60", code=6).stderr
+
+
+def test_what_a_signal_ended_inside_gives_the_code_of_a_shell(tenure, workspace):
+    tenure("exec", workspace["id"], "--", "sh", "-c", "kill -9 $$", code=128 + signal.SIGKILL)
+
+
+def test_a_workspace_that_does_not_fit_is_refused_and_leaves_no_open_run(tenure):
+    assert "would not fit" in tenure("lease", "--memory", "1TiB", code=3).stderr
+    assert not [run for run in json.loads(tenure("runs", "--json").stdout) if run["state"] == "running"]
+
+
+def test_a_slot_that_nobody_renews_ends_the_lease_and_frees_its_node(tenure):
+    held = json.loads(tenure("lease", "--memory", "64MiB", "--for", "1500ms", "--json").stdout)
+    until(lambda: state_of(tenure, held["id"])["state"] == "ended", within_s=20)
+    assert state_of(tenure, held["id"])["end_reason"] == "expired"
