@@ -299,6 +299,8 @@ class Connection:
             self._out.append(frame(PING, ACK, 0, payload))
         elif kind == RST_STREAM and len(payload) == 4:
             code = int.from_bytes(payload, "big")
+            if code == REFUSED_STREAM and stream_id in self.streams:  # some count a stream for a while after its end
+                self.max_streams = max(1, min(self.max_streams, len(self.streams) - 1))
             self._fail(stream_id, f"the server reset the stream (HTTP/2 error {code})", begun=code != REFUSED_STREAM)
         elif kind == GOAWAY:
             self.leaving = True
