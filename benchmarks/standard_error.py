@@ -20,12 +20,135 @@ Left out: whether the intervals cover the truth (interval_coverage), open load, 
 
 from __future__ import annotations
 
-from benchmarks.harness import Options, Result, Skip
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.harness import Control, Options, Result, judge
+from benchmarks.serving_experiment import experiment
+from tenure.experiments.sweep_run import measure_sweep
+from tenure.jobs import Sweep
+from tenure.recommend.tune import quiet
+from tenure.trials import Trial
 
 NAME = "standard_error"
 BAR = "standard error of the paired ratio over 20 repeats <= 0.5 % on one node, <= 3.5 % distributed"
+REPEATS = 20
+NEAR_BAR, FAR_BAR = 0.005, 0.035
+SLOWDOWN = 0.3
+"""What the planted drift takes off the rate by the end of the run."""
 
 
 def run(options: Options) -> Result:
-    """Not written yet."""
-    raise Skip("not yet written")
+    """Measure; see the module's docstring."""
+    full = Sweep(batches=(1, 8), data=("memory",), repeats=REPEATS, cell_s=1.0, fresh=False, normalise="signed")
+    quick = replace(full, interactions=("sync",), transports=("http", "grpc"), batches=(1,), repeats=6, cell_s=0.4)
+    sweep = quick if options.quick else full
+    with experiment(options, sweep) as made:
+        trials = measure_sweep(
+            made.bench,
+            sweep,
+            made.settings,
+            seed=options.seed,
+            make_trial=lambda **fields: made.context.trial(stage=made.job.name, fingerprint="", **fields),
+            record=lambda trial: None,
+            progress=quiet,
+        )
+    allowance = math.sqrt(REPEATS / sweep.repeats)
+    references = {trial.configuration["batch"]: trial for trial in trials if _is_reference(trial)}
+    errors = {_name(trial): _paired_error(trial, references[trial.configuration["batch"]]) for trial in _compared(trials)}
+    twins = {_name(trial): _paired_error(trial, references[trial.configuration["batch"]]) for trial in trials if _twin(trial)}
+    near = {_name(t): errors[_name(t)] for t in _compared(trials) if t.configuration["architecture"] != "distributed"}
+    far = {name: error for name, error in errors.items() if name not in near}
+    drifted = [_drifted(trial, len(made.settings) * sweep.repeats) for trial in trials]
+    control = _control(drifted, allowance)
+    details = {
+        "settings": len(errors),
+        "repeats": sweep.repeats,
+        "worst_near": max(near.values()),
+        "worst_near_setting": max(near, key=lambda name: near[name]),
+        "worst_far": max(far.values()),
+        "median_near": statistics.median(near.values()),
+        "median_far": statistics.median(far.values()),
+        "machine_repeat_error": twins,
+        "errors": errors,
+        "other_cpu_cores": statistics.fmean(trial.metrics["other_cpu_cores"].mean for trial in trials),
+        "unpaired_error_median": statistics.median(
+            _unpaired_error(trial, references[trial.configuration["batch"]]) for trial in _compared(trials)
+        ),
+        "drifted_worst_paired_error": control[1],
+    }
+    value = max(near.values())
+    holds, why = judge(value <= NEAR_BAR * allowance and max(far.values()) <= FAR_BAR * allowance, control[0])
+    reference = {"study 3, on one node": 0.005, "study 3, distributed": [0.035, 0.35]}
+    return Result(
+        value=value,
+        spread=None,
+        unit="relative standard error",
+        holds=holds,
+        why=why,
+        reference=reference,
+        control=control[0],
+        details=details,
+    )
+
+
+def _control(drifted: Sequence[Trial], allowance: float) -> tuple[Control, float]:
+    """Return the control, and the worst paired error of the drifted rates on one node."""
+    references = {trial.configuration["batch"]: trial for trial in drifted if _is_reference(trial)}
+    pairs = [(trial, references[trial.configuration["batch"]]) for trial in _compared(drifted)]
+    unpaired = min(_unpaired_error(*pair) for pair in pairs)
+    paired = max(_paired_error(*pair) for pair in pairs if pair[0].configuration["architecture"] != "distributed")
+    holds = paired <= NEAR_BAR * allowance
+    control = Control(
+        name="unpaired, on a machine that slows down by 30 %",
+        value=unpaired,
+        failed=unpaired > NEAR_BAR * allowance and holds,
+        how=f"unpaired {unpaired:.2%} at least; paired {paired:.2%} at most" + ("" if holds else ", which misses the bar too"),
+    )
+    return control, paired
+
+
+def _is_reference(trial: Trial) -> bool:
+    factors = trial.configuration
+    return factors["architecture"] == "simple" and factors["interaction"] == "sync" and not _twin(trial)
+
+
+def _twin(trial: Trial) -> bool:
+    return bool(trial.configuration.get("twin"))
+
+
+def _compared(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if not _is_reference(trial) and not _twin(trial)]
+
+
+def _name(trial: Trial) -> str:
+    factors = trial.configuration
+    words = [factors[name] for name in ("architecture", "transport", "interaction") if factors[name] != "none"]
+    return f"{' '.join(map(str, words))} batch {factors['batch']}"
+
+
+def _paired_error(trial: Trial, reference: Trial) -> float:
+    """Return the standard error of the mean of the ratios by repeat, relative to that mean."""
+    rates = zip(trial.curves["images_per_s"], reference.curves["images_per_s"], strict=True)
+    ratios = [one / other for one, other in rates]
+    return statistics.stdev(ratios) / math.sqrt(len(ratios)) / statistics.fmean(ratios)
+
+
+def _unpaired_error(trial: Trial, reference: Trial) -> float:
+    """Return the relative standard error of mean ÷ mean, both taken as independent."""
+    parts = []
+    for one in (trial, reference):
+        rates = one.curves["images_per_s"]
+        parts.append(statistics.stdev(rates) / math.sqrt(len(rates)) / statistics.fmean(rates))
+    return math.hypot(*parts)
+
+
+def _drifted(trial: Trial, cells: int) -> Trial:
+    """Return the trial as a machine would have given it that slows down over the run."""
+    rates = tuple(
+        rate * (1 - SLOWDOWN * place / cells)
+        for rate, place in zip(trial.curves["images_per_s"], trial.curves["order"], strict=True)
+    )
+    return replace(trial, curves={**trial.curves, "images_per_s": rates})

@@ -3,7 +3,7 @@
     server = the server's process and its instances      recogniser = the instances alone
     app    = the application's process, client included  (in-process the recogniser is in it)
 
-A thread reads each process's CPU clock (a µs) and memory (20 µs) at a period; what it costs is counted (`overhead_s`). Memory
+A thread reads each process's CPU clock (a µs) and memory (20 µs) at a period; what it costs is counted. Memory
 that several processes map is shared out among them once the cell is over.
 """
 
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from tenure.meter.process import ProcessSampler, shared_memory_bytes
 from tenure.meter.sample import HostSampler, Sampler
@@ -43,8 +44,6 @@ class CellUse:
     gpu_busy: float = 0.0
     gpu_busy_max: float = 0.0
     gpu_memory_bytes: float = 0.0
-    overhead_s: float = 0.0
-    """CPU time of the meter itself."""
 
 
 class _Party:
@@ -88,16 +87,15 @@ class PartyMeter:
         self._thread: threading.Thread | None = None
         self._gpu_busy: list[float] = []
         self._gpu_memory_bytes = 0
-        self._overhead_s = 0.0
         self._began_s = 0.0
         self._host_s = 0.0
         self.watched_s = 0.0
-        """Seconds watched so far, and what that cost in CPU: `overhead_s`."""
+        """Seconds of cells so far."""
         self.overhead_s = 0.0
+        """CPU seconds of the meter meanwhile. Its first and last readings lie outside of the cells' clocks."""
 
     def begin(self, parties: Mapping[str, tuple[int, ...]]) -> None:
         """Take the first readings of parties (name -> process ids), and go on in a thread."""
-        began_cpu_s = time.thread_time()
         wanted = {pid for pids in parties.values() for pid in pids}
         for pid in [pid for pid, sampler in self._samplers.items() if pid not in wanted and sampler.lost]:
             self._samplers.pop(pid).close()
@@ -110,23 +108,19 @@ class PartyMeter:
         host = self._host.sample()
         self._host_s, self._began_s = host.cpu_s if host else 0.0, time.monotonic()
         self._read()
-        self._overhead_s = time.thread_time() - began_cpu_s
         self._thread = threading.Thread(target=self._run, name="tenure-parties", daemon=True)
         self._thread.start()
 
     def end(self) -> CellUse:
         """Take the last readings and return what was used since `begin`."""
         assert self._thread is not None
-        began_cpu_s = time.thread_time()
         self._stopping.set()
         self._thread.join(5.0)
         self._read()
         span_s = time.monotonic() - self._began_s
         host = self._host.sample()
         uses = {name: _use(party, span_s) for name, party in self._parties.items()}
-        self._overhead_s += time.thread_time() - began_cpu_s
         self.watched_s += span_s
-        self.overhead_s += self._overhead_s
         return CellUse(
             span_s=span_s,
             parties=uses,
@@ -134,10 +128,9 @@ class PartyMeter:
             gpu_busy=sum(self._gpu_busy) / len(self._gpu_busy) if self._gpu_busy else 0.0,
             gpu_busy_max=max(self._gpu_busy, default=0.0),
             gpu_memory_bytes=float(self._gpu_memory_bytes),
-            overhead_s=self._overhead_s,
         )
 
-    def __enter__(self) -> PartyMeter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -157,7 +150,7 @@ class PartyMeter:
     def _run(self) -> None:
         while not self._stopping.wait(PERIOD_S):
             self._read()
-        self._overhead_s += time.thread_time()
+        self.overhead_s += time.thread_time()
 
 
 def _use(party: _Party, span_s: float) -> PartyUse:
