@@ -55,7 +55,7 @@ def run(options: Options) -> Result:
     with experiment(options, sweep) as made, _Counting() as meter, standing(made.bench, made.settings, meter) as nodes:
         meter.groups = [cgroups.own_paths(pid) for pid in nodes.pids]
         asked = []
-        for place, (repeat, setting) in enumerate(order(made.settings, sweep.repeats, options.seed)):
+        for place, (repeat, setting) in enumerate(order(made.settings, sweep, options.seed)):
             asked.append(_cell(nodes, sweep, setting, repeat, place))
             meter.note_memory()
         paired = _bare_pairs(nodes, sweep, made.settings, options)

@@ -154,7 +154,9 @@ class Sweep:
     """`files`: each request's pictures are read and decoded by the application; needs inputs.images."""
     repeats: int = 20
     cell_s: float = 0.5
-    """How long one setting of one repeat takes at least."""
+    """How long one visit to a setting takes at least."""
+    visits: int = 1
+    """To each setting in each repeat, added up: more and shorter ones meet a restless machine more alike."""
     in_flight: int = 8
     """Requests of an asynchronous application that are on their way at once."""
     images_in_flight: int = 64
@@ -189,6 +191,8 @@ class Sweep:
             raise SpecError(f"sweep.repeats must lie between 1 and 1000; found {self.repeats!r}")
         if not 0.05 <= self.cell_s <= 600:
             raise SpecError(f"sweep.cell must lie between 50 ms and 600 s; found {self.cell_s!r} s")
+        if not 1 <= self.visits <= 1000:
+            raise SpecError(f"sweep.visits must lie between 1 and 1000; found {self.visits!r}")
         if not 1 <= self.in_flight <= 256 or not 1 <= self.images_in_flight <= 65536:
             raise SpecError("sweep.in_flight must lie between 1 and 256, sweep.images_in_flight between 1 and 65,536")
         if not 1 <= self.images <= 100_000:

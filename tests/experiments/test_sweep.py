@@ -63,12 +63,21 @@ def test_the_first_setting_of_each_batch_has_a_twin():
 
 def test_every_repeat_runs_every_setting_once_in_an_order_of_its_own():
     found = planned()
-    drawn = list(order(found, 5, seed=3))
+    drawn = list(order(found, SWEEP, seed=3))
     rounds = [[setting for repeat, setting in drawn if repeat == number] for number in range(5)]
     assert [repeat for repeat, _ in drawn] == [number for number in range(5) for _ in found]
     assert all(set(each) == set(found) for each in rounds)
     assert len({tuple(each) for each in rounds}) == 5
-    assert list(order(found, 5, seed=3)) == drawn != list(order(found, 5, seed=4))
+    assert list(order(found, SWEEP, seed=3)) == drawn != list(order(found, SWEEP, seed=4))
+
+
+def test_visits_of_a_repeat_are_rounds_of_their_own():
+    found = planned()
+    drawn = list(order(found, replace(SWEEP, repeats=2, visits=3), seed=3))
+    assert [repeat for repeat, _ in drawn] == [0] * 3 * len(found) + [1] * 3 * len(found)
+    rounds = [tuple(setting for _, setting in drawn[start : start + len(found)]) for start in range(0, len(drawn), len(found))]
+    assert all(set(each) == set(found) for each in rounds)
+    assert len(set(rounds)) == 6
 
 
 def test_a_fresh_server_tells_the_memory_of_all_that_ask_it_alike():
@@ -125,6 +134,7 @@ def test_so_many_requests_are_in_flight_that_their_images_stay_bounded(interacti
         ({"batches": (0,)}, "sweep.batches"),
         ({"repeats": 0}, "sweep.repeats"),
         ({"cell_s": 0.001}, "sweep.cell"),
+        ({"visits": 0}, "sweep.visits"),
         ({"in_flight": 0}, "sweep.in_flight"),
         ({"images": 0}, "sweep.images"),
         ({"normalise": "loud"}, "sweep.normalise"),

@@ -128,10 +128,10 @@ def settings(
     return tuple(found)
 
 
-def order(all_settings: Sequence[Setting], repeats: int, seed: int) -> Iterator[tuple[int, Setting]]:
-    """Yield (repeat, setting): every repeat is all settings, shuffled. The same for the same seed."""
+def order(all_settings: Sequence[Setting], sweep: Sweep, seed: int) -> Iterator[tuple[int, Setting]]:
+    """Yield (repeat, setting): each visit of each repeat is all settings, shuffled. The same for the same seed."""
     chance = random.Random(seed)
-    for repeat in range(repeats):
+    for repeat, _ in itertools.product(range(sweep.repeats), range(sweep.visits)):
         mixed = list(all_settings)
         chance.shuffle(mixed)
         yield from ((repeat, setting) for setting in mixed)

@@ -86,7 +86,7 @@ class Asked:
 
     setting: Setting
     repeat: int
-    order: int
+    order: float
     """Its place among all cells of the experiment."""
     cell: Cell
     use: CellUse

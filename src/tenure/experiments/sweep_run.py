@@ -58,9 +58,9 @@ def measure_sweep(
                     raw.flush()
                     asked.append(each)
         finally:
-            whole = len(asked) // len(planned)
+            whole = len(asked) // (len(planned) * sweep.visits)
             trials = trials_of(
-                asked[: whole * len(planned)],
+                asked[: whole * len(planned) * sweep.visits],
                 prepare_model_s=nodes.prepare_model_s,
                 server_start_s=nodes.server_start_s,
                 make_trial=make_trial,
@@ -99,8 +99,8 @@ def cells(
     for done, setting in enumerate(planned):
         progress(f"warming up: {setting.describe()}", done=FRESH_SHARE + (WARM_SHARE - FRESH_SHARE) * done / len(planned))
         nodes.run(setting, repeat=-1, order=-1, seconds=WARM_S, in_flight=in_flight(sweep, setting), probes=False)
-    total, began_s = len(planned) * sweep.repeats, now()
-    for place, (repeat, setting) in enumerate(order(planned, sweep.repeats, seed)):
+    total, began_s = len(planned) * sweep.repeats * sweep.visits, now()
+    for place, (repeat, setting) in enumerate(order(planned, sweep, seed)):
         left = f", about {show_time((now() - began_s) / place * (total - place))} left" if place >= len(planned) else ""
         text = f"repeat {repeat + 1} of {sweep.repeats}: {setting.describe()}{left}"
         progress(text, done=WARM_SHARE + (1 - WARM_SHARE) * place / total)

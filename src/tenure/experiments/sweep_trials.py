@@ -14,6 +14,7 @@ from tenure.experiments.machine_load import DISTURBED_CORES
 from tenure.experiments.sweep import Setting
 from tenure.experiments.sweep_nodes import Asked
 from tenure.experiments.sweep_parties import CellUse
+from tenure.experiments.sweep_visits import added
 from tenure.serve.load.orders import STAGES
 from tenure.trials import Trial
 from tenure.usage import Summary, summarize
@@ -41,16 +42,16 @@ def trials_of(
     note: Callable[[Setting], str],
     fresh: Mapping[Setting, Fresh] | None = None,
 ) -> list[Trial]:
-    """Return one trial per setting, in the order in which settings were first met by repeat 0's order of factors.
+    """Return one trial per setting, in the order in which settings were first met.
 
     make_trial: called with source, configuration, metrics, seed, curves, note. fresh: where memory was measured apart.
     """
-    by_setting: dict[Setting, list[Asked]] = {}
+    by_setting: dict[Setting, dict[int, list[Asked]]] = {}
     for each in asked:
-        by_setting.setdefault(each.setting, []).append(each)
+        by_setting.setdefault(each.setting, {}).setdefault(each.repeat, []).append(each)
     made = []
-    for setting, cells in by_setting.items():
-        cells.sort(key=lambda each: each.repeat)
+    for setting, visits in by_setting.items():
+        cells = [added(visits[repeat]) for repeat in sorted(visits)]
         metrics = metrics_of(cells) | {"prepare_model_s": summarize(prepare_model_s(setting))}
         if fresh and setting in fresh:
             metrics |= _memory(fresh[setting])
