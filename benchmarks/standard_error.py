@@ -2,9 +2,9 @@
 
 World: `tenure bench serve` on this machine, real leases: MobileNetV2 (`vision/models`, ONNX, its batch made free of size), 64
 images of `vision/images` decoded beforehand (from memory: what a disk does is not asked here); simple, microservice and
-distributed (over loopback where no namespace can be made), sync and async, every transport, batch 1 and 8; 20 repeats of at
-least 1 s each, all settings in one random order drawn anew for every repeat (--quick: sync, http and grpc, batch 1, 6 repeats
-of 0.4 s).
+distributed (over loopback where no namespace can be made), sync and async, every transport, batch 1 and 8; 20 repeats, each
+of four visits of at least 0.3 s to every setting, the order drawn anew for every visit (--quick: sync, http and grpc, batch
+1, 6 repeats of four visits of 0.1 s).
 Ratio: images/s of a setting ÷ images/s of `simple sync` with the same batch in the same repeat. Standard error: sample
 standard deviation of the 20 ratios ÷ square root of 20, relative to their mean; no repeat is left out.
 Machine: the reference is run twice in every repeat, each at a random place (`twin`); the standard error of that ratio is what
@@ -42,8 +42,8 @@ SLOWDOWN = 0.3
 
 def run(options: Options) -> Result:
     """Measure; see the module's docstring."""
-    full = Sweep(batches=(1, 8), data=("memory",), repeats=REPEATS, cell_s=1.0, fresh=False, normalise="signed")
-    quick = replace(full, interactions=("sync",), transports=("http", "grpc"), batches=(1,), repeats=6, cell_s=0.4)
+    full = Sweep(batches=(1, 8), data=("memory",), repeats=REPEATS, cell_s=0.3, visits=4, fresh=False, normalise="signed")
+    quick = replace(full, interactions=("sync",), transports=("http", "grpc"), batches=(1,), repeats=6, cell_s=0.1)
     sweep = quick if options.quick else full
     with experiment(options, sweep) as made:
         trials = measure_sweep(
@@ -61,7 +61,7 @@ def run(options: Options) -> Result:
     twins = {_name(trial): _paired_error(trial, references[trial.configuration["batch"]]) for trial in trials if _twin(trial)}
     near = {_name(t): errors[_name(t)] for t in _compared(trials) if t.configuration["architecture"] != "distributed"}
     far = {name: error for name, error in errors.items() if name not in near}
-    drifted = [_drifted(trial, len(made.settings) * sweep.repeats) for trial in trials]
+    drifted = [_drifted(trial, len(made.settings) * sweep.repeats * sweep.visits) for trial in trials]
     control = _control(drifted, allowance)
     details = {
         "settings": len(errors),
