@@ -119,7 +119,8 @@ def test_when_others_fill_the_machine_nothing_else_is_claimed():
     disturbed = replace(trial, metrics={**trial.metrics, "other_cpu_cores": summarize([3.1])})
     one = found(disturbed)
     assert one.where == "others"
-    assert "measure again" in one.change
+    assert one.change.startswith("Measure again")
+    assert one.at_most is None
     assert found(replace(trial, metrics={**trial.metrics, "other_cpu_cores": summarize([0.2])})).where == "recognise"
 
 

@@ -52,7 +52,7 @@ class Bottleneck:
     """``gpu``, ``link``, ``node``, ``server_node``, ``client_node``, ``others``, a party (``app``, ``client``, ``server``,
     ``recogniser``), ``delay``, ``queue``, or a stage without its unit (``load_data``)."""
     party: str
-    """Who fills a node: ``model``, or the party that uses most of the rest; empty elsewhere."""
+    """Who uses most of a node's cores: ``model``, or the party that uses most of the rest; empty elsewhere."""
     waiting: bool
     """No station is full: requests wait for one another. Else `where` is the station that is."""
     share: float
@@ -147,9 +147,12 @@ def delay_s(trial: Trial) -> float:
 
 def _full(trial: Trial, station: Station, stations: Sequence[Station]) -> Bottleneck:
     party, rows, says, at_most = "", station.rows, station.says, next_full(station, stations)
-    if station.name in NODES:
+    if station.name in (*NODES, "others"):
         party, further, telling = _filler(trial, station)
         rows, says = rows + further, says + telling
+    if station.name == "others":
+        at_most = None  # whatever is changed here, others' work stays
+    elif station.name in NODES:
         at_most = station.used / model if (model := model_cores(trial)[0]) and station.name != "client_node" else at_most
     return Bottleneck(
         trial=trial.id,
@@ -170,13 +173,15 @@ def _filler(trial: Trial, station: Station) -> tuple[str, tuple[Row, ...], str]:
         return "app", (), ""
     model, rows = model_cores(trial)
     if model is None:
-        return max(station.rows, key=lambda row: row.value).metric.removesuffix("_cpu"), (), ""
-    telling = f"; {model / station.used:.0%} of that is the model itself"
+        used = [row for row in station.rows if row.metric.endswith("_cpu")]
+        return max(used, key=lambda row: row.value).metric.removesuffix("_cpu"), (), ""
+    of_what = "what was measured" if station.name == "others" else "that"
+    telling = f"; {model / station.used:.0%} of {of_what} is the model itself" if station.used else ""
     if model >= station.used / 2:
         return "model", rows, telling
     owns = {party: cores for party, cores in own_cores(trial).items() if party != "recogniser"}
     most = max(owns, key=lambda party: owns[party])
-    return most, rows, f"{telling}, {owns[most] / station.used:.0%} the {NAMES[most]}'s"
+    return most, rows, f"{telling}, {owns[most] / station.used:.0%} the {NAMES[most]}'s" if station.used else ""
 
 
 # --- waits: where a request's time goes when nothing is full ---

@@ -39,7 +39,6 @@ _ADVICE: Mapping[str, Advice] = {
         ("place", "batch"),
     ),
     "node client": Advice("Spend less CPU on sending: larger batches, shared memory on one machine.", ("batch", "place")),
-    "others": Advice("Nothing yet: measure again while nobody else uses the machine, for here nothing can be told.", ()),
     "app": Advice(
         "It has one thread while cores stand idle: decode in several threads, send from several applications, or make larger "
         "batches, which cost it less per image.",
@@ -70,6 +69,9 @@ _ADVICE: Mapping[str, Advice] = {
 
 def advice(where: str, party: str) -> Advice:
     """Return what to do about a bottleneck; where and party as `bottleneck.Bottleneck` has them. Raises KeyError."""
+    if where == "others":  # what uses the CPU is known all the same
+        known = advice("node", party)
+        return Advice(f"Measure again while nobody else uses the machine. {known.change}", known.factors)
     if where in ("node", "server_node", "client_node"):
         return _ADVICE.get(f"node {party}", _ADVICE["node server"])
     return _ADVICE[where]

@@ -160,6 +160,7 @@ def _stages(rows: Rows, stage: Stage, trials: Sequence[Trial], interaction: str,
         x_label="ms per request",
         scale=1e-3,
         stacked=True,
+        bare=True,
         rows=[setting(trial.configuration, without=("batch", "interaction")) for trial in kept],
         series=[
             {
@@ -184,6 +185,7 @@ def _cpu(rows: Rows, stage: Stage, trials: Sequence[Trial], batch: object) -> Fi
         "Mean cores of the application (in one process the model is in it) and of the server with the model.",
         x_label="cores",
         stacked=True,
+        bare=True,
         rows=[setting(trial.configuration, without=("batch",)) for trial in kept],
         series=_by_party(rows, kept, "cpu", without=("batch",)),
     )
@@ -205,11 +207,12 @@ def _memory(rows: Rows, stage: Stage, trials: Sequence[Trial], data: str) -> Fig
         f"{stage.name}-memory-parties",
         "hbars",
         f"Memory of each party, batch {least}" + (f" and {most}" if most > least else ""),
-        "Memory of the application and of the server with the model, over gRPC where there is a choice. In the study "
-        "asynchronous short batches took most.",
+        "Highest memory of the application and of the server with the model, over gRPC where there is a choice. One server "
+        "serves all settings and keeps what they leave: compare servers, and the application's between settings.",
         x_label="MiB",
         scale=MIB,
         stacked=True,
+        bare=True,
         rows=[setting(trial.configuration, without=("data",)) for trial in kept],
         series=_by_party(rows, kept, "memory_bytes", without=("data",)),
     )

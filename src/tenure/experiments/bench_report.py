@@ -8,6 +8,8 @@ given. Figures are made in `bench_figures`, the tables of all settings in `bench
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -17,12 +19,14 @@ from tenure.decide.bottleneck import Bottleneck, find_bottlenecks, is_closed, is
 from tenure.decide.goal_answer import Answer, answer, percentile_at_most
 from tenure.experiments.bench_figures import bench_figures, in_order, setting
 from tenure.experiments.bench_tables import asked_again, bottleneck_table, open_table, setting_tables, table_two
+from tenure.experiments.machine_load import DISTURBED_CORES
 from tenure.experiments.report_cite import Cell, Rows, make_table, show, text_cell, words
 from tenure.jobs import ServeGoal
 from tenure.runs import Stage
 from tenure.trials import Trial
 
 Block = dict[str, Any]
+_SENTENCES = re.compile(r"(?<=\.) ")
 _HIGHEST = ServeGoal(name="the highest rate")
 
 
@@ -68,7 +72,7 @@ def bench_blocks(rows: Rows, stage: Stage) -> list[Block]:
     if experiment is None:
         return []
     trials = list(experiment.trials.values())
-    blocks: list[Block] = []
+    blocks = _disturbed(experiment)
     for goal, found in zip(experiment.goals, experiment.answers, strict=True):
         blocks += _answered(rows, experiment, goal, found)
     blocks += _bounded(rows, experiment)
@@ -148,7 +152,7 @@ def _answered(rows: Rows, experiment: Experiment, goal: ServeGoal, found: Answer
         best = experiment.trials[found.best]
         blocks.append({"kind": "chosen", "text": f"{setting(best.configuration)}: {_rate(best)}"})
         if not found.sure:
-            why = "its mean meets the bound, but the repeats are too few, or scatter too much, to be sure (95 %)"
+            why = "what was found meets it, but there were too few requests, or they scatter too much, to be sure (95 %)"
             blocks.append({"kind": "warning", "text": f"It meets the goal barely: {why}."})
         if found.ties:
             names = ", ".join(setting(experiment.trials[tie].configuration) for tie in found.ties[:4])
@@ -201,8 +205,9 @@ def _bounded(rows: Rows, experiment: Experiment) -> list[Block]:
         {"kind": "heading", "text": f"The bottleneck of {setting(best.configuration)}: {bound_words(found)}"},
         {"kind": "text", "text": found.why},
         {"kind": "chosen", "text": f"What to change: {found.change}"},
-        {"kind": "text", "text": to_be_won(experiment, found)},
     ]
+    if won := to_be_won(experiment, found):
+        blocks.append({"kind": "text", "text": won})
     proof = []
     for row in found.rows:
         trial = experiment.trials[row.trial]
@@ -267,14 +272,26 @@ def _how_measured(rows: Rows, stage: Stage, experiment: Experiment) -> list[Bloc
         blocks.append({"kind": "text", "text": text})
     else:
         blocks.append({"kind": "small", "text": "No setting was measured twice: the machine's own repeat error is not known."})
-    notes: dict[str, int] = {}
-    for trial in trials:
-        if trial.note:
-            notes[trial.note] = notes.get(trial.note, 0) + 1
-    blocks += [
-        {"kind": "small", "text": f"{note} ({count} of {len(trials)} settings)"} for note, count in list(notes.items())[:10]
+    told = Counter(part for trial in trials for part in _SENTENCES.split(trial.note) if part and not part.startswith("Others "))
+    return blocks + [
+        {"kind": "small", "text": f"{note} ({count} of {len(trials)} settings)"} for note, count in told.most_common(10)
     ]
-    return blocks
+
+
+def _disturbed(experiment: Experiment) -> list[Block]:
+    """Return a warning when others used the machine meanwhile."""
+    cores = [
+        summary.mean
+        for trial in experiment.trials.values()
+        if (summary := trial.metrics.get("other_cpu_cores")) is not None and summary.mean > DISTURBED_CORES
+    ]
+    if not cores:
+        return []
+    text = (
+        f"Others kept {min(cores):.1f} to {max(cores):.1f} cores of this machine busy while {len(cores)} of "
+        f"{len(experiment.trials)} settings were measured. Ratios hold, as all settings met it alike; rates are lower."
+    )
+    return [{"kind": "warning", "text": text}]
 
 
 def _leased_cores(rows: Rows, stage: Stage, part: str) -> float:

@@ -200,6 +200,8 @@ def _levels_across(draw_line: Callable[..., Any], figure: Figure) -> None:
 
 
 def _whiskers(series: Mapping[str, Any], figure: Figure) -> list[tuple[float, ...]] | None:
+    if figure.get("bare"):
+        return None
     reach = [_reach(point, figure) for point in series["points"]]
     return list(zip(*reach, strict=True)) if any(low or high for low, high in reach) else None
 

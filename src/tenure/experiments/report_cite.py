@@ -186,6 +186,8 @@ def show(name: str, value: Any) -> str:
         return _show_seconds(value)
     if "accuracy" in name:
         return f"{100 * value:.2f} %"
+    if name.endswith(("_cpu", "_cpu_max", "_cpu_min", "_cpu_cores")):
+        return f"{value:.2f}"
     if name.endswith("_busy"):
         return f"{100 * value:.0f} %"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
