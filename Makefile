@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 BENCH ?= --quick
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean setup-demo setup-dev browser postgres guest peers
+.PHONY: help demo test check bench docs clean setup-demo setup-dev browser postgres guest docker peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -27,7 +27,7 @@ $(VENV)/.with-dev: pyproject.toml tools/setup.sh tools/constraints.txt
 demo: setup-demo ## set everything up, run the main job, say where the report is
 	@TENURE_HOME="$(TENURE_HOME)" $(BIN)/tenure run examples/digits.toml
 
-test: setup-dev browser postgres guest peers ## set everything up, run all tests
+test: setup-dev browser postgres guest docker peers ## set everything up, run all tests
 	@echo "make: running the tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -53,6 +53,9 @@ postgres: # the tests of a ledger on PostgreSQL want a server's programs; withou
 
 guest: # the tests on unified control groups want QEMU and a kernel; without them they skip and say why
 	@tools/guest.sh
+
+docker: # the tests of containers want a Docker Engine's programs; without them they skip and say why
+	@tools/docker.sh
 
 peers: setup-dev # the tests with other people's clients of a server want these; without them they skip and say why
 	@tools/peers.sh $(BIN)/python

@@ -1,0 +1,175 @@
+"""A Docker Engine of one's own for tests and benchmarks: in a temporary folder, gone with whoever made it.
+
+It does not depend on an engine that the machine may run, and touches none: its own socket, data and runtime folders, no bridge
+of its own. What it changes of the machine's packet filter is put back at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+START_MAX_S = 60.0
+END_MAX_S = 30.0
+_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+
+
+def why_absent() -> str:
+    """Return why no engine can be started here; empty when nothing speaks against trying."""
+    if os.geteuid() != 0:
+        return "a Docker Engine of one's own needs root"
+    for program in ("dockerd", "containerd", "iptables"):
+        if _find(program) is None:
+            return f"no {program} here (Debian, as root: apt-get install docker.io iptables; tools/docker.sh does it)"
+    return ""
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+
+
+class CannotStart(Exception):
+    """The engine's programs are here, and it does not come up: what it said last."""
+
+
+class Engine:
+    """A running engine. `docker` asks it through its own command-line client or, where there is none, curl-like by hand."""
+
+    def __init__(self, folder: Path, *, live_restore: bool) -> None:
+        self.folder, self.live_restore = folder, live_restore
+        self.socket = folder / "docker.sock"
+        self.log = folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and return once it answers. Raises CannotStart."""
+        argv = [_find("dockerd") or "dockerd", "--host", f"unix://{self.socket}", "--data-root", f"{self.folder}/data"]
+        argv += ["--exec-root", f"{self.folder}/run", "--pidfile", f"{self.folder}/pid", "--bridge", "none"]
+        argv += ["--live-restore"] if self.live_restore else []
+        if setpriv := shutil.which("setpriv"):  # whoever made it may be killed: the engine goes too
+            argv = [setpriv, "--pdeathsig", "TERM", *argv]
+        environment = dict(os.environ, PATH=f"/usr/sbin:/sbin:{os.environ.get('PATH', os.defpath)}")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        end_s = time.monotonic() + START_MAX_S
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > end_s:
+                raise CannotStart(self.said())
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        """Return whether it answers its ping."""
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/_ping")[0] == 200
+        return False
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+        """Return status and body of one call of its API: the tests' own way to it, independent of the product's."""
+        import http.client
+        import socket
+
+        class Connection(http.client.HTTPConnection):
+            def connect(connection) -> None:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(30.0)
+                connection.sock.connect(str(self.socket))
+
+        connection = Connection("localhost")
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {"Content-Type": "application/json"} if text else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def containers(self) -> list[dict]:
+        """Return all its containers, ended ones included, as it lists them."""
+        return json.loads(self.ask("GET", "/containers/json?all=1")[1])
+
+    def inspect(self, container: str) -> dict:
+        """Return what it says of one container."""
+        return json.loads(self.ask("GET", f"/containers/{container}/json")[1])
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the engine itself; with live-restore containers go on."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        try:
+            self.process.wait(END_MAX_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the engine and start it again."""
+        self.end(number)
+        self.start()
+
+    def said(self) -> str:
+        """Return its last words."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "; ".join([line for line in lines if "level=fatal" in line or "failed to start" in line][-2:] or lines[-2:])[
+            -400:
+        ]
+
+    def close(self) -> None:
+        """Remove every container and network, end the engine, and whatever of it still runs."""
+        with contextlib.suppress(OSError, ValueError):
+            if not self.answers():
+                self.restart(signal.SIGKILL)
+            for container in self.containers():
+                self.ask("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+            for network in json.loads(self.ask("GET", "/networks")[1]):
+                if network["Name"] not in ("host", "none", "bridge"):
+                    self.ask("DELETE", f"/networks/{network['Id']}")
+        self.end()
+        for pid in _mentioning(str(self.folder)):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+            if line.split()[1].startswith(str(self.folder)):
+                subprocess.run(["umount", "-l", line.split()[1]], capture_output=True, check=False)
+
+
+def _mentioning(word: str) -> list[int]:
+    """Return the processes whose command line has a word: containerd and its shims name the engine's folder."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                line = Path(f"/proc/{entry}/cmdline").read_bytes()
+                if word.encode() in line and line.split(b"\0")[0].endswith((b"containerd", b"containerd-shim-runc-v2")):
+                    found.append(int(entry))
+    return found
+
+
+@contextlib.contextmanager
+def running(*, live_restore: bool = True) -> Iterator[Engine]:
+    """Give a new engine until the end. Raises CannotStart."""
+    forward = _FORWARD.read_text()
+    rules = subprocess.run([_find("iptables-save") or "iptables-save"], capture_output=True, check=False).stdout
+    with contextlib.suppress(OSError):
+        _FORWARD.write_text("1")  # an engine that finds it so leaves the machine's policy on forwarding alone
+    folder = Path(tempfile.mkdtemp(prefix="td-", dir="/tmp"))  # short: its socket's path must fit 107 bytes
+    engine = Engine(folder, live_restore=live_restore)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.close()
+        restore = _find("iptables-restore") or "iptables-restore"
+        subprocess.run([restore], input=rules, capture_output=True, check=False)
+        with contextlib.suppress(OSError):
+            _FORWARD.write_text(forward)
+        shutil.rmtree(folder, ignore_errors=True)
