@@ -31,12 +31,14 @@ from tenure.wire import Backup, Status
 
 if TYPE_CHECKING:
     from tenure.broker.ledgers import Restored
+    from tenure.decide.verdicts import LatencyGoal
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import Listening
     from tenure.experiments.replaying import Replayed
     from tenure.serve.load.plan import LoadPlan
     from tenure.serve.load.report import LoadReport
+    from tenure.serve.load.search import SearchReport
     from tenure.train.dataset import Dataset
 
 Home = str | Path | None
@@ -119,15 +121,32 @@ def bench_serve(
     return app.bench_model(spec, home=app.find_home(home), display=display or SilentDisplay())
 
 
-def bench_load(plan: LoadPlan, *, folder: str | Path | None = None) -> LoadReport:
-    """Send a model of any v2 server requests by a schedule laid down beforehand; nothing is leased.
+def bench_load(plan: LoadPlan, *, goal: LatencyGoal | None = None, folder: str | Path | None = None) -> LoadReport:
+    """Send a model of any v2 server requests by a schedule laid down beforehand, and judge the run; nothing is leased.
 
-    folder: a new one, for the report and the record of every request.
+    goal: what the latencies are held against. folder: a new one, for the report and the record of every request.
     Raises Unavailable, NotFound, SpecError, ModelFailed before the run; what happens during it is in the report.
     """
     from tenure.serve.load.report import measure
 
-    return measure(plan, Path(folder) if folder is not None else None)
+    return measure(plan, folder=Path(folder) if folder is not None else None, goal=goal)
+
+
+def bench_rate(
+    plan: LoadPlan,
+    goal: LatencyGoal,
+    *,
+    max_s: float = 300.0,
+    folder: str | Path | None = None,
+    told: Callable[[LoadReport], None] = lambda _: None,
+) -> SearchReport:
+    """Search the highest rate at which a model of any v2 server meets a goal, by runs as `bench_load` makes them.
+
+    plan: its rate and length are the search's own. max_s: no run begins after so long. told: each run's report as it comes.
+    """
+    from tenure.serve.load.search import search
+
+    return search(plan, goal, max_s=max_s, folder=Path(folder) if folder is not None else None, told=told)
 
 
 def recommend(job_file: str | Path, *, home: Home = None, display: Display | None = None) -> tuple[Recommendation, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import msgspec
@@ -13,6 +14,7 @@ from tests.serve.grpc_peers import OpenDoor
 from tests.serve.wire_server import WireServer
 
 from tenure.cli.main import run as tenure
+from tenure.decide.verdicts import parse_goal
 from tenure.errors import Conflict, CorruptData, NotFound, SpecError, Unavailable
 from tenure.serve.faults import ModelFailed
 from tenure.serve.load.columns import Columns, read_record, write_record
@@ -20,6 +22,7 @@ from tenure.serve.load.plan import LoadPlan
 from tenure.serve.load.records import Outcome, Record
 from tenure.serve.load.report import measure, read_report
 from tenure.serve.load.runner import Target
+from tenure.serve.load.search import search
 from tenure.serve.load.summary import figures, histogram, merged
 
 
@@ -41,7 +44,7 @@ def plan(server, **options):
 
 
 def test_a_run_keeps_every_due_request_and_judges_those_after_the_warm_up(server, tmp_path):
-    found = measure(plan(server, arrivals="constant", warmup_s=0.1), tmp_path / "run")
+    found = measure(plan(server, arrivals="constant", warmup_s=0.1), folder=tmp_path / "run")
     record = read_record(tmp_path / "run" / "record")
     assert len(record) == 100
     assert found.summary.due == 80
@@ -117,7 +120,7 @@ def test_a_model_that_answers_nothing_is_said_before_the_run():
 def test_a_folder_with_something_in_it_is_not_written_to(server, tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(Conflict, match="name another folder"):
-        measure(plan(server), tmp_path)
+        measure(plan(server), folder=tmp_path)
     assert server.infers == 0
 
 
@@ -172,7 +175,7 @@ def test_histograms_merge_and_keep_three_digits():
 def test_figures_of_nothing_are_no_numbers():
     found = figures(np.array([np.nan]))
     assert found.count == 0
-    assert np.isnan(found.max_s)
+    assert found.max_s is found.percentiles_s["p99"] is None
 
 
 def test_a_record_written_is_the_record_read_and_one_cut_off_has_what_had_ended(tmp_path):
@@ -188,6 +191,46 @@ def test_a_record_written_is_the_record_read_and_one_cut_off_has_what_had_ended(
     (tmp_path / "a" / "due_s.npy").write_text("broken")
     with pytest.raises(CorruptData):
         read_record(tmp_path / "a")
+
+
+def slow_above(per_s):
+    """A server with one place that takes 1 / per_s: past that rate its queue grows."""
+    lock = threading.Lock()
+
+    def answer(request):
+        with lock:
+            time.sleep(1 / per_s)
+        request.answer_same()
+
+    return answer
+
+
+def test_a_goal_is_answered_beside_the_verdict(server):
+    met = measure(plan(server, rate_per_s=1000.0, seconds=1.0), goal=parse_goal("p90<500ms"))
+    assert met.verdict.valid
+    assert met.verdict.answer.answer == "met"
+    missed = measure(plan(server, rate_per_s=1000.0, seconds=1.0), goal=parse_goal("p90<1us"))
+    assert missed.verdict.answer.answer == "missed"
+
+
+def test_a_run_that_its_own_bound_held_back_is_invalid():
+    with WireServer(slow_above(100.0)) as slow:
+        found = measure(plan(slow, arrivals="constant", rate_per_s=200.0, max_in_flight=2, connections=2, timeout_s=20.0))
+    assert not found.verdict.valid
+    assert any("2 were in flight" in reason for reason in found.verdict.reasons)
+
+
+def test_a_search_ends_at_a_rate_that_is_proven_and_keeps_every_run(tmp_path):
+    told = []
+    with WireServer(slow_above(250.0)) as slow:
+        asked = plan(slow, timeout_s=3.0)
+        found = search(asked, parse_goal("p80<100ms"), max_s=8.0, least_s=0.5, folder=tmp_path / "s", told=told.append)
+    assert 0 < found.met_per_s < 300.0
+    assert found.why
+    assert len(found.probes) == len(told) == len(list((tmp_path / "s").glob("probe-*/load.json")))
+    assert len({each.plan.seed for each in found.probes}) == len(found.probes)
+    assert found.report.plan.rate_per_s == found.met_per_s
+    assert json.loads((tmp_path / "s" / "search.json").read_text())["met_per_s"] == found.met_per_s
 
 
 # The command line
@@ -211,6 +254,15 @@ def test_the_command_prints_the_whole_report_as_json(server, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == "closed"
     assert found["summary"]["counts"]["ok"] > 10
+    assert found["verdict"]["valid"] is True
+
+
+def test_the_command_ends_with_1_when_a_goal_is_not_proven(server, capsys):
+    argv = ["bench", "load", server.url, "--model", "same", "--rate", "1000", "--time", "600ms"]
+    assert tenure([*argv, "--goal", "p90<1us"]) == 1
+    said = capsys.readouterr().out
+    assert "goal     p90<0.001ms: missed" in said
+    assert "VALID    p99" in said
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tenure.cli import output
+from tenure.cli import exits, output
 from tenure.errors import SpecError
 
 if TYPE_CHECKING:  # NumPy comes with it, which `tenure --help` need not pay
     from tenure.serve.load.payload import Shape
     from tenure.serve.load.report import LoadReport
+    from tenure.serve.load.search import SearchReport
     from tenure.serve.load.summary import Figures
+
+
+SEARCH_S = 300.0
+"""No run of a search begins after it."""
 
 
 def bench_load(
@@ -35,7 +39,19 @@ def bench_load(
     arrivals: Annotated[
         str, typer.Option("--arrivals", metavar="KIND", help="Of --rate: poisson (independent users) or constant.")
     ] = "poisson",
-    time: Annotated[str, typer.Option("--time", metavar="TIME", help="How long requests become due.")] = "10s",
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            "--goal",
+            metavar="GOAL",
+            help="Such as p99<50ms: whether it is met. Alone, without --rate, --clients and --schedule: the highest rate that "
+            "meets it.",
+        ),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", metavar="TIME", help="How long requests become due [default: 10s; a search 5min in all]."),
+    ] = None,
     warm_up: Annotated[
         str | None,
         typer.Option(
@@ -83,19 +99,26 @@ def bench_load(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
 ) -> None:
-    """Send a model requests by a schedule laid down beforehand, and tell latency from the due time of every one of them."""
+    """Send a model requests by a schedule laid down beforehand, and tell latency from the due time of every one of them.
+
+    Every run ends VALID, or INVALID with the reasons why it measured the generator and not the server. Ends with 1 when it is
+    INVALID, or a goal was given and is not proven to be met.
+    """
     from tenure import verbs
+    from tenure.decide.verdicts import parse_goal
     from tenure.resources import parse_duration
     from tenure.serve.load.plan import LoadPlan
 
+    wanted = None if goal is None else parse_goal(goal)
+    searching = wanted is not None and not (rate or clients or schedule)
     plan = LoadPlan(
         url=url,
         model=model,
-        rate_per_s=rate or 0.0,
+        rate_per_s=1.0 if searching else rate or 0.0,
         clients=clients or 0,
         schedule=str(schedule) if schedule else "",
         arrivals=arrivals,  # type: ignore[arg-type]  # checked there
-        seconds=parse_duration(time),
+        seconds=10.0 if searching or time is None else parse_duration(time),
         warmup_s=None if warm_up is None else parse_duration(warm_up),
         batch=batch,
         inputs=str(inputs) if inputs else "",
@@ -106,8 +129,49 @@ def bench_load(
         max_in_flight=max_in_flight,
         seed=seed,
     )
-    report = verbs.bench_load(plan, folder=out)
-    output.say(output.as_json(report) if json else "\n".join(load_text(report)), sys.stdout)
+    if searching:
+        assert wanted is not None
+        output.say(
+            f"search   highest rate with {wanted}, {plan.arrivals} arrivals, of {output.clean(model)} at {output.clean(url)}",
+            sys.stderr,
+        )
+        found = verbs.bench_rate(
+            plan,
+            wanted,
+            max_s=SEARCH_S if time is None else parse_duration(time),
+            folder=out,
+            told=lambda report: output.say(_probe_line(report), sys.stderr),
+        )
+        output.say(output.as_json(found) if json else "\n".join(search_text(found)), sys.stdout)
+        proven = found.met_per_s > 0
+    else:
+        report = verbs.bench_load(plan, goal=wanted, folder=out)
+        output.say(output.as_json(report) if json else "\n".join(load_text(report)), sys.stdout)
+        answer = report.verdict.cautious
+        proven = report.verdict.valid and (wanted is None or (answer is not None and answer.answer == "met"))
+    raise typer.Exit(exits.OK if proven else exits.JOB_FAILED)
+
+
+def search_text(found: SearchReport) -> list[str]:
+    """Return what a search found in lines, for people."""
+    edge = f"; open at {', '.join(f'{rate:g}' for rate in found.open_per_s)}/s" if found.open_per_s else ""
+    missed = "" if found.missed_per_s is None else f"; {found.missed_per_s:g}/s misses it"
+    best = f"{found.met_per_s:g}/s" if found.met_per_s else "none"
+    lines = [
+        f"highest  {best} meets {found.goal}{missed}{edge} ({found.confidence:.0%} sure, {len(found.probes)} runs, "
+        f"{found.seconds:.0f} s)",
+        f"ended    {found.why}",
+    ]
+    return lines + ([] if found.report is None else ["", *load_text(found.report)])
+
+
+def _probe_line(report: LoadReport) -> str:
+    verdict, plan = report.verdict, report.plan
+    answer = verdict.cautious
+    told = "" if answer is None else f"{answer.over:,} of {answer.requests:,} over, alone {answer.answer}"
+    return f"run      {plan.rate_per_s:g}/s for {plan.seconds:.3g} s: {verdict.word}, {told}" + (
+        f" ({verdict.reasons[0]})" if verdict.reasons else ""
+    )
 
 
 def load_text(report: LoadReport) -> list[str]:
@@ -135,7 +199,24 @@ def load_text(report: LoadReport) -> list[str]:
     )
     if report.stopped:
         lines.append(f"ended    early: {report.stopped}")
-    return lines
+    return lines + _verdict(report)
+
+
+def _verdict(report: LoadReport) -> list[str]:
+    verdict = report.verdict
+    lines = [f"note     {output.clean(note)}" for note in verdict.notes]
+    if (answer := verdict.cautious) is not None:
+        more = f"; {answer.missing:,} more within it would prove it met" if answer.missing else ""
+        lines.append(
+            f"goal     {verdict.goal}: {answer.answer} ({answer.over:,} of {answer.requests:,} requests over it, "
+            f"{answer.confidence:.0%} sure{more})"
+        )
+    if (p99 := verdict.percentiles.get("p99")) is not None:
+        above = "not bounded above" if p99.high_s is None else f"to {_time(p99.high_s)}"
+        lines.append(f"{verdict.word:<8} p99 {_time(p99.value_s)}, {p99.level:.0%} interval {_time(p99.low_s)} {above}")
+    else:
+        lines.append(verdict.word)
+    return lines + [f"         {output.clean(reason)}" for reason in verdict.reasons]
 
 
 def _asked(report: LoadReport) -> str:
@@ -153,8 +234,8 @@ def _row(name: str, figures: Figures, what: str) -> str:
     return f"{name:<8} {times}  max {_time(figures.max_s)}  ({what})"
 
 
-def _time(seconds: float) -> str:
-    if math.isnan(seconds):
+def _time(seconds: float | None) -> str:
+    if seconds is None:
         return "-"
     value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
     return f"{value:.3g} {unit}"

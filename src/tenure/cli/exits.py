@@ -20,7 +20,8 @@ INTERRUPTED = 130
 
 MEANINGS: Mapping[int, str] = {
     OK: "done",
-    JOB_FAILED: "a job that Tenure ran failed, or `doctor` found something that keeps jobs from running",
+    JOB_FAILED: "a job that Tenure ran failed, `doctor` found something that keeps jobs from running, or `bench load` was "
+    "INVALID or did not prove its goal met",
     WRONG_INPUT: "wrong input: job file, option or value; nothing was started",
     REFUSED: "refused: no node can hold it, a quota, or the queue's time ran out",
     NOT_FOUND: "the named run, lease or file does not exist",

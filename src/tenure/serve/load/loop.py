@@ -98,7 +98,7 @@ class Loop:
         self._closes = False
         self._cpu_at_start_s = self._began_s = 0.0
         self.cpu_s = self.wall_s = 0.0
-        """What this process used while there was something to send, after the warm-up."""
+        """What the loop's thread used while there was something to send, after the warm-up."""
         self.peak_in_flight = 0
         self.realtime = False
         """Whether the kernel lets this thread run as soon as something is due."""
@@ -224,11 +224,11 @@ class Loop:
                         handler(event)
 
     def _begin_measuring(self, now_s: float) -> None:
-        self._cpu_at_start_s, self._began_s = time.process_time(), self._clock()
+        self._cpu_at_start_s, self._began_s = time.thread_time(), self._clock()
         self.full_s, self._full_since_s = 0.0, now_s
 
     def _end_measuring(self) -> None:
-        self.cpu_s, self.wall_s = time.process_time() - self._cpu_at_start_s, self._clock() - self._began_s
+        self.cpu_s, self.wall_s = time.thread_time() - self._cpu_at_start_s, self._clock() - self._began_s
 
     def _issue(self, index: int) -> bool:
         if self._in_flight >= self._max_in_flight:

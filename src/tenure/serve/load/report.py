@@ -15,7 +15,9 @@ import msgspec
 import numpy as np
 
 from tenure import __version__
+from tenure.decide.verdicts import LatencyGoal
 from tenure.errors import Conflict, CorruptData, NotFound
+from tenure.serve.load.judge import Verdict, judge
 from tenure.serve.load.plan import Kind, LoadPlan
 from tenure.serve.load.records import OwnUse
 from tenure.serve.load.runner import LoadRun, Target, Warmth
@@ -33,6 +35,8 @@ class LoadReport:
     kind: Kind
     plan: LoadPlan
     summary: Summary
+    verdict: Verdict
+    """Whether the figures are the server's, and what they prove."""
     warmth: Warmth
     """Of the server, before the schedule began."""
     measured_from_s: float
@@ -54,28 +58,34 @@ class LoadReport:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def measure(plan: LoadPlan, folder: Path | None = None) -> LoadReport:
+def measure(plan: LoadPlan, *, folder: Path | None = None, goal: LatencyGoal | None = None) -> LoadReport:
     """Run a plan once, warm-up included, and return its report. folder: a new one, for the report and the record.
 
     Raises Unavailable, NotFound, SpecError, ModelFailed before the run; what happens during it is in the report.
     """
-    if folder is not None and folder.exists() and any(folder.iterdir()):
-        raise Conflict(f"{folder} is there already and not empty: name another folder for this run")
+    new_folder(folder)
     target = Target(plan)
     warmth = target.warm_up()
     run = target.run(plan, folder / RECORD_FOLDER if folder is not None else None)
-    found = report(run, warmth)
+    found = report(run, warmth, goal)
     if folder is not None:
         write_json(folder / REPORT_FILE, msgspec.to_builtins(found))
     return found
 
 
-def report(run: LoadRun, warmth: Warmth) -> LoadReport:
+def new_folder(folder: Path | None) -> None:
+    """Refuse a folder that has something in it. Raises Conflict."""
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise Conflict(f"{folder} is there already and not empty: name another folder for this run")
+
+
+def report(run: LoadRun, warmth: Warmth, goal: LatencyGoal | None = None) -> LoadReport:
     """Return the report of a run."""
     return LoadReport(
         kind=run.plan.kind,
         plan=run.plan,
         summary=summary(run),
+        verdict=judge(run.measured, timeout_s=run.plan.timeout_s, own=run.own, goal=goal),
         warmth=warmth,
         measured_from_s=run.measured_from_s,
         own=run.own,

@@ -25,13 +25,13 @@ _DIGITS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Of one time over all requests that have it, seconds; NaN where none has."""
+    """Of one time over all requests that have it, seconds; None where none has."""
 
     count: int
-    mean_s: float
-    percentiles_s: Mapping[str, float]
+    mean_s: float | None
+    percentiles_s: Mapping[str, float | None]
     """By nearest rank, under names such as ``p99``."""
-    max_s: float
+    max_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def figures(values_s: Floats) -> Figures:
     ordered = np.sort(values_s[np.isfinite(values_s)])
     count = len(ordered)
     if not count:
-        return Figures(count=0, mean_s=math.nan, percentiles_s={_name(p): math.nan for p in PERCENTS}, max_s=math.nan)
+        return Figures(count=0, mean_s=None, percentiles_s=dict.fromkeys(map(_name, PERCENTS)), max_s=None)
     found = {_name(percent): float(ordered[max(0, math.ceil(percent / 100 * count) - 1)]) for percent in PERCENTS}
     return Figures(count=count, mean_s=float(ordered.mean()), percentiles_s=found, max_s=float(ordered[-1]))
 
