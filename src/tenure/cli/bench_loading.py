@@ -156,9 +156,9 @@ def search_text(found: SearchReport) -> list[str]:
     """Return what a search found in lines, for people."""
     edge = f"; open at {', '.join(f'{rate:g}' for rate in found.open_per_s)}/s" if found.open_per_s else ""
     missed = "" if found.missed_per_s is None else f"; {found.missed_per_s:g}/s misses it"
-    best = f"{found.met_per_s:g}/s" if found.met_per_s else "none"
+    best = f"{found.met_per_s:g}/s meets" if found.met_per_s else "no rate is proven to meet"
     lines = [
-        f"highest  {best} meets {found.goal}{missed}{edge} ({found.confidence:.0%} sure, {len(found.probes)} runs, "
+        f"highest  {best} {found.goal}{missed}{edge} ({found.confidence:.0%} sure, {len(found.probes)} runs, "
         f"{found.seconds:.0f} s)",
         f"ended    {found.why}",
     ]
