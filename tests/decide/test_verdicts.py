@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from tenure.decide.verdicts import LatencyGoal, answer_goal, clustering_of, least_requests, parse_goal, percentile
+from tenure.decide.verdicts import LatencyGoal, answer_goal, clustering_of, least_requests, parse_goal, percentile, percentiles
 from tenure.errors import SpecError
 
 
@@ -73,6 +73,28 @@ def test_clustering_is_one_for_independent_requests_and_the_length_of_clusters_f
     assert np.median(in_tens) == pytest.approx(10.0, rel=0.15)
     assert clustering_of(np.ones(100), 2.0) == clustering_of(np.ones(100), 0.5) == 1.0
     assert clustering_of(np.zeros(0), 1.0) == 1.0
+
+
+def test_clusters_are_found_in_runs_of_any_length():
+    rng = np.random.default_rng(8)
+    for requests in (65_536, 65_537, 200_000, 262_145):
+        in_tens = np.repeat(rng.exponential(size=requests // 10 + 1), 10)[:requests]
+        assert clustering_of(in_tens, 4.6) == pytest.approx(10.0, rel=0.25)
+    burst = rng.exponential(size=200_001)
+    burst[-300:] += 5.0  # all that is over comes in the last of the blocks
+    assert clustering_of(burst, 9.0) < clustering_of(burst, 5.0)
+    assert clustering_of(burst, 5.0) > 50
+
+
+def test_percentiles_of_a_run_reckon_with_its_clusters():
+    run = np.repeat(np.random.default_rng(9).exponential(size=400), 10)
+    found = percentiles(run, (50.0, 99.0))
+    alone = {name: percentile(run, float(name[1:])) for name in found}
+    assert list(found) == ["p50", "p99"]
+    for name in found:
+        assert found[name].value_s == alone[name].value_s
+        assert found[name].low_s < alone[name].low_s
+        assert upper(found[name]) > upper(alone[name])
 
 
 def test_a_run_whose_queue_never_filled_still_shows_how_long_its_queue_remembers():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ CONFIDENCE = 0.99
 """MLPerf's: a met goal is wrong in at most 1 % of runs."""
 LEVEL = 0.95
 MAX_REQUESTS = 1 << 40
+_BLOCK = 1 << 16
 _GOAL = re.compile(r"p(\d+(?:\.\d+)?)\s*<=?\s*(\d+(?:\.\d+)?)\s*(us|ms|s)")
 _PER_S = {"us": 1e6, "ms": 1e3, "s": 1.0}
 
@@ -84,27 +86,22 @@ def percentile(latencies_s: Floats, percent: float, *, level: float = LEVEL, clu
     latencies_s: at least one, any order. clustering: see `clustering_of`; the interval is taken as of so many times fewer.
     Raises SpecError for an empty sample, NaN, or a percent or level out of range.
     """
-    n = len(latencies_s)
-    if n < 1 or bool(np.isnan(latencies_s).any()):
-        raise SpecError(f"a percentile needs at least one latency and no NaN; found {n} latencies")
-    if not (0 < percent < 100 and 0 < level < 1):
-        raise SpecError(f"percent lies between 0 and 100, level between 0 and 1; found {percent!r} and {level!r}")
-    effect = _at_least_one(clustering)
-    ordered, q, tail = np.sort(latencies_s), percent / 100, (1 - level) / 2
+    return _percentile(_ordered(latencies_s), percent, level, _at_least_one(clustering))
 
-    def lies_above(rank: int) -> float:
-        # The share of all requests below the k-th smallest of n is Beta(k, n - k + 1).
-        return 1 - float(betainc(rank / effect, (n - rank + 1) / effect, q))
 
-    low = bisect.bisect_right(range(1, n + 1), tail, key=lies_above)
-    high = bisect.bisect_left(range(1, n + 1), 1 - tail, key=lies_above)
-    return Percentile(
-        percent=percent,
-        value_s=float(ordered[max(0, math.ceil(round(q * n, 9)) - 1)]),
-        low_s=float(ordered[low - 1]) if low else 0.0,
-        high_s=float(ordered[high]) if high < n else None,
-        level=level,
-    )
+def percentiles(latencies_s: Floats, percents: Sequence[float], *, level: float = LEVEL) -> dict[str, Percentile]:
+    """Return percentiles of a run under names such as ``p99``, their intervals reckoning with clusters.
+
+    latencies_s: in order of the due times. Raises as `percentile`.
+    """
+    ordered = _ordered(latencies_s)
+    usual = _memory(latencies_s > ordered[len(ordered) // 2])
+    return {
+        f"p{percent:g}": _percentile(
+            ordered, percent, level, max(usual, _memory(latencies_s > ordered[_rank(len(ordered), percent)]))
+        )
+        for percent in percents
+    }
 
 
 def clustering_of(latencies_s: Floats, limit_s: float) -> float:
@@ -113,21 +110,58 @@ def clustering_of(latencies_s: Floats, limit_s: float) -> float:
     The larger of two: how long being over the limit lasts, and how long being over the median does. The second one is needed
     because a short run whose queue happened never to fill has nothing over the limit to learn from.
     """
-    n = len(latencies_s)
-    return max(_memory(latencies_s > limit_s), _memory(latencies_s > np.median(latencies_s))) if n else 1.0
+    if not len(latencies_s):
+        return 1.0
+    return max(_memory(latencies_s > limit_s), _memory(latencies_s > np.median(latencies_s)))
+
+
+def _ordered(latencies_s: Floats) -> Floats:
+    if len(latencies_s) < 1 or bool(np.isnan(latencies_s).any()):
+        raise SpecError(f"a percentile needs at least one latency and no NaN; found {len(latencies_s)} latencies")
+    return np.sort(latencies_s)
+
+
+def _rank(n: int, percent: float) -> int:
+    """Return the place of the nearest rank among n in order, from 0."""
+    return max(0, math.ceil(round(percent / 100 * n, 9)) - 1)
+
+
+def _percentile(ordered: Floats, percent: float, level: float, effect: float) -> Percentile:
+    if not (0 < percent < 100 and 0 < level < 1):
+        raise SpecError(f"percent lies between 0 and 100, level between 0 and 1; found {percent!r} and {level!r}")
+    n, tail = len(ordered), (1 - level) / 2
+
+    def lies_above(rank: int) -> float:
+        # The share of all requests below the k-th smallest of n is Beta(k, n - k + 1).
+        return 1 - float(betainc(rank / effect, (n - rank + 1) / effect, percent / 100))
+
+    low = bisect.bisect_right(range(1, n + 1), tail, key=lies_above)
+    high = bisect.bisect_left(range(1, n + 1), 1 - tail, key=lies_above)
+    return Percentile(
+        percent=percent,
+        value_s=float(ordered[_rank(n, percent)]),
+        low_s=float(ordered[low - 1]) if low else 0.0,
+        high_s=float(ordered[high]) if high < n else None,
+        level=level,
+    )
 
 
 def _memory(over: NDArray[np.bool_]) -> float:
-    """Return 1 + 2 x the sum of autocorrelations while their pairs are above 0 (initial positive sequence, Geyer 1992)."""
+    """Return 1 + 2 x the sum of autocorrelations while their pairs are above 0 (initial positive sequence, Geyer 1992).
+
+    Autocorrelations are looked for up to `_BLOCK` requests apart, and averaged over blocks: memory stays bounded.
+    """
     n = len(over)
-    centred = over - over.mean()
-    if n < 4 or not centred.any():
+    if n < 4 or over.all() or not over.any():
         return 1.0
-    size = 1 << (2 * n - 1).bit_length()
-    spectrum = np.fft.rfft(centred, size)
-    covariance = np.fft.irfft(spectrum * spectrum.conj(), size)[:n]
+    mean, length = float(over.mean()), n // math.ceil(n / _BLOCK)
+    size = 1 << (2 * length - 1).bit_length()
+    covariance = np.zeros(length)
+    for start in range(0, n - length + 1, length):
+        spectrum = np.fft.rfft(over[start : start + length] - mean, size)
+        covariance += np.fft.irfft(spectrum * spectrum.conj(), size)[:length]
     correlation = covariance / covariance[0]
-    pairs = correlation[0 : n - 1 : 2] + correlation[1:n:2]
+    pairs = correlation[0 : length - 1 : 2] + correlation[1:length:2]
     ends = np.flatnonzero(pairs <= 0)
     return float(min(n, max(1.0, 2 * pairs[: ends[0] if len(ends) else len(pairs)].sum() - 1)))
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenure.decide.rate_search import Probe
-from tenure.decide.verdicts import GoalAnswer, LatencyGoal, Percentile, answer_goal, clustering_of, percentile
+from tenure.decide.verdicts import GoalAnswer, LatencyGoal, Percentile, answer_goal, clustering_of, percentiles
 from tenure.errors import SpecError
 from tenure.serve.load.records import Floats, Outcome, OwnUse, Record
 
@@ -85,8 +85,8 @@ def judge(
     if not len(record):
         return Verdict(valid=False, reasons=("no request was due after the warm-up; run for longer",), notes=(), percentiles={})
     latency_s = record.latency_s(timeout_s)
-    percentiles = {f"p{percent:g}": _percentile(latency_s, percent) for percent in rules.percents}
-    reasons = [*_late(record, percentiles, rules), *_moved(record, rules), *_bound(own, rules)]
+    found = percentiles(latency_s, rules.percents)
+    reasons = [*_late(record, found, rules), *_moved(record, rules), *_bound(own, rules)]
     answer = cautious = None
     if goal is not None:
         over = (latency_s > goal.limit_s) | (record.outcome != Outcome.OK)
@@ -96,8 +96,8 @@ def judge(
     return Verdict(
         valid=not reasons,
         reasons=tuple(reasons),
-        notes=tuple(_notes(record, own, timeout_s, percentiles, answer, cautious)),
-        percentiles=percentiles,
+        notes=tuple(_notes(record, own, timeout_s, found, answer, cautious)),
+        percentiles=found,
         goal=str(goal) if goal is not None else "",
         answer=answer,
         cautious=cautious,
@@ -120,24 +120,19 @@ def probe_of(verdict: Verdict, rate_per_s: float) -> Probe:
     )
 
 
-def _percentile(latency_s: Floats, percent: float) -> Percentile:
-    alone = percentile(latency_s, percent)
-    return percentile(latency_s, percent, clustering=clustering_of(latency_s, alone.value_s))
-
-
 def _at_least(latency_s: Floats, over: NDArray[np.bool_], timeout_s: float) -> Floats:
     """Return latencies in which all that counts as over lies beyond any limit."""
     return np.where(over, np.maximum(latency_s, timeout_s), latency_s)
 
 
-def _late(record: Record, percentiles: Mapping[str, Percentile], rules: Rules) -> list[str]:
+def _late(record: Record, found: Mapping[str, Percentile], rules: Rules) -> list[str]:
     """Return why its own delays may have moved a percentile: more requests were late than lie above it."""
     delay_s = np.nan_to_num(record.issue_delay_s, nan=np.inf)
     worst = ""
-    for name, found in percentiles.items():
-        late_s = max(rules.late_s, rules.late_share * found.value_s)
+    for name, one in found.items():
+        late_s = max(rules.late_s, rules.late_share * one.value_s)
         late = int(np.count_nonzero(delay_s > late_s))
-        room = max(1.0, len(record) * (1 - found.percent / 100))  # a single one proves nothing
+        room = max(1.0, len(record) * (1 - one.percent / 100))  # a single one proves nothing
         if late > room:
             worst = (
                 f"the generator was late: {late:,} of {len(record):,} requests were issued more than {late_s * 1e3:.3g} ms "
@@ -185,7 +180,7 @@ def _notes(
     record: Record,
     own: OwnUse | None,
     timeout_s: float,
-    percentiles: Mapping[str, Percentile],
+    found: Mapping[str, Percentile],
     answer: GoalAnswer | None,
     cautious: GoalAnswer | None,
 ) -> list[str]:
@@ -200,8 +195,8 @@ def _notes(
             if outcome != Outcome.OK and record.count(outcome)
         )
         notes.append(f"requests without a right answer count as {timeout_s:g} s at least: {names}")
-    for name, found in percentiles.items():
-        if found.high_s is None:
+    for name, one in found.items():
+        if one.high_s is None:
             notes.append(f"{name} is not bounded from above by {len(record):,} requests: run for longer")
     if answer is not None and cautious is not None and cautious.answer != answer.answer:
         notes.append(
