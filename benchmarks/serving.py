@@ -74,10 +74,13 @@ def environment() -> dict[str, str]:
 class Dialogue:
     """A program of `peers/programs` that answers one JSON line with another. Started at once, awaited by `with`."""
 
-    def __init__(self, label: str, python: Path | str, program: Path, told: Mapping[str, Any]) -> None:
+    def __init__(
+        self, label: str, python: Path | str, program: Path, told: Mapping[str, Any], *, within: Sequence[str] = ()
+    ) -> None:
+        """within: a command that runs another, such as in a network namespace."""
         self.label = label
         pipe = subprocess.PIPE
-        argv = [str(python), str(program), json.dumps(told)]
+        argv = [*within, str(python), str(program), json.dumps(told)]
         self._process = subprocess.Popen(argv, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def __enter__(self) -> Self:

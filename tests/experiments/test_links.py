@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tenure.errors import Unavailable
+from tenure.errors import SpecError, Unavailable
 from tenure.experiments import links, netns
 from tenure.links import DeclaredLink, parse_link
 
@@ -76,6 +76,15 @@ def test_a_forwarder_that_kept_up_is_not_blamed_for_what_came_before():
     before = carried(at_s=100.0, cpu_s=50.0, overflowed=9, left=10, late_s=5.0)
     after = replace(before, at_s=110.0, cpu_s=52.0, left=1010, late_s=5.4)
     assert links.judged(before, after, 0.02) == ()
+
+
+def test_tcp_is_asked_of_this_machine_and_of_the_client():
+    assert links.tcp("http", 1).count == 1
+    assert links.tcp("grpc", 64).count == 4
+    assert links.tcp("http", 64).congestion in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text()
+    assert links.tcp("http", 64).window_bytes > 1 << 16
+    with pytest.raises(SpecError, match="http and grpc"):
+        links.tcp("shm", 1)
 
 
 def echo(address, size):

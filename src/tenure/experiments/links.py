@@ -28,10 +28,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any
 
-from tenure.decide.links import burst_bytes
-from tenure.errors import Unavailable
+from tenure.decide.links import WINDOW_SHARE, Connections, burst_bytes
+from tenure.errors import SpecError, Unavailable
 from tenure.experiments import netns
 from tenure.links import DeclaredLink
 from tenure.usage import Usage
@@ -183,6 +184,22 @@ def disciplines(declared: DeclaredLink, how: str) -> list[tuple[str, ...]]:
         return []
     limit = max(LEAST_QUEUE_BYTES, int(bytes_s * QUEUE_S))
     return [("tbf", "rate", rate, "burst", f"{burst_bytes(declared)}b", "limit", f"{limit}b")]
+
+
+def tcp(transport: str, in_flight: int) -> Connections:
+    """Return what this machine's TCP and our client allow for so many requests in flight, for `decide.links.forecast`."""
+    from tenure.serve.http_client.streaming import MAX_CONNECTIONS  # asyncio comes with it
+    from tenure.serve.transports.grpc import MAX_CHANNELS  # gRPC's library comes with it
+
+    most = {"http": MAX_CONNECTIONS, "grpc": MAX_CHANNELS}
+    if transport not in most:
+        raise SpecError(f"over a link go http and grpc; found {transport!r}")
+    settings = Path("/proc/sys/net/ipv4")
+    return Connections(
+        count=min(in_flight, most[transport]),
+        congestion=(settings / "tcp_congestion_control").read_text().strip(),
+        window_bytes=int(int((settings / "tcp_wmem").read_text().split()[2]) * WINDOW_SHARE),
+    )
 
 
 @functools.cache
