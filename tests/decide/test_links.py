@@ -63,6 +63,11 @@ def test_a_slow_model_is_what_bounds_a_fast_link():
     assert found.images_per_s.value == pytest.approx(25.0, rel=0.03)
 
 
+def test_requests_under_way_do_not_slow_a_model_that_few_at_once_keep_busy():
+    found = images_per_s(GIGABIT, "grpc", in_flight=16, rates=local(73.0, 96.6, 16)).images_per_s
+    assert found.value == pytest.approx(91.4, rel=0.05), "measured: MobileNetV2 on two cores"
+
+
 def test_one_connection_carries_no_more_than_its_window_each_round_trip():
     found = images_per_s(GIGABIT, "grpc", in_flight=64, connections=Connections(count=1))
     assert found.bound == "window"

@@ -190,7 +190,7 @@ def _waited(link: DeclaredLink, size_bytes: int, rtt_s: float) -> float:
     It sends about a millisecond's worth at once, up to 64 KB (Linux, net/ipv4/tcp_output.c: tcp_tso_autosize); the first costs
     no wait, and the second half of one (tcp_update_skb_after_send).
     """
-    packet_bytes = max(link.packet_bytes, min(1 << 16, int(BBR_GAIN * size_bytes / rtt_s / 1024)))
+    packet_bytes = max(link.packet_bytes, min(float(1 << 16), BBR_GAIN * size_bytes / rtt_s / 1024))
     return max(0.0, 1 - 1.5 * packet_bytes / max(size_bytes, 1))
 
 
@@ -207,9 +207,18 @@ def _around(rates: Mapping[int, float], in_flight: int, under_way_s: float) -> f
 
 
 def _mu(rates: Mapping[int, float], local: float) -> float:
-    """Return requests per second with so many of them local: between what was measured in a straight line, from 0 on."""
-    points = [(0, 0.0), *sorted(rates.items())]
-    for (less, below), (more, above) in itertools.pairwise(points):
+    """Return requests per second with so many of them local.
+
+    Between measured points, how long a request stays (their number / rate) goes in a straight line: each more waits for those
+    before it, as in a balanced closed network (Zahorjan et al. 1982). Below the first nobody waits, above the last nothing is
+    gained.
+    """
+    points = sorted(rates.items())
+    (least, rate), (_, highest) = points[0], points[-1]
+    if local <= least:
+        return max(0.0, local) * rate / least
+    for (less, slower), (more, faster) in itertools.pairwise(points):
         if local <= more:
-            return max(0.0, below + (above - below) * (local - less) / (more - less))
-    return points[-1][1]
+            stays_s = less / slower + (more / faster - less / slower) * (local - less) / (more - less)
+            return local / stays_s
+    return highest
