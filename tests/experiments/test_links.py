@@ -143,6 +143,7 @@ def test_an_exchange_takes_both_delays_and_the_forwarder_is_accounted_for():
             assert after.left > before.left
             assert usage.cpu_s > 0
             assert usage.memory_bytes > 1 << 20
+            assert link.priority in ("real-time", "none")
             assert after.overflowed == before.overflowed
         else:
             assert (before, link.usage(), link.judge(None)) == (None, None, ())

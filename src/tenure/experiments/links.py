@@ -82,6 +82,8 @@ class Joined:
         """As `netns.Link`: for `Command.network`; where the server listens; the application's own address."""
         self.declared, self.how = declared, how
         """how: veth, netem, tbf or forwarder."""
+        self.priority = forwarder.priority if forwarder else ""
+        """What the forwarder was granted: real-time, or none, where it is late whenever others have the CPU; empty without one."""
         self._link, self._forwarder = link, forwarder
 
     def usage(self) -> Usage | None:
@@ -230,10 +232,11 @@ class _Forwarder:
         argv = (sys.executable, "-m", netns.FORWARDER, json.dumps(told))
         self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         self._asking = threading.Lock()
+        self.priority = "none"
 
     def wait_ready(self) -> None:
         """Block until it has its devices. Raises Unavailable."""
-        self._answer(START_S)
+        self.priority = str(self._answer(START_S)["priority"])
 
     def counted(self) -> Carried:
         """Return what it has counted. Raises Unavailable."""
