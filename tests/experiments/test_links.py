@@ -196,26 +196,50 @@ def test_lost_packets_are_counted_and_the_stream_arrives_all_the_same():
         assert link.carried().lost > 0
 
 
+def flood(link, count):
+    """Send so many small packets through the link to a port where nobody listens."""
+    sends = "import socket, sys\nsent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+    sends += "for _ in range(int(sys.argv[2])):\n    sent.sendto(b'x', (sys.argv[1], 9))\n"
+    argv = ["ip", "netns", "exec", link.namespace, sys.executable, "-c", sends, link.near, str(count)]
+    subprocess.run(argv, stderr=subprocess.DEVNULL, timeout=30, check=False)  # what is refused in between is no matter
+
+
+def wait_until(condition):
+    ends_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+
+
 @pytest.mark.real
 @pytest.mark.netns
 @needs_netns
 @needs_tun
-def test_a_forwarder_handed_more_than_it_can_carry_is_found_out():
-    flood = """
-import socket, sys, time
-sent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-ends_s = time.monotonic() + 1.5
-while time.monotonic() < ends_s:
-    for _ in range(100):
-        sent.sendto(b"x", (sys.argv[1], 9))
-"""
-    with links.joined(parse_link("delay=1ms"), forwarder=True) as link:
+def test_packets_that_a_forwarder_let_go_late_make_it_invalid():
+    with links.joined(parse_link("delay=1s"), forwarder=True) as link:
+        (forwarder,) = forwarders_of(os.getpid())
         before = link.carried()
-        argv = ["ip", "netns", "exec", link.namespace, sys.executable, "-c", flood, link.near]
-        senders = [subprocess.Popen(argv, stderr=subprocess.DEVNULL) for _ in range(2)]
-        for sender in senders:
-            sender.wait(20)
-        assert link.judge(before)
+        flood(link, 50)
+        wait_until(lambda: link.carried().packets >= before.packets + 50)
+        os.kill(forwarder, signal.SIGSTOP)
+        time.sleep(1.5)  # longer than the packets' delay: all of them are late when it goes on
+        os.kill(forwarder, signal.SIGCONT)
+        wait_until(lambda: link.carried().left >= before.left + 50)
+        assert "after their delay" in " ".join(link.judge(before))
+
+
+@pytest.mark.real
+@pytest.mark.netns
+@needs_netns
+@needs_tun
+def test_packets_for_which_a_forwarder_came_too_late_make_it_invalid():
+    with links.joined(parse_link("delay=1ms"), forwarder=True) as link:
+        (forwarder,) = forwarders_of(os.getpid())
+        before = link.carried()
+        os.kill(forwarder, signal.SIGSTOP)
+        flood(link, 2 * links.RING_PACKETS)
+        os.kill(forwarder, signal.SIGCONT)
+        assert "dropped" in " ".join(link.judge(before))
 
 
 @pytest.mark.real

@@ -83,7 +83,7 @@ class Joined:
         self.declared, self.how = declared, how
         """how: veth, netem, tbf or forwarder."""
         self.priority = forwarder.priority if forwarder else ""
-        """What the forwarder was granted: real-time, or none, where it is late whenever others have the CPU; empty without one."""
+        """What the forwarder was granted: real-time, or none: then it is late when others have the CPU; empty without one."""
         self._link, self._forwarder = link, forwarder
 
     def usage(self) -> Usage | None:
