@@ -43,3 +43,5 @@ def test_the_options_that_are_given_become_a_sweep_and_no_others(monkeypatch):
         "cell_s": 0.3,
         "data": ("files",),
     }
+    CliRunner().invoke(app, ["bench", "serve", "m.onnx", "images", "--quick", "--repeats", "5"])
+    assert (seen["repeats"], seen["cell_s"], seen["fresh"]) == (5, 0.2, False)

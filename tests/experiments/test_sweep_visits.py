@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tenure.experiments.sweep import Setting
@@ -21,7 +22,6 @@ def visit(requests, wall_s, *, order, cores=0.5, memory=10.0):
         images=2 * requests,
         wall_s=wall_s,
         stages=dict.fromkeys(STAGES, wall_s / 7),
-        latencies_s=(wall_s / requests,) * requests,
         cpu_s=cores * wall_s,
         own_cpu_s=0.1 * wall_s,
     )
@@ -34,6 +34,7 @@ def visit(requests, wall_s, *, order, cores=0.5, memory=10.0):
         repeat=0,
         order=order,
         cell=cell,
+        latencies_s=np.full(requests, wall_s / requests, np.float32),
         use=CellUse(span_s=wall_s, parties=parties, host_cpu_s=2 * cores * wall_s),
         queue_s=0.001 * requests,
         compute_s=0.002,
@@ -61,7 +62,7 @@ def test_rates_and_shares_are_those_of_all_visits_together():
     assert metrics["forwarder_cpu"].mean == pytest.approx(0.1)
     assert metrics["other_cpu_cores"].mean == pytest.approx(0.0)
     assert both.order == 3.5
-    assert len(both.cell.latencies_s) == 40
+    assert len(both.latencies_s) == 40
 
 
 def test_a_visit_over_a_link_that_failed_spoils_the_cell():

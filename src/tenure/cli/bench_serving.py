@@ -62,6 +62,12 @@ def bench_serve(
         str | None,
         typer.Option("--normalise", metavar="NAME", help="Of a model that takes floats: none, unit, signed or imagenet."),
     ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", metavar="N", help="Height and width, for a model that takes any.", min=1)
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: 3 repeats of 200 ms; memory not apart. Other options still count.")
+    ] = False,
     instances: Annotated[
         int | None, typer.Option("--instances", metavar="N", help="Of the server's model [default: the server chooses].", min=1)
     ] = None,
@@ -99,8 +105,10 @@ def bench_serve(
         "client_cpus": client_cpus,
         "images": number,
         "normalise": normalise,
+        "size": size,
     }
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {"repeats": 3, "cell_s": 0.2, "fresh": False} if quick else {}
+    options |= {name: value for name, value in given.items() if value is not None}
     server = ServerOptions(instances=instances or 0, threads=threads or 0)
     with make_display(sys.stdout, sys.stderr, json=json, say_every_s=SAY_EVERY_S) as display:
         outcome = verbs.bench_serve(model, images, home=home, display=display, goal=goal, options=server, seed=seed, **options)

@@ -15,6 +15,7 @@ import numpy as np
 from tenure.errors import Refused, SpecError, Unavailable
 from tenure.experiments import netns
 from tenure.experiments.context import RunContext
+from tenure.experiments.following import show_time
 from tenure.experiments.sweep import Contender, Setting, settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import measure_sweep
@@ -25,7 +26,8 @@ from tenure.protocols import Launched
 from tenure.resources import Envelope
 from tenure.serve.client import Model
 from tenure.serve.load.orders import Examples
-from tenure.serve.pixels import BadImage, pictures_in, preparation_for, read_into
+from tenure.serve.pixels import BadImage, Preparation, pictures_in, preparation_for, read_into
+from tenure.serve.tensors import ModelMetadata
 from tenure.trials import Trial
 
 SLOT_S = 120.0
@@ -52,7 +54,10 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
     """Run the stage; return its trials, which are recorded. Raises JobFailed, Refused or SpecError with the reason."""
     assert job.sweep is not None
     bench, planned = assemble(context, job, model, contenders=contenders)
-    context.step(job.name, "measure", f"{len(planned)} settings, {job.sweep.repeats} repeats, one random order")
+    least_s = len(planned) * job.sweep.repeats * job.sweep.visits * job.sweep.cell_s
+    many = f"{len(planned)} settings, {job.sweep.repeats} repeats, at least {show_time(least_s)}"
+    context.close_step(job.name, "plan", many)
+    context.step(job.name, "measure", many)
     trials = measure_sweep(
         bench,
         job.sweep,
@@ -127,7 +132,7 @@ def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) ->
         files: list[str] = []
         skipped: list[str] = []
         if "images" in inputs:
-            how = preparation_for(metadata, normalise=sweep.normalise or None, crop=sweep.crop, size=sweep.size)  # type: ignore[arg-type]
+            how = _how(metadata, sweep)
             x = np.zeros((sweep.images, *how.shape), how.dtype)
             for path in pictures_in(inputs["images"]):
                 if len(files) == sweep.images:
@@ -161,6 +166,14 @@ def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) ->
         size=sweep.size,
     )
     return Prepared(examples=examples, fixed_batch=fixed, skipped=tuple(skipped))
+
+
+def _how(metadata: ModelMetadata, sweep: Sweep) -> Preparation:
+    """Return how pictures become the model's input. Raises SpecError, saying where it is to be said."""
+    try:
+        return preparation_for(metadata, normalise=sweep.normalise or None, crop=sweep.crop, size=sweep.size)  # type: ignore[arg-type]
+    except SpecError as error:
+        raise SpecError(f"{error} (--normalise, --size; in a job file sweep.normalise, sweep.size)") from error
 
 
 def _answers(model: Model, x: Any, fixed: int) -> Any:

@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tenure.errors import CorruptData, JobFailed, Unavailable
 from tenure.experiments import links, netns
 from tenure.experiments.architectures import server_command
@@ -89,6 +92,9 @@ class Asked:
     order: float
     """Its place among all cells of the experiment."""
     cell: Cell
+    """Without its latencies."""
+    latencies_s: NDArray[np.float32]
+    """From handing a request in to having its answer, in order of their end."""
     use: CellUse
     queue_s: float
     """Per request, as the server counts it; 0 without one that does."""
@@ -176,7 +182,8 @@ class Nodes:
             setting=setting,
             repeat=repeat,
             order=order,
-            cell=_checked(cell, what),
+            cell=replace(_checked(cell, what), latencies_s=()),  # a tuple of a million floats takes eight times as much
+            latencies_s=np.array(cell.latencies_s, np.float32),
             use=use,
             queue_s=max(0.0, after[1] - before[1]) / requests,
             compute_s=max(0.0, after[2] - before[2]) / requests,
@@ -200,10 +207,14 @@ class Nodes:
 
     def _counted(self, setting: Setting) -> tuple[int, float, float]:
         """Return the server's own count of requests, their seconds in the queue and in the model; zeros without a server."""
-        address = self._near.ready.endpoints.get("http")
-        if setting.architecture == "simple" or setting.server != OURS or address is None:
+        if setting.architecture == "simple":
             return 0, 0.0, 0.0
-        return counted(address, self._bench.name)
+        if setting.server == OURS:
+            return counted(self._near.ready.endpoints["http"], self._bench.name)
+        contender = self._contenders[setting.server]
+        with contextlib.suppress(Unavailable):  # not every server counts, or does so by HTTP
+            return counted(contender.targets.get("http", "").removeprefix("http://"), contender.model)
+        return 0, 0.0, 0.0
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_s < RENEW_S:
@@ -368,7 +379,10 @@ def counted(address: str, model: str) -> tuple[int, float, float]:
 
     Source: the statistics extension of the Open Inference Protocol v2. Raises Unavailable.
     """
-    client = http.client.HTTPConnection(address, timeout=5.0)
+    try:
+        client = http.client.HTTPConnection(address, timeout=5.0)
+    except http.client.InvalidURL as error:
+        raise Unavailable(f"{address!r} is no address: {error}") from error
     try:
         client.request("GET", f"/v2/models/{model}/stats")
         stats = json.loads(client.getresponse().read())["model_stats"][0]["inference_stats"]

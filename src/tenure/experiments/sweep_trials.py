@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tenure.experiments.architectures import percentile
 from tenure.experiments.machine_load import DISTURBED_CORES
 from tenure.experiments.sweep import Setting
@@ -74,19 +76,25 @@ def metrics_of(cells: Sequence[Asked]) -> dict[str, Summary]:
     """Return the metrics of one setting's cells. Percentiles are of all requests of all repeats in one pool."""
     rows = [_row(each) for each in cells]
     names = [name for name in rows[0] if all(name in row for row in rows)]
-    pool = sorted(latency for each in cells for latency in each.cell.latencies_s)
+    pool = _pool(cells)
     found = {name: summarize([row[name] for row in rows]) for name in names}
     return found | {"p50_s": summarize([percentile(pool, 50)]), "p99_s": summarize([percentile(pool, 99)])}
 
 
 def curves_of(cells: Sequence[Asked]) -> dict[str, tuple[float, ...]]:
     """Return what is kept in order: rates by repeat, places in the order, the quantiles of all latencies (0, 0.1 % … 100 %)."""
-    pool = sorted(latency for each in cells for latency in each.cell.latencies_s)
+    pool = _pool(cells)
     return {
         "images_per_s": tuple(each.cell.images / each.cell.wall_s for each in cells),
         "order": tuple(float(each.order) for each in cells),
         "latency_s": (pool[0], *(percentile(pool, 100 * place / QUANTILES) for place in range(1, QUANTILES + 1))),
     }
+
+
+def _pool(cells: Sequence[Asked]) -> list[float]:
+    """Return all latencies of one setting, sorted."""
+    pooled: list[float] = np.sort(np.concatenate([each.latencies_s for each in cells])).tolist()
+    return pooled
 
 
 def _memory(fresh: Fresh) -> dict[str, Summary]:
@@ -102,10 +110,9 @@ def _memory(fresh: Fresh) -> dict[str, Summary]:
 def _row(asked: Asked) -> dict[str, float]:
     """Return one cell's metrics. docs/bench-serve.md defines each of them."""
     cell, use, setting = asked.cell, asked.use, asked.setting
-    mean_s = sum(cell.latencies_s) / len(cell.latencies_s) if cell.latencies_s else 0.0
     found = {
         "images_per_s": cell.images / cell.wall_s,
-        "mean_s": mean_s,
+        "mean_s": float(asked.latencies_s.mean(dtype=np.float64)),
         "requests": float(cell.requests),
         "wall_s": cell.places * cell.wall_s / cell.requests,
         **{name: cell.stages[name] / cell.requests for name in STAGES if name in cell.stages},
@@ -164,6 +171,6 @@ def raw_line(asked: Asked) -> str:
             "at_s": asked.at_s,
             **_row(asked),
             "latencies_dropped": asked.cell.latencies_dropped,
-            "latencies_s": [round(latency, 7) for latency in asked.cell.latencies_s],
+            "latencies_s": [round(latency, 7) for latency in asked.latencies_s.tolist()],
         }
     )

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from tenure.experiments.sweep_crossing import Crossed
 from tenure.experiments.sweep_nodes import Asked
 from tenure.experiments.sweep_parties import CellUse, PartyUse
@@ -26,6 +28,7 @@ def added(visits: Sequence[Asked]) -> Asked:
         first,
         order=statistics.fmean(each.order for each in visits),
         cell=_cell([each.cell for each in visits]),
+        latencies_s=np.concatenate([each.latencies_s for each in visits]),
         use=_use([each.use for each in visits]),
         queue_s=per_request("queue_s"),
         compute_s=per_request("compute_s"),
@@ -41,7 +44,6 @@ def _cell(cells: Sequence[Cell]) -> Cell:
         images=sum(each.images for each in cells),
         wall_s=sum(each.wall_s for each in cells),
         stages={name: sum(each.stages[name] for each in cells) for name in first.stages},
-        latencies_s=tuple(latency for each in cells for latency in each.latencies_s),
         latencies_dropped=sum(each.latencies_dropped for each in cells),
         cpu_s=sum(each.cpu_s for each in cells),
         own_cpu_s=sum(each.own_cpu_s for each in cells),
