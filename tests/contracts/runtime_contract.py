@@ -69,6 +69,10 @@ class Bench:
         assert ended is not None, "the attempt did not end"
         return ended
 
+    def gone(self, pid):
+        """Return whether a process that a job named by its own number has ended."""
+        return gone(pid)
+
     def log(self, handle):
         return self.runtime.logs(handle).decode()
 
@@ -164,7 +168,7 @@ class RuntimeContract:
         )
         handle = bench.python(code, env={"LOG": str(bench.folder / "lease-1.log")})
         assert bench.end(handle).kind is ExitKind.COMPLETED
-        assert gone(int(bench.log(handle).split()[1]))
+        assert bench.gone(int(bench.log(handle).split()[1]))
 
     def test_the_deadline_given_at_the_start_ends_the_job(self, bench):
         assert bench.end(bench.start("sleep", "60", slot_s=0.7 * SLOWNESS, grace_s=0.1)).kind is ExitKind.OUT_OF_TIME
@@ -268,7 +272,7 @@ class RuntimeContract:
         assert ended.kind is ExitKind.FAILED
         assert "shim lost" in ended.witness
         pids = [int(line.split()[1]) for line in bench.log(handle).splitlines()]
-        until(lambda: all(map(gone, pids)), f"{pids} are gone")
+        until(lambda: all(map(bench.gone, pids)), f"{pids} are gone")
 
     def test_a_command_runs_inside_the_lease(self, bench):
         handle = bench.start("sleep", "60", env={"WORD": "inner"})
@@ -284,7 +288,7 @@ class RuntimeContract:
         _, output = bench.runtime.exec(handle, ["sh", "-c", "setsid sleep 600 & echo $!"], timeout_s=LONG_S)
         bench.runtime.stop(handle, grace_s=0, fence=1)
         bench.end(handle)
-        until(lambda: gone(int(output)), "the inner process is gone")
+        until(lambda: bench.gone(int(output)), "the inner process is gone")
 
     def test_sixteen_leases_run_at_once_and_end_each_for_itself(self, bench):
         handles = [bench.start("sh", "-c", f"exit {i}", lease=f"many-{i}") for i in range(16)]

@@ -144,15 +144,10 @@ class Confinement:
 
     def resize(self, envelope: Envelope, shim_pid: int) -> None:
         """Change CPU and memory of what runs. Raises Refused when more memory is in use than the new bound."""
-        used = self.memory_bytes(shim_pid)
-        if used > envelope.memory_bytes:
-            raise Refused(
-                f"resize refused: the lease uses {show_bytes(used)} of memory, above the {show_bytes(envelope.memory_bytes)} "
-                "asked for. Have the job free memory first, or ask for more."
-            )
+        self.check_use(envelope.memory_bytes, shim_pid)
         try:
             if self.kind == "v2":
-                self._make_fit(envelope.memory_bytes)
+                self.make_fit(envelope.memory_bytes)
             if self.enforced:
                 self._write_memory(envelope.memory_bytes)
             if self.holds_cpus:
@@ -166,16 +161,24 @@ class Confinement:
                 if not self.holds_cpus:
                     os.sched_setaffinity(pid, cpu_mask(envelope.cpus))
 
+    def check_use(self, size_bytes: int, shim_pid: int) -> None:
+        """Raise Refused when more memory is in use than a new bound."""
+        if (used := self.memory_bytes(shim_pid)) > size_bytes:
+            raise Refused(
+                f"resize refused: the lease uses {show_bytes(used)} of memory, above the {show_bytes(size_bytes)} "
+                "asked for. Have the job free memory first, or ask for more."
+            )
+
     def _tasks_of(self, shim_pid: int) -> Iterator[int]:
         """Yield the threads below a shim: affinity is each one's own."""
         for pid in procfs.descendants(shim_pid):
             with contextlib.suppress(OSError):
                 yield from (int(task) for task in os.listdir(f"/proc/{pid}/task"))
 
-    def _make_fit(self, size_bytes: int) -> None:
+    def make_fit(self, size_bytes: int) -> None:
         """Have the kernel take back page cache above a coming v2 bound: the bound itself would kill where memory.high waits.
 
-        Raises Refused when what is left is still above it.
+        Raises Refused when what is left is still above it, OSError where the group is not ours to write.
         """
         folder = self.groups["memory"]
         if _number(f"{folder}/memory.current") <= size_bytes:

@@ -60,7 +60,7 @@ class Engine:
         path: str,
         body: Any = None,
         *,
-        timeout_s: float = ANSWER_S,
+        timeout_s: float | None = ANSWER_S,
         archive: BinaryIO | None = None,
         **query: Any,
     ) -> Any:
@@ -86,7 +86,7 @@ class Engine:
         path: str,
         body: Any = None,
         *,
-        timeout_s: float = ANSWER_S,
+        timeout_s: float | None = ANSWER_S,
         archive: BinaryIO | None = None,
         **query: Any,
     ) -> Iterator[BinaryIO]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import pwd
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +58,15 @@ def job_environment(spec: StartSpec) -> dict[str, str]:
         TENURE_STARTED_BOOT_S=repr(time.clock_gettime(time.CLOCK_BOOTTIME)),
     )
     return base
+
+
+def container_environment(spec: StartSpec) -> dict[str, str]:
+    """Return the whole environment of an attempt in a container: nothing of the agent's own but what Tenure says."""
+    found = job_environment(spec)
+    own = {name for name in _PASSED_ON if name in found and name not in spec.env}
+    kept = {name: value for name, value in found.items() if name not in own}
+    path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/local/bin:/usr/bin:/bin"]) if not spec.image else ""
+    return ({"PATH": path} if path and "PATH" not in kept else {}) | {"HOME": spec.worker_dir} | kept
 
 
 def lease_file(lease_id: str, spec: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:

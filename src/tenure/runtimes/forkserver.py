@@ -25,8 +25,11 @@ from typing import Any
 
 from tenure.errors import Unavailable
 from tenure.runtimes import shim
+from tenure.runtimes.container_shim import ContainerShim
 from tenure.runtimes.state import read_json
 
+_KINDS = {"container": ContainerShim}
+"""Key of a plan -> the shim it wants."""
 _READY = b"+"
 _REFILL_S = 0.02
 """The server is idle this long before it forks a shim that has no order yet: the job of the last order goes first."""
@@ -198,7 +201,7 @@ def _fork_shim(server: socket.socket, channel: int, others: list[int]) -> None:
     try:
         for fd in (server.detach(), *others):
             os.close(fd)
-        shim.serve(socket.socket(fileno=channel))
+        shim.serve(socket.socket(fileno=channel), _KINDS)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -14,6 +14,7 @@ from typing import Any
 from tenure.resources import Envelope
 from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
 from tenure.runtimes.confine import Confinement
+from tenure.runtimes.container_job import attend
 
 _RESET = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 CANNOT_RUN = 127
@@ -34,6 +35,8 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
             os._exit(CANNOT_RUN)  # the shim is not needed
         plan: dict[str, Any] = json.loads(text)
         spec = plan["spec"]
+        if "container" in plan:
+            attend(plan, failure)
         log = os.open(spec["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

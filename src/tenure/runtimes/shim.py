@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,11 @@ KILL_MAX_S = 30.0
 _MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
 
 
-def serve(channel: socket.socket) -> None:
+def serve(channel: socket.socket, kinds: Mapping[str, type[Shim]]) -> None:
     """Get ready, wait for an order, run its attempt, return when all is over.
 
     channel: there the plan is read up to its end and the start reported; closed without a plan, nothing is to do.
+    kinds: which shim a plan with a key of that name wants; any other gets `Shim`.
     """
     os.setsid()
     adopt_orphans()
@@ -61,7 +63,9 @@ def serve(channel: socket.socket) -> None:
     _rehearse()
     text = _read_all(channel)
     if text:
-        Shim(text, channel, waiting).run()
+        plan = json.loads(text)
+        kind = next((kinds[key] for key in kinds if key in plan), Shim)
+        kind(plan, text, channel, waiting).run()
 
 
 def _rehearse() -> None:
@@ -113,10 +117,9 @@ class Waiting:
 
 
 class Shim:
-    """One attempt. `text`: the plan as JSON: spec (a StartSpec's fields), env, folder, confinement, uid, gid, netns."""
+    """One attempt. `plan`: spec (a StartSpec's fields), env, folder, confinement, uid, gid, netns; `text`: the same as JSON."""
 
-    def __init__(self, text: bytes, channel: socket.socket, waiting: Waiting) -> None:
-        plan = json.loads(text)
+    def __init__(self, plan: dict[str, Any], text: bytes, channel: socket.socket, waiting: Waiting) -> None:
         self._text, self._waiting = text, waiting
         self._spec = plan["spec"]
         self._plan = plan
@@ -146,9 +149,9 @@ class Shim:
         left = self._end_all()
         if failure is None:
             write_record(self._folder / "exit.json", self._record(left))
-            self._confinement.remove()
+            self._tidy()
         else:
-            self._confinement.remove()
+            self._tidy()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self._folder}/shim.json")
             self._report(failure)
@@ -165,7 +168,7 @@ class Shim:
         with contextlib.suppress(OSError):
             self._log_start_bytes = os.stat(self._spec["log_path"]).st_blocks * 512
         try:
-            self._confinement.make(self._envelope, int(self._spec["pids_max"]))
+            self._make()
             self._identity["started_at_s"] = time.time()
             # First the note, then the look, then the job: an attempt without a note has run nothing, and stays so.
             write_json(f"{self._folder}/shim.json", self._identity)
@@ -178,7 +181,48 @@ class Shim:
             return {"error": f"the shim could not prepare it: {error}", "errno": error.errno, "step": "prepare"}
         with os.fdopen(self._waiting.failure, "rb") as stream:
             text = stream.read(65536)
-        return json.loads(text) if text else None
+        return json.loads(text) if text else self._begun()
+
+    # What a shim of another kind of attempt does otherwise:
+
+    def _make(self) -> None:
+        """Make what confines the job. Raises OSError."""
+        self._confinement.make(self._envelope, int(self._spec["pids_max"]))
+
+    def _begun(self) -> dict[str, Any] | None:
+        """Take note of a job that runs; return None, or why it does not after all."""
+        return None
+
+    def _pids(self) -> list[int]:
+        """Return the processes of the attempt."""
+        return procfs.descendants(os.getpid())
+
+    def _ask_to_leave(self) -> None:
+        """Send the job SIGTERM."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._job, signal.SIGTERM)
+
+    def _oom_witness(self) -> str:
+        """Return who says that memory ran out; empty when nobody does."""
+        return self._confinement.oom_witness() if self._confinement.enforced and self._confinement.oom_kills() > 0 else ""
+
+    def _height_bytes(self) -> int:
+        """Return the kernel's height of memory, page cache included."""
+        return self._confinement.highest_charge_bytes()
+
+    def _ended_how(self) -> tuple[int, int, str]:
+        """Return exit code, signal number (0: none), and who says so."""
+        if self._status is None:
+            return 0, 0, f"wait status of pid {self._job}: exit 0"
+        if os.WIFSIGNALED(self._status):
+            number = os.WTERMSIG(self._status)
+            return 0, number, f"wait status of pid {self._job}: signal {number}"
+        code = os.WEXITSTATUS(self._status)
+        return code, 0, f"wait status of pid {self._job}: exit {code}"
+
+    def _tidy(self) -> None:
+        """Remove what confined the job."""
+        self._confinement.remove()
 
     # --- watch ---
 
@@ -264,8 +308,7 @@ class Shim:
             return
         if not self._kind:
             self._kind, self._witness = str(order["kind"]), str(order.get("why", "on order"))
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._job, signal.SIGTERM)
+            self._ask_to_leave()
             self._kill_at_s = now + float(order["grace_s"])
         elif self._stop is not None:
             self._kill_at_s = min(self._kill_at_s, now + float(order["grace_s"]))
@@ -324,7 +367,7 @@ class Shim:
     def _usage(self) -> dict[str, Any]:
         used = self._confinement.memory_bytes(os.getpid())
         self._peak_bytes = max(self._peak_bytes, used)
-        tree = procfs.tree_use(procfs.descendants(os.getpid()))
+        tree = procfs.tree_use(self._pids())
         waited = resource.getrusage(resource.RUSAGE_CHILDREN)
         read, written = procfs.io_bytes(os.getpid())
         cpu_s = self._confinement.cpu_s(os.getpid()) if self._confinement.enforced else 0.0
@@ -346,24 +389,21 @@ class Shim:
         """Return the exit record. Who ended it goes before how it ended: memory, disk, deadline, order, then its own status."""
         result = read_result(self._spec["worker_dir"])
         usage = dict(self._ended_usage, at_s=time.time(), memory_bytes=0, processes=0)
-        code = os.WEXITSTATUS(self._status) if self._status is not None and os.WIFEXITED(self._status) else 0
-        number = os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else 0
+        code, number, said_by = self._ended_how()
         kind, witness = self._kind, self._witness
         said = str((result or {}).get("error", "")) if (result or {}).get("state") == "failed" else ""
-        if self._confinement.enforced and self._confinement.oom_kills() > 0:
-            kind, witness = "out_of_memory", self._confinement.oom_witness()
-            usage["peak_memory_bytes"] = max(
-                usage["peak_memory_bytes"], min(self._envelope.memory_bytes, self._confinement.highest_charge_bytes())
-            )
+        if out_of_memory := self._oom_witness():
+            kind, witness = "out_of_memory", out_of_memory
+            usage["peak_memory_bytes"] = max(usage["peak_memory_bytes"], min(self._envelope.memory_bytes, self._height_bytes()))
         elif not kind and number:
-            kind, witness = "signalled", f"wait status of pid {self._job}: signal {number}"
+            kind, witness = "signalled", said_by
         elif not kind and code and not self._confinement.enforced and _MEMORY_ERROR.match(said):
             kind, witness = (
                 "out_of_memory",
                 f"the job's own result.json under RLIMIT_DATA {data_limit_bytes(self._envelope)}: {said[:200]}",
             )
         elif not kind:
-            kind, witness = ("failed" if code else "completed"), f"wait status of pid {self._job}: exit {code}"
+            kind, witness = ("failed" if code else "completed"), said_by
         if left:
             witness += f"; {left} processes would not die within {KILL_MAX_S:g} s"
         return {

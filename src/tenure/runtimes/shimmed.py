@@ -127,10 +127,17 @@ class ShimmedRuntime(ABC):
             self._prepare(files, spec, plan)
             report = self._fork(files, plan)
             if "error" in report:
-                error = _start_error(spec, report)
+                error = self._start_error(spec, report)
                 self._record_failure(files, f"never started: {error}", None, None)
                 raise error
             return _handle(spec.lease_id, plan["spec"], report)
+
+    def _start_error(self, spec: StartSpec, report: Mapping[str, Any]) -> TenureError:
+        """Return the error for a start that failed, as its shim reported it."""
+        found = f"lease {spec.lease_id}: {' '.join(spec.argv[:3])!r} could not be started: {report['error']}"
+        if report.get("step") == "exec":
+            return SpecError(f"{found}; give a program that exists and may be executed, or its full path")
+        return Unavailable(f"{found} (while it was to {report.get('step')})")
 
     def _make_room(self, files: LeaseFiles, spec: StartSpec) -> None:
         control = read_json(files.control)
@@ -369,10 +376,3 @@ def check_fence(lease_id: str, control: Mapping[str, Any] | None, fence: int) ->
     """Refuse an order older than one already seen. Raises StaleFence."""
     if control is not None and fence < int(control["fence"]):
         raise StaleFence(f"order for lease {lease_id} refused: it carries fence {fence}, the newest seen is {control['fence']}")
-
-
-def _start_error(spec: StartSpec, report: Mapping[str, Any]) -> TenureError:
-    found = f"lease {spec.lease_id}: {' '.join(spec.argv[:3])!r} could not be started: {report['error']}"
-    if report.get("step") == "exec":
-        return SpecError(f"{found}; give a program that exists and may be executed, or its full path")
-    return Unavailable(f"{found} (while it was to {report.get('step')})")
