@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import Listening
     from tenure.experiments.replaying import Replayed
+    from tenure.jobs import ServerOptions
     from tenure.serve.load.plan import LoadPlan
     from tenure.serve.load.report import LoadReport
     from tenure.serve.load.search import SearchReport
+    from tenure.serve.triton_repository import TritonRepository
     from tenure.train.dataset import Dataset
 
 Home = str | Path | None
@@ -101,6 +103,38 @@ def serve(
 
     spec = ForegroundSpec(model=Path(model), **options)
     return app.serve_model(spec, home=app.find_home(home), display=display or SilentDisplay(), listening=listening)
+
+
+def triton_repository(
+    model: str | Path,
+    out: str | Path,
+    *,
+    python: bool = False,
+    python_path: str = "",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    options: ServerOptions | None = None,
+) -> TritonRepository:
+    """Write a model file, or a folder of models, as a Triton repository, with the command that serves it; nothing is started.
+
+    out: folder, made when missing. python: Triton's python backend for ONNX, too; python_path: what it imports from.
+    options: rows of a batch, delay, instances and threads of every model. Raises NotFound, SpecError, MissingExtra, Conflict.
+    """
+    from tenure.jobs import ServerOptions
+    from tenure.serve.plane import ModelOptions
+    from tenure.serve.triton_repository import write_repository
+
+    given = options or ServerOptions()
+    names = ("max_batch_rows", "max_delay_s", "instances", "threads")
+    return write_repository(
+        Path(model),
+        Path(out),
+        options=ModelOptions(**{name: getattr(given, name) for name in names}),
+        http_port=http_port,
+        grpc_port=grpc_port,
+        python=python,
+        python_path=python_path,
+    )
 
 
 def bench_serve(

@@ -94,6 +94,16 @@ def serve(
             "--home", metavar="DIR", help="Where Tenure keeps its state [default: $TENURE_HOME, else the user's data folder]."
         ),
     ] = None,
+    with_server: Annotated[
+        str | None,
+        typer.Option(
+            "--with",
+            metavar="SERVER",
+            help="triton: serve nothing here, but write a repository for Triton Inference Server into --out, with the command; "
+            "triton-python: by its python backend, also for ONNX models.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for --with; made when missing.")] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON once it listens, and one at the end, instead of text.")
     ] = False,
@@ -117,6 +127,9 @@ def serve(
         "--max-batch-rows": max_batch_rows,
         "--max-delay": max_delay,
     }
+    if with_server is not None or out is not None:
+        _write_for(with_server, model, out, given, json=json)
+        return
     with make_display(sys.stdout, sys.stderr, json=json, say_every_s=SAY_EVERY_S) as display:
         if is_job_file(model):
             if named := [option for option, value in given.items() if value is not None]:
@@ -132,6 +145,45 @@ def serve(
     code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
     output.tell_outcome(outcome, code, sys.stdout, sys.stderr, json=json)
     raise typer.Exit(code)
+
+
+_FOR_OTHERS = ("--http-port", "--grpc-port", "--instances", "--threads", "--max-batch-rows", "--max-delay")
+"""Options that a repository for another server can hold, or its command."""
+
+
+def _write_for(server: str | None, model: Path, out: Path | None, given: dict[str, Any], *, json: bool) -> None:
+    """Write the models for another server, and say how it is started."""
+    from tenure import verbs
+
+    if server not in ("triton", "triton-python") or out is None:
+        found = "nothing" if server is None else f"{server!r}"
+        raise SpecError(f"--with takes triton or triton-python, and needs --out DIR; found {found}, --out {out or 'missing'}")
+    if held := [option for option, value in given.items() if value is not None and option not in _FOR_OTHERS]:
+        raise SpecError(f"{held[0]} is for a server of ours; with --with there are {', '.join(_FOR_OTHERS)}")
+    if is_job_file(model):
+        raise SpecError(f"--with takes a model, or a folder of models; {model} is a job file")
+    options = _options(given)
+    ports = {name: options[name] for name in ("http_port", "grpc_port") if name in options}
+    made = verbs.triton_repository(model, out, python=server == "triton-python", options=options["options"], **ports)
+    if json:
+        output.say(output.as_json({"triton": made}), sys.stdout)
+        return
+    for one in made.models:
+        rows = (
+            f"batches up to {one.max_batch_rows}"
+            if one.max_batch_rows
+            else "one request at a time, as its shape takes no batch"
+        )
+        output.say(f"{made.folder / one.name}: backend {one.backend}, {rows}", sys.stdout)
+    if made.needs:
+        output.say(f"needs: {made.needs}", sys.stdout)
+    port = ports.get("grpc_port", 8001)
+    output.say(
+        f"there, with Triton's image in $TRITON_IMAGE or tritonserver on the PATH: {made.folder / 'run.sh'}\n"
+        f"  {made.container}\n  {made.plain}\n"
+        f"then: tenure bench serve {model} IMAGES/ --against grpc://HOST:{port}",
+        sys.stdout,
+    )
 
 
 def is_job_file(path: Path) -> bool:
