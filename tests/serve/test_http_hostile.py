@@ -284,6 +284,37 @@ def test_past_the_most_connections_new_ones_wait_to_be_accepted():
     run(go, limits=DoorLimits(max_connections=4))
 
 
+def test_idle_connections_do_not_keep_others_out_for_long():
+    async def go(bench):
+        first = [await bench.wire() for _ in range(4)]
+        for wire in first:
+            served(await wire.ask(raw_request()))
+        bench.plane.paused = True
+        first[1].send(raw_request())  # busy ones stay
+        late = await bench.wire()
+        late.send(raw_request())
+        assert await first[0].ended() == b""  # idle longest
+        await bench.until(lambda: len(bench.plane.calls) == 6)
+        bench.plane.resume()
+        served(await first[1].reply())
+        served(await late.reply())
+
+    run(go, limits=DoorLimits(max_connections=4, head_timeout_s=0.2))
+
+
+def test_idle_connections_that_keep_nobody_out_stay():
+    async def go(bench):
+        wires = [await bench.wire() for _ in range(4)]
+        for wire in wires:
+            served(await wire.ask(raw_request()))
+        asked_s = bench.door.now_s
+        await bench.until(lambda: bench.door.now_s > asked_s + 4 * bench.door.tick_s)
+        for wire in wires:
+            served(await wire.ask(raw_request()))
+
+    run(go, limits=DoorLimits(max_connections=4, head_timeout_s=0.2))
+
+
 def test_memory_past_the_budget_is_refused_at_once_and_then_free_again():
     async def go(bench):
         bench.plane.paused = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import select
 import socket
 from collections.abc import Callable
 
@@ -23,6 +24,8 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
         self._accepting = self._closed = False
+        self._poll = select.poll()
+        self._poll.register(bound, select.POLLIN)
         bound.setblocking(False)
         self.resume()
 
@@ -31,6 +34,10 @@ class Acceptor:
         if not self._accepting and not self._closed and not self._full():
             self._accepting = True
             self._loop.add_reader(self._bound.fileno(), self._accept)
+
+    def some_wait(self) -> bool:
+        """Whether connections wait in the kernel because as many are open as may be."""
+        return not self._closed and self._full() and bool(self._poll.poll(0))
 
     def close(self) -> None:
         """Accept no more."""

@@ -27,6 +27,8 @@ from tenure.serve.plane import Buffer, Plane
 
 _SCRATCH_BYTES = 64 << 10
 _MAX_KNOWN = 1024
+_ROOM_SHARE = 16
+"""Of all connections, closed at a time while idle ones keep others out."""
 _MAX_KNOWN_BYTES = 4 << 10
 """Of one head or JSON that is remembered: 2 × 1024 × 4 KiB in all."""
 _T = TypeVar("_T")
@@ -209,8 +211,16 @@ class HttpDoor:
         for connection in list(self._connections):
             connection.check(self.now_s)
         if self._acceptor is not None:
+            if self._acceptor.some_wait():
+                self._make_room()
             self._acceptor.resume()
         self._timer = self.loop.call_later(self.tick_s, self._tick)
+
+    def _make_room(self) -> None:
+        """Close the connections that have been idle longest: others wait, and these can come back."""
+        idle = sorted((c for c in self._connections if c.is_idle(self.tick_s)), key=lambda c: c.since_s)
+        for connection in idle[: max(1, self.limits.max_connections // _ROOM_SHARE)]:
+            connection.leave()
 
 
 def _remember(cache: dict[Any, Any], key: Any, found: Any, size_bytes: int) -> None:

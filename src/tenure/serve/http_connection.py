@@ -123,6 +123,10 @@ class Connection(Writing):
         due = waited_s / self._door.limits.body_timeout_s - _HEAD_START
         return self._filled < due * len(self._target)
 
+    def is_idle(self, for_s: float) -> bool:
+        """Whether nothing has been asked here for so long, and nothing is due."""
+        return self.state == HEAD and not self._pending and not self.unsent_bytes and self._door.now_s - self.since_s >= for_s
+
     def leave(self) -> None:
         """Close, unless something is asked or due: then the answer tells the client to leave."""
         if self.state == HEAD and not self._pending and not self.unsent_bytes:
