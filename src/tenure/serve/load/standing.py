@@ -38,6 +38,8 @@ MAX_REQUESTS = 1_000_000
 """Of one cell."""
 _LOG_BYTES = 16 << 20
 """After which the log of answers begins anew."""
+_WARM_IMAGES = 16
+"""Of an asynchronous cell's warm-up, two requests at least: of a slow model with large batches all places would take long."""
 _now = time.perf_counter
 _thread_cpu = time.thread_time
 
@@ -113,7 +115,7 @@ class Application:
         return Cell()
 
     async def _warm_async(self, order: Order) -> Cell:
-        starts = self.data.starts(~order.seed, order.in_flight)
+        starts = self.data.starts(~order.seed, min(order.in_flight, max(2, _WARM_IMAGES // order.batch)))
         inputs = [self.request(order, start) for start in starts]
         await asyncio.gather(*(self.model.predict_timed_async(x) for x in inputs))
         return Cell()
