@@ -14,7 +14,7 @@ Bars, both must hold: the relative standard error of every setting <= 0.5 % on o
 Reference: study 3 reports 0.5 % on one node, 3.5 to 35 % distributed, unpaired, over 20 repeats one after the other.
 Control: the same rates with a drift planted on them (each multiplied by what a machine that slows down by 30 % over the run
 would have left of it, by the cell's place in the order), the ratio taken without pairing: mean ÷ mean, errors added as if
-independent. It must miss 0.5 % in every setting; the paired ratio of the same drifted rates must still hold.
+independent. It must miss 0.5 % in every setting; the paired ratio of the same drifted rates must hold 0.5 % on one node.
 Left out: whether the intervals cover the truth (interval_coverage), open load, several clients.
 """
 
@@ -62,7 +62,7 @@ def run(options: Options) -> Result:
     near = {_name(t): errors[_name(t)] for t in _compared(trials) if t.configuration["architecture"] != "distributed"}
     far = {name: error for name, error in errors.items() if name not in near}
     drifted = [_drifted(trial, len(made.settings) * sweep.repeats * sweep.visits) for trial in trials]
-    control = _control(drifted, allowance)
+    control, drifted_error = _control(drifted, allowance)
     details = {
         "settings": len(errors),
         "repeats": sweep.repeats,
@@ -77,10 +77,11 @@ def run(options: Options) -> Result:
         "unpaired_error_median": statistics.median(
             _unpaired_error(trial, references[trial.configuration["batch"]]) for trial in _compared(trials)
         ),
-        "drifted_worst_paired_error": control[1],
+        "drifted_worst_paired_error": drifted_error,
     }
     value = max(near.values())
-    holds, why = judge(value <= NEAR_BAR * allowance and max(far.values()) <= FAR_BAR * allowance, control[0])
+    near_bar, far_bar = NEAR_BAR * allowance, FAR_BAR * allowance
+    holds, why = judge(value <= near_bar and max(far.values()) <= far_bar and drifted_error <= near_bar, control)
     reference = {"study 3, on one node": 0.005, "study 3, distributed": [0.035, 0.35]}
     return Result(
         value=value,
@@ -89,7 +90,7 @@ def run(options: Options) -> Result:
         holds=holds,
         why=why,
         reference=reference,
-        control=control[0],
+        control=control,
         details=details,
     )
 
@@ -100,12 +101,11 @@ def _control(drifted: Sequence[Trial], allowance: float) -> tuple[Control, float
     pairs = [(trial, references[trial.configuration["batch"]]) for trial in _compared(drifted)]
     unpaired = min(_unpaired_error(*pair) for pair in pairs)
     paired = max(_paired_error(*pair) for pair in pairs if pair[0].configuration["architecture"] != "distributed")
-    holds = paired <= NEAR_BAR * allowance
     control = Control(
         name="unpaired, on a machine that slows down by 30 %",
         value=unpaired,
-        failed=unpaired > NEAR_BAR * allowance and holds,
-        how=f"unpaired {unpaired:.2%} at least; paired {paired:.2%} at most" + ("" if holds else ", which misses the bar too"),
+        failed=unpaired > NEAR_BAR * allowance,
+        how=f"an error of {unpaired:.2%} at least, where the paired ratio of the same rates has {paired:.2%} at most",
     )
     return control, paired
 
