@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tenure.experiments.bench_figures import setting
+from tenure.experiments.bench_report import find_experiment
 from tenure.experiments.report import ReportData, build_report, figures, render_html, write_report
 from tenure.experiments.report_cite import Rows
 from tenure.runs import RunState
@@ -232,6 +233,14 @@ def test_hostile_names_in_an_experiment_are_text(data, tmp_path):
     assert "&lt;script&gt;" in text
     assert not re.findall(r"(?:https?:)?//[\w.]+", re.sub(r'xmlns(:\w+)?="[^"]*"|<style.*?</style>', "", text, flags=re.DOTALL))
     assert json.loads(plain.read_text())["sections"]
+
+
+def test_of_an_experiment_that_was_resumed_the_last_measurement_counts(data):
+    again = tuple(
+        replace(trial, id=f"{trial.id}-again", at_s=trial.at_s + 1e6) for trial in data.trials if trial.source == "sweep"
+    )
+    experiment = find_experiment(Rows(replace(data, trials=(*again, *data.trials))), data.run.stages[0])
+    assert set(experiment.trials) == {f"{trial}-again" for trial in find_experiment(Rows(data), data.run.stages[0]).trials}
 
 
 def test_rows_of_another_stage_are_not_mixed_in(data):

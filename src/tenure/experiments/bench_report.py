@@ -51,7 +51,9 @@ class Experiment:
 
 def find_experiment(rows: Rows, stage: Stage) -> Experiment | None:
     """Return what the sweep trials of a stage say; None when it has none."""
-    found = [trial for trial in rows.of_stage(stage)[0] if trial.source == "sweep"]
+    swept = sorted((trial for trial in rows.of_stage(stage)[0] if trial.source == "sweep"), key=lambda trial: trial.at_s)
+    # An experiment that was broken off and resumed has measured settings twice: the last time counts.
+    found = list({tuple(sorted(trial.configuration.items())): trial for trial in swept}.values())
     if not found:
         return None
     job = rows.data.jobs.get(stage.name)
