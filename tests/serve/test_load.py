@@ -10,6 +10,8 @@ import pytest
 from tenure.errors import CorruptData, SpecError
 from tenure.serve.load import LoadSpec, load_command, read_load_result, read_load_spec, write_load_spec
 from tenure.serve.load.closed import _order
+from tenure.serve.load.examples import Data
+from tenure.serve.tensors import ModelMetadata, TensorMetadata
 
 pytestmark = pytest.mark.real
 
@@ -98,3 +100,17 @@ def test_a_spec_reads_back_and_refuses_what_is_wrong(spec, tmp_path):
     (tmp_path / "s.json").write_text('{"colour": 1}')
     with pytest.raises(SpecError, match="colour"):
         read_load_spec(tmp_path / "s.json")
+
+
+def test_a_row_that_is_one_value_is_right_with_and_without_a_dimension_of_its_own(tmp_path):
+    """Triton answers [n, 1] where the model gives [n]."""
+    np.save(tmp_path / "x.npy", np.zeros((3, 2), np.float32))
+    np.save(tmp_path / "label.npy", np.array([4, 5, 6]))
+    metadata = ModelMetadata(
+        name="m", inputs=(TensorMetadata("x", "FP32", (-1, 2)),), outputs=(TensorMetadata("label", "INT64", (-1, 1)),)
+    )
+    data = Data(metadata, str(tmp_path / "x.npy"), str(tmp_path / "label.npy"))
+    assert data.right({"label": np.array([[5], [6], [4]])}, 1, 3)
+    assert data.right({"label": np.array([5, 6, 4])}, 1, 3)
+    assert not data.right({"label": np.array([[5], [6], [5]])}, 1, 3)
+    assert not data.right({"label": np.array([[5, 5], [6, 6], [4, 4]])}, 1, 3)

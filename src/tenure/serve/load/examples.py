@@ -52,6 +52,8 @@ class Data:
         answer = found[self.output]
         if self.labels and answer.ndim == self.expected.ndim + 1 and answer.dtype.kind == "f":
             return np.asarray(answer.argmax(axis=-1))
+        if answer.ndim == self.expected.ndim + 1 and answer.shape[-1] == 1:  # Triton has no row without a dimension
+            return answer.reshape(answer.shape[:-1])
         return answer
 
     def right(self, found: dict[str, Array], start: int, batch: int) -> bool:
