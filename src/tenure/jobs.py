@@ -169,6 +169,8 @@ class Sweep:
     """Measure memory by a server and an application that have run nothing else, once per setting, before the repeats."""
     client_cpus: float = 0.0
     """Cores of the distributed application's node; 0: half of what is free. The rest is the server's node."""
+    against: tuple[str, ...] = ()
+    """Servers of others that already run, ``http://`` or ``grpc://HOST:PORT``, measured in the same order and table."""
     link: str = ""
     """Between the two nodes, such as ``rate=1Gbit,delay=20ms``; empty: as fast as the machine."""
     normalise: str = ""

@@ -47,6 +47,16 @@ def bench_serve(
         int | None,
         typer.Option("--in-flight", metavar="N", help="Requests that an async application has under way [default: 8].", min=1),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="URL",
+            help="A server of others that runs already (Triton, MLServer, KServe), in the same table and order: http:// or "
+            "grpc://HOST:PORT, with ?model=NAME if it goes by another name there, ?pid=N to measure its CPU and memory where "
+            "that isn't found out. More than once for several.",
+        ),
+    ] = None,
     link: Annotated[
         str | None,
         typer.Option("--link", metavar="LINK", help="Between the two nodes, such as rate=1Gbit,delay=20ms [default: none]."),
@@ -101,6 +111,7 @@ def bench_serve(
         "data": _names(data),
         "cell_s": None if cell is None else parse_duration(cell),
         "in_flight": in_flight,
+        "against": tuple(against) if against else None,
         "link": link,
         "client_cpus": client_cpus,
         "images": number,

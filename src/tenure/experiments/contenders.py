@@ -191,14 +191,14 @@ def _check_model(against: Against, model: str, ours: ModelMetadata, largest_batc
         ) from error
     if not _alike(ours.inputs, theirs.inputs):
         raise SpecError(
-            f"{against.target}: model {model!r} takes {_shapes(theirs.inputs)}, and the model here {_shapes(ours.inputs)}: only "
-            "the same model can be compared"
+            f"{against.target}: model {model!r} takes {_shapes(theirs.inputs)}, and the model here {_shapes(ours.inputs)}: "
+            "only the same model can be compared"
         )
     most = _most_rows(against, model)
     if 0 < most < largest_batch:
         raise SpecError(
-            f"{against.target}: model {model!r} takes batches up to {most}, and {largest_batch} is asked: leave out larger ones "
-            "with --batches, or raise max_batch_size there"
+            f"{against.target}: model {model!r} takes batches up to {most}, and {largest_batch} is asked: leave out larger "
+            "ones with --batches, or raise max_batch_size there"
         )
 
 

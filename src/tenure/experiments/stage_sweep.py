@@ -14,6 +14,7 @@ import numpy as np
 
 from tenure.errors import Refused, SpecError, Unavailable
 from tenure.experiments import netns
+from tenure.experiments.contenders import find_contenders
 from tenure.experiments.context import RunContext
 from tenure.experiments.following import show_time
 from tenure.experiments.sweep import Contender, Setting, settings
@@ -88,6 +89,7 @@ def assemble(
     for note in _left_out(sweep, prepared):
         context.display.warn(f"{job.name}: {note}")
     link = parse_link(sweep.link)
+    contenders = contenders or _contenders(context, job, model, prepared)
     planned = settings(
         sweep,
         files=bool(prepared.examples.files),
@@ -110,6 +112,25 @@ def assemble(
         link=link,
     )
     return bench, planned
+
+
+def _contenders(context: RunContext, job: Job, model: Path, prepared: Prepared) -> tuple[Contender, ...]:
+    """Return the servers that the sweep names. Raises as `find_contenders`."""
+    assert job.sweep is not None
+    if not job.sweep.against:
+        return ()
+    with Model(str(model)) as alone:
+        ours = alone.metadata()
+    found = find_contenders(
+        job.sweep.against,
+        model.stem,
+        ours,
+        largest_batch=prepared.fixed_batch or max(job.sweep.batches),
+        warn=lambda text: context.display.warn(f"{job.name}: {text}"),
+    )
+    names = ", ".join(f"{one.name} over {' and '.join(one.targets)}" for one in found)
+    context.close_step(job.name, "prepare", f"against {names}")
+    return found
 
 
 def _far_link(sweep: Sweep) -> str:

@@ -78,6 +78,8 @@ class Contender:
     """Name of the model there."""
     pids: tuple[int, ...] = ()
     """Of its processes, where it is on this machine."""
+    link: str = "loopback"
+    """To it; ``network`` where it is on another machine."""
 
     def __post_init__(self) -> None:
         if self.name == OURS or not self.name or not self.targets:
@@ -165,7 +167,7 @@ def _places(sweep: Sweep, far_link: str, contenders: Sequence[Contender]) -> Ite
                 yield architecture, transport, links[architecture], OURS
     for contender in contenders:
         for transport in contender.targets:
-            yield "microservice", transport, "loopback", contender.name
+            yield "microservice", transport, contender.link, contender.name
 
 
 def _twin(setting: Setting) -> Setting:
