@@ -128,6 +128,8 @@ def test_another_server_whose_parts_nobody_knows_is_judged_as_a_whole():
     trial = planted(in_flight=16, server="triton", work={**WORK, "compute": 0.01})
     metrics = {name: summary for name, summary in trial.metrics.items() if not name.startswith("recogniser")}
     assert found(replace(trial, metrics=metrics)).where == "recognise"
+    full = {**metrics, "server_cpu": summarize([3.2]), "app_cpu": summarize([0.6])}
+    assert (found(replace(trial, metrics=full)).where, found(replace(trial, metrics=full)).party) == ("node", "other")
     no_cpu = {name: summary for name, summary in metrics.items() if "cpu" not in name}
     assert found(replace(trial, metrics=no_cpu)).where == "recognise"
 

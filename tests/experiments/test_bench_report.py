@@ -139,6 +139,7 @@ def test_the_studys_findings_are_asked_again_by_paired_ratios(report):
     assert found["simple, pictures in memory ÷ from files"][2]["value"] > 1.2
     assert found["microservice http sync ÷ simple sync"][2]["value"] < 1
     assert found["distributed grpc, async ÷ sync"][2]["value"] > 3
+    assert found["server memory, microservice grpc, async ÷ sync"][1]["text"].startswith("4")
     # A drift of 10 % over the run hits both settings of a pair alike.
     assert re.fullmatch(r"1\.9\d× \(1\.9\d–1\.9\d\)", found["microservice grpc, async ÷ sync"][2]["text"])
 
@@ -162,6 +163,11 @@ def test_the_machines_own_repeat_error_is_said(report):
     texts = [block["text"] for block in blocks(report, "text")]
     (found,) = [text for text in texts if "repeat error" in text]
     assert "3 settings were measured twice" in found
+
+
+def test_a_contender_is_said_to_have_run_outside_the_leases(report):
+    texts = [block["text"] for block in blocks(report, "text")]
+    assert any(text.startswith("triton ran already, under no lease of ours") and "2 cores" in text for text in texts)
 
 
 def test_a_goal_that_nothing_meets_is_said_with_what_comes_nearest():

@@ -17,7 +17,19 @@ from dataclasses import dataclass, replace
 
 from tenure.decide.bottleneck_advice import advice
 from tenure.decide.intervals import Interval, paired_ratio
-from tenure.decide.stations import NAMES, NODES, Row, Station, find_stations, model_cores, next_full, own_cores, row_of, rows_of
+from tenure.decide.stations import (
+    NAMES,
+    NODES,
+    OURS,
+    Row,
+    Station,
+    find_stations,
+    model_cores,
+    next_full,
+    own_cores,
+    row_of,
+    rows_of,
+)
 from tenure.errors import SpecError
 from tenure.resources import parse_duration
 from tenure.trials import Configuration, Trial
@@ -52,7 +64,8 @@ class Bottleneck:
     """``gpu``, ``link``, ``node``, ``server_node``, ``client_node``, ``others``, a party (``app``, ``client``, ``server``,
     ``recogniser``), ``delay``, ``queue``, or a stage without its unit (``load_data``)."""
     party: str
-    """Who uses most of a node's cores: ``model``, or the party that uses most of the rest; empty elsewhere."""
+    """Who uses most of a node's cores: ``model``, the party that uses most of the rest, or ``other``, a server whose
+    parts are not known; empty elsewhere."""
     waiting: bool
     """No station is full: requests wait for one another. Else `where` is the station that is."""
     share: float
@@ -173,6 +186,8 @@ def _filler(trial: Trial, station: Station) -> tuple[str, tuple[Row, ...], str]:
         return "app", (), ""
     model, rows = model_cores(trial)
     if model is None:
+        if trial.configuration.get("server", OURS) != OURS:
+            return "other", (), ""
         used = [row for row in station.rows if row.metric.endswith("_cpu")]
         return max(used, key=lambda row: row.value).metric.removesuffix("_cpu"), (), ""
     of_what = "what was measured" if station.name == "others" else "that"

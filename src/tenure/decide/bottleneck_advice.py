@@ -38,6 +38,10 @@ _ADVICE: Mapping[str, Advice] = {
         "Spend less CPU on the way: shared memory on one machine, or the model in the application's process.",
         ("place", "batch"),
     ),
+    "node other": Advice(
+        "Which part of that server uses them is not known here: see its own statistics, and its CPU per image beside ours.",
+        ("batch", "place", "server"),
+    ),
     "node client": Advice("Spend less CPU on sending: larger batches, shared memory on one machine.", ("batch", "place")),
     "app": Advice(
         "It has one thread while cores stand idle: decode in several threads, send from several applications, or make larger "

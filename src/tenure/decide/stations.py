@@ -20,6 +20,8 @@ ONE_CORE = 1.15
 """Cores up to which a party counts as one thread; one that used more has several, and no bound of its own."""
 APART = ("app", "server", "forwarder")
 """The parties whose CPU and memory add up to those of the experiment."""
+OURS = "tenure"
+"""Factor `server` of what is measured here; others are contenders."""
 NODES = ("node", "server_node", "client_node")
 NAMES: Mapping[str, str] = {
     "app": "application",
@@ -119,7 +121,7 @@ def _nodes(trial: Trial, near_cores: float, far_cores: float) -> list[Station]:
             rows = [row for row in used if row.metric == f"{party}_cpu"]
             found += [_node(name, f"on the {name.split('_')[0]}'s node", rows, cores)] if rows else []
     else:
-        contended = trial.configuration.get("server", "tenure") != "tenure"  # it runs outside the node's lease
+        contended = trial.configuration.get("server", OURS) != OURS  # it runs outside the node's lease
         found.append(_node("node", "all parties together", used, machine if contended else near_cores or machine))
     other = row_of(trial, "other_cpu_cores")
     if other is not None:

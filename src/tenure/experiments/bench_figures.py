@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tenure.decide.bottleneck import STAGES
+from tenure.decide.stations import OURS
 from tenure.experiments.report_cite import Rows, words
 from tenure.experiments.report_points import Figure, has_points, make_figure, make_point
 from tenure.runs import Stage
 from tenure.trials import Configuration, Trial
 
 MIB = float(1 << 20)
-OURS = "tenure"
 ARCHITECTURES = ("simple", "microservice", "distributed")
 _TONES = {"simple": 0, "microservice": 1, "distributed": 2}
 """Colours of the architectures, the same in every figure; contenders take those behind them."""
@@ -207,8 +207,8 @@ def _memory(rows: Rows, stage: Stage, trials: Sequence[Trial], data: str) -> Fig
         f"{stage.name}-memory-parties",
         "hbars",
         f"Memory of each party, batch {least}" + (f" and {most}" if most > least else ""),
-        "Highest memory of the application and of the server with the model, over gRPC where there is a choice. One server "
-        "serves all settings and keeps what they leave: compare servers, and the application's between settings.",
+        "Highest memory of the application and of the server with the model, over gRPC where there is a choice. Processes "
+        "of ours had run nothing else where n is 1; a contender's server keeps what it served before.",
         x_label="MiB",
         scale=MIB,
         stacked=True,

@@ -17,6 +17,7 @@ from typing import Any
 
 from tenure.decide.bottleneck import Bottleneck, find_bottlenecks, is_closed, is_twin, repeat_error
 from tenure.decide.goal_answer import Answer, answer, percentile_at_most
+from tenure.decide.stations import OURS
 from tenure.experiments.bench_figures import bench_figures, in_order, setting
 from tenure.experiments.bench_tables import asked_again, bottleneck_table, open_table, setting_tables, table_two
 from tenure.experiments.machine_load import DISTURBED_CORES
@@ -133,7 +134,13 @@ _BOUND_WORDS = {
     "delay": "waiting: the link's delay",
     "queue": "waiting: the server's queue",
 }
-_FILLERS = {"model": "the model", "app": "the application", "client": "the client part", "server": "the server"}
+_FILLERS = {
+    "model": "the model",
+    "app": "the application",
+    "client": "the client part",
+    "server": "the server",
+    "other": "that server",
+}
 
 
 def _answered(rows: Rows, experiment: Experiment, goal: ServeGoal, found: Answer) -> list[Block]:
@@ -274,6 +281,12 @@ def _how_measured(rows: Rows, stage: Stage, experiment: Experiment) -> list[Bloc
         blocks.append({"kind": "text", "text": text})
     else:
         blocks.append({"kind": "small", "text": "No setting was measured twice: the machine's own repeat error is not known."})
+    others = sorted({name for trial in trials if (name := str(trial.configuration.get("server", OURS))) != OURS})
+    if others:
+        near = _leased_cores(rows, stage, "server")
+        ours = f"; ours had {near:g} cores by its lease" if near else ""
+        text = f"{', '.join(others)} ran already, under no lease of ours, on all cores of where it is{ours}."
+        blocks.append({"kind": "text", "text": text})
     told = Counter(part for trial in trials for part in _SENTENCES.split(trial.note) if part and not part.startswith("Others "))
     return blocks + [
         {"kind": "small", "text": f"{note} ({count} of {len(trials)} settings)"} for note, count in told.most_common(10)

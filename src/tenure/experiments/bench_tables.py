@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tenure.decide.bottleneck import STAGES, Bottleneck
-from tenure.experiments.bench_figures import OURS, in_order, setting, shown_modes
+from tenure.decide.stations import OURS
+from tenure.experiments.bench_figures import in_order, setting, shown_modes
 from tenure.experiments.report_cite import Cell, Rows, make_table, metrics_present, text_cell, words
 from tenure.trials import Trial
 
@@ -113,11 +114,28 @@ def asked_again(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
     )
     if not table:
         return []
+    table += _memory_again(find, data, batches)
     columns = ["ratio of rates (95 %)", "the study", *(f"batch {batch}" for batch in batches)]
     return [
         {"kind": "heading", "text": "What the study found, asked again"},
         make_table(f"Pictures from {data} unless it says otherwise", columns, table),
     ]
+
+
+def _memory_again(find: Callable[..., list[Trial]], data: str, batches: Sequence[int]) -> list[list[Cell]]:
+    """Return the row on what asynchronous calls cost the server in memory."""
+    cells = []
+    for batch in batches:
+        held = [
+            trial.metrics["server_memory_bytes"].mean
+            for how in ("async", "sync")
+            for trial in find(architecture="microservice", transport="grpc", interaction=how, data=data, batch=batch)[:1]
+            if "server_memory_bytes" in trial.metrics
+        ]
+        cells.append(text_cell(f"{held[0] / held[1]:.2f}×" if len(held) == 2 and held[1] > 0 else "–"))
+    if all(cell["text"] == "–" for cell in cells):
+        return []
+    return [[text_cell("server memory, microservice grpc, async ÷ sync"), text_cell("4–4.4× at batch 1"), *cells]]
 
 
 def bottleneck_table(rows: Rows, trials: Sequence[Trial], found: Mapping[str, Bottleneck]) -> list[Block]:
