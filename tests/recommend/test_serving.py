@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -157,3 +159,51 @@ def test_a_goal_that_is_missed_only_by_uncertainty_is_measured_with_its_clients(
         configurations=bases,
     )
     assert tunable.next_probe(known) is None
+
+
+def test_many_settings_are_searched_in_ten_probes_and_the_cheapest_found():
+    rng = np.random.default_rng(6)
+    goal = ServeGoal(name="g", clients=1, p99_s=0.02, images_per_s=400)
+    job = Job(kind="serve", name="serve", model="m.onnx", serve_goals=(goal,), probe=Probe(max_s=600))
+    tunable = ServeTunable(job, CAPACITY, PRICES, "f", lambda c: iter([trial(c, rng)]), configurations=BASES)
+    found = tunable.recommend(goal, tune(tunable, [], [].append, max_probes=50), id="", run_id="", stage="", now_s=0.0)
+    whole = recommend(goal, [trial({**base, "clients": 1}, np.random.default_rng(7)) for base in BASES])
+    assert len(found.trials) <= 11
+    assert found.chosen.predictions["cost_usd"].value <= whole.chosen.predictions["cost_usd"].value * 1.03
+
+
+def test_where_one_probe_measures_everything_only_winners_are_measured_again():
+    rng, asked = np.random.default_rng(8), []
+
+    def probe(configuration):
+        asked.append(configuration["clients"])
+        several = BASES if configuration["clients"] == 1 else [configuration]
+        return iter([trial({**base, "clients": configuration["clients"]}, rng) for base in several])
+
+    job = Job(kind="serve", name="serve", model="m.onnx", serve_goals=GOALS, probe=Probe(max_s=600))
+    tunable = ServeTunable(job, CAPACITY, PRICES, "f", probe, configurations=BASES)
+    trials = tune(tunable, [], [].append)
+    assert asked[0] == 1
+    assert set(asked[1:]) == {8}
+    assert len(asked) <= 4
+    assert all(tunable.recommend(goal, trials, id="", run_id="", stage="", now_s=0.0).thin == "" for goal in GOALS)
+
+
+def test_a_goal_with_many_clients_is_searched_with_its_clients():
+    rng = np.random.default_rng(9)
+    goal = ServeGoal(name="g", clients=8, images_per_s=200)
+    job = Job(kind="serve", name="serve", model="m.onnx", serve_goals=(goal,), probe=Probe(max_s=600))
+    tunable = ServeTunable(job, CAPACITY, PRICES, "f", lambda c: iter([trial(c, rng)]), configurations=BASES)
+    trials = tune(tunable, [], [].append, max_probes=50)
+    assert [t.configuration["clients"] for t in trials] == [1] + [8] * (len(trials) - 1)
+    assert 1 < len(trials) <= 11
+
+
+def test_trials_under_another_kind_of_load_are_never_in_one_answer_with_these(trials):
+    rng = np.random.default_rng(10)
+    job = Job(kind="serve", name="serve", model="m.onnx", serve_goals=GOALS)
+    tunable = ServeTunable(job, CAPACITY, PRICES, "f", lambda c: iter(()), configurations=BASES)
+    other = [replace(trial({**BASES[0], "clients": 1}, rng), configuration={**BASES[0], "clients": 1, **more})
+             for more in ({"load": "open"}, {"data": "files"}, {"server": "triton"})]  # fmt: skip
+    found = tunable.recommend(GOALS[0], [*trials, *other], id="", run_id="", stage="", now_s=0.0)
+    assert len(found.trials) == len(trials)

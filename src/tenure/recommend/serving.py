@@ -13,6 +13,7 @@ from dataclasses import replace
 from tenure.decide.cost import cost_usd
 from tenure.decide.fits import SINGLE_SPREAD, fit_line, half_width, pool, predict_mean
 from tenure.decide.scaling import OTHER_ERROR, SAME_ERROR, closed_bounds, memory_used, memory_with_margin, number, summaries
+from tenure.decide.serve_search import MAX_TRIALS
 from tenure.errors import SpecError
 from tenure.jobs import Job, ServeGoal
 from tenure.prices import PriceVector
@@ -21,17 +22,13 @@ from tenure.trials import Broken, Candidate, Configuration, Prediction, Recommen
 from tenure.usage import Summary
 
 from .choose import Limit, capacity_broken, choose, show
+from .probing import CPU_HEADROOM, HOLDER_CPUS, LEAST_CPUS, comparable, search
 
-FACTORS = ("architecture", "transport", "interaction", "batch", "link")
+FACTORS = ("architecture", "transport", "interaction", "batch", "link", "instances", "threads", "max_delay_s")
 """What is chosen between; `clients` comes from the goal."""
-CPU_HEADROOM = 1.5
-"""Leased CPU over mean CPU used."""
 CPU_PERIOD_S = 0.1
 """Period over which a CPU share is enforced (kernel documentation, CFS bandwidth control: 100 ms): the burst of one request
 must fit into a client's share of it."""
-HOLDER_CPUS = 1.0
-"""What holds a model gets at least the CPU it was measured under: a smaller share would throttle it within each period."""
-LEAST_CPUS = 0.05
 SLOT_S, TOTAL_S = 900.0, 3600.0
 DISK_BYTES = 256 << 20
 MEMORY_STEP_BYTES = 32 << 20
@@ -68,14 +65,23 @@ class ServeTunable:
         return [{**base, "clients": clients} for clients in counts for base in self._bases]
 
     def next_probe(self, trials: Sequence[Trial]) -> Configuration | None:
-        """Return what to measure next: everything with one client; then, for each goal, the present winner with the goal's
-        clients, until every winner rests on a measurement. None when that is so or `probe.max_s` is spent."""
-        done = {_key(t.configuration) for t in trials}
+        """Return what to measure next; None when enough is known or `probe.max_s` is spent.
+
+        First something with one client: where one probe measures all settings at once, nothing is left of that. What is few
+        (`MAX_TRIALS`) is measured whole; what is many is searched for each goal, with its clients. Where all is known with one
+        client, only the winner of each goal is measured with the goal's clients, until every winner rests on a measurement.
+        """
         if sum(number(t, "seconds") for t in trials if t.source == "probe") >= self.job.probe.max_s:
             return None
-        for base in self._bases:
-            if _key({**base, "clients": 1}) not in done:
-                return {**base, "clients": 1}
+        trials = comparable(trials)
+        done = {_key(t.configuration) for t in trials}
+        alone = [{**base, "clients": 1} for base in self._bases]
+        missing = [configuration for configuration in alone if _key(configuration) not in done]
+        if missing and (len(missing) == len(alone) or len(alone) <= MAX_TRIALS):
+            return missing[0]
+        if missing:
+            asked = (search(goal, self._bases, trials, self.prices, cores=self.capacity.cpus) for goal in self.job.serve_goals)
+            return next((advice.next for advice in asked if advice.next is not None), None)
         for goal in self.job.serve_goals:
             found = self.recommend(goal, trials, id="", run_id="", stage="", now_s=0.0)
             # Where nothing surely meets the goal, what fails by its interval alone deserves to be measured first.
@@ -99,7 +105,7 @@ class ServeTunable:
         self, goal: ServeGoal, trials: Sequence[Trial], *, id: str, run_id: str, stage: str, now_s: float
     ) -> Recommendation:
         """Return what to lease for one goal, from this fingerprint's trials."""
-        usable = [t for t in trials if t.fingerprint == self.fingerprint]
+        usable = comparable([t for t in trials if t.fingerprint == self.fingerprint])
         return recommend_serving(
             goal, usable, capacity=self.capacity, prices=self.prices, id=id, run_id=run_id, stage=stage, now_s=now_s
         )
