@@ -41,7 +41,7 @@ class CannotStart(Exception):
 
 
 class Engine:
-    """A running engine. `docker` asks it through its own command-line client or, where there is none, curl-like by hand."""
+    """An engine with folders of its own."""
 
     def __init__(self, folder: Path, *, live_restore: bool) -> None:
         self.folder, self.live_restore = folder, live_restore
@@ -86,8 +86,10 @@ class Engine:
 
         connection = Connection("localhost")
         try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, {"Content-Type": "application/json"} if text else {})
+            raw = isinstance(body, bytes)
+            text = body if raw or body is None else json.dumps(body)
+            kind = "application/x-tar" if raw else "application/json"
+            connection.request(method, path, text, {"Content-Type": kind} if text else {})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -101,8 +103,13 @@ class Engine:
         """Return what it says of one container."""
         return json.loads(self.ask("GET", f"/containers/{container}/json")[1])
 
+    def load(self, image: bytes) -> None:
+        """Take over an image that another engine gave."""
+        status, said = self.ask("POST", "/images/load?quiet=1", image)
+        assert status == 200, said
+
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """End the engine itself; with live-restore containers go on."""
+        """End the engine itself, and its containerd if that stays; with live-restore containers go on."""
         assert self.process is not None
         self.process.send_signal(number)
         try:
@@ -110,6 +117,15 @@ class Engine:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._kill(b"containerd")
+        (self.folder / "run/containerd/containerd.pid").unlink(
+            missing_ok=True
+        )  # else one that waits to be reaped is waited for
+
+    def _kill(self, *programs: bytes) -> None:
+        for pid in _mentioning(str(self.folder), programs):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
     def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End the engine and start it again."""
@@ -134,22 +150,20 @@ class Engine:
                 if network["Name"] not in ("host", "none", "bridge"):
                     self.ask("DELETE", f"/networks/{network['Id']}")
         self.end()
-        for pid in _mentioning(str(self.folder)):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        self._kill(b"containerd-shim-runc-v2")
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             if line.split()[1].startswith(str(self.folder)):
                 subprocess.run(["umount", "-l", line.split()[1]], capture_output=True, check=False)
 
 
-def _mentioning(word: str) -> list[int]:
-    """Return the processes whose command line has a word: containerd and its shims name the engine's folder."""
+def _mentioning(word: str, programs: tuple[bytes, ...]) -> list[int]:
+    """Return the processes of these programs whose command line has a word: those of an engine name its folder."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             with contextlib.suppress(OSError):
                 line = Path(f"/proc/{entry}/cmdline").read_bytes()
-                if word.encode() in line and line.split(b"\0")[0].endswith((b"containerd", b"containerd-shim-runc-v2")):
+                if word.encode() in line and os.path.basename(line.split(b"\0")[0]) in programs:
                     found.append(int(entry))
     return found
 
