@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from tenure import app
 from tenure.broker.client import BrokerClient, connect
@@ -22,7 +23,7 @@ from tenure.leases import EndReason, Lease, LeaseState
 from tenure.protocols import SystemClock
 from tenure.resources import Envelope, format_duration
 from tenure.runs import Run, RunFiles, RunState, Stage
-from tenure.tenants import check_name
+from tenure.tenants import Policy, check_name
 from tenure.usage import Usage
 from tenure.wire import ExecResult, GangMember, RequestGang
 
@@ -59,6 +60,7 @@ def lease(
     gpu_memory_bytes: int = 0,
     disk_bytes: int = 10 << 30,
     for_s: float = 3600.0,
+    at_s: float = 0.0,
     renewable_s: float | None = None,
     name: str = STAGE,
     tenant: str = "default",
@@ -68,6 +70,7 @@ def lease(
     """Lease a workspace, which outlives the caller; return the lease once its command runs.
 
     command: what runs inside; by default something that only holds the workspace open, for `exec`. for_s: its first slot.
+    at_s: UTC seconds from which on its room is kept; it then comes back reserved, at once. 0: now.
     renewable_s: how long it may be renewed for, all in all (at least for_s); default 7 days. grace_s: between SIGTERM, at the
     end of the lease, and SIGKILL. wait_s: how long it may queue.
     Raises Refused when no broker is there to stay (`tenure up`), when there is no room in time; NoPlacement; JobFailed when
@@ -93,6 +96,7 @@ def lease(
             tenant=tenant,
             members=(GangMember(worker=0, envelope=envelope, command=made),),
             queue_s=wait_s,
+            starts_at_s=at_s,
         )
         try:
             (got,) = client.request_gang(asked)
@@ -104,6 +108,24 @@ def lease(
         except KeyboardInterrupt:
             client.release((got.id,), reason=EndReason.CANCELLED, why="the command that asked for it was interrupted")
             raise
+
+
+def policies(*, home: Home = None) -> dict[str, Policy]:
+    """Return the policies that were set, by tenant; under ``*`` that of everybody who has none of their own."""
+    with app.broker(app.find_home(home)) as client:
+        return client.policies()
+
+
+def set_policy(tenant: str, *, home: Home = None, unset: bool = False, **changes: Any) -> Policy | None:
+    """Change what a tenant may hold (``*``: everybody without an own policy); return what now holds for it alone.
+
+    changes: fields of Policy; those left out stay. unset: take its own policy away first. Raises SpecError.
+    """
+    with app.broker(app.find_home(home)) as client:
+        known = Policy() if unset else client.policies().get(tenant, Policy())
+        policy = None if unset and not changes else replace(known, **changes)
+        client.set_policy(tenant, policy)
+        return policy
 
 
 def renew(lease_id: str, *, for_s: float, home: Home = None) -> Lease:
@@ -279,14 +301,15 @@ def _granted(client: BrokerClient, got: Lease, wait_s: float) -> Lease:
     """Return the lease once it runs. Raises Refused when it was not granted in time, JobFailed when it ended at once."""
     end_s = time.monotonic() + wait_s + 60.0
     while True:
-        (view,) = client.wait_leases((got.id,), until="active", timeout_s=30.0)
+        reserved = got.state is LeaseState.RESERVED
+        (view,) = client.wait_leases((got.id,), until="active", timeout_s=0.0 if reserved else 30.0)
         held = view.lease
         if held.state is LeaseState.ENDED and not view.exits:
             raise Refused(f"lease {held.id} was not granted: {held.end_detail or held.end_reason}")
         if held.state is LeaseState.ENDED and held.end_reason is not EndReason.COMPLETED:
             raise JobFailed(f"lease {held.id} ended at once: {held.end_detail}", reason=str(held.end_reason))
         if held.state not in (LeaseState.REQUESTED, LeaseState.QUEUED, LeaseState.GRANTING):
-            return held
+            return held  # a reservation among them: its time is to come
         if time.monotonic() > end_s:
             client.release((held.id,), why="it did not start in time")
             raise Unavailable(f"lease {held.id} is {held.state} since {wait_s + 60.0:g} s and was given back")

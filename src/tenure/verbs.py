@@ -16,8 +16,10 @@ from tenure.leasing import execute as execute
 from tenure.leasing import follow as follow
 from tenure.leasing import lease as lease
 from tenure.leasing import logs as logs
+from tenure.leasing import policies as policies
 from tenure.leasing import renew as renew
 from tenure.leasing import resize as resize
+from tenure.leasing import set_policy as set_policy
 from tenure.leasing import top as top
 from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node, NodeState

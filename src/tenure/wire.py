@@ -30,6 +30,7 @@ from tenure.protocols import Exit, ExitKind, RuntimeHandle, StartSpec
 from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunState, Stage
+from tenure.tenants import Policy, SetPolicy
 from tenure.trials import Recommendation, Trial
 from tenure.usage import Usage
 
@@ -154,7 +155,8 @@ class GangMember:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestGang:
     """Ask for leases, all or none. `gang_id` is the idempotency key. Raises NoPlacement when no node could ever hold them;
-    otherwise they queue for at most `queue_s`, then end `cancelled`."""
+    otherwise they queue for at most `queue_s`, then end `cancelled`. With `starts_at_s` it is a reservation: room is kept from
+    then on; raises Refused when no node will have it."""
 
     gang_id: str
     run_id: str
@@ -162,6 +164,9 @@ class RequestGang:
     tenant: str = "default"
     members: tuple[GangMember, ...]
     queue_s: float = 60.0
+    """From `starts_at_s` on, where that is set."""
+    starts_at_s: float = 0.0
+    """UTC; 0 for now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,6 +394,8 @@ BROKER_OPS: Mapping[str, Op] = {
     "release": Op(args=Release, result=Nothing),
     "exec": Op(args=Exec, result=ExecResult),
     "live": Op(args=Nothing, result=tuple[LeaseView, ...]),
+    "set_policy": Op(args=SetPolicy, result=Nothing),
+    "policies": Op(args=Nothing, result=dict[str, Policy]),
     "nudge": Op(args=Nudge, result=Nothing),
     "events": Op(args=ListEvents, result=tuple[Event, ...]),
     "usage": Op(args=LeaseRef, result=tuple[UsagePoint, ...]),

@@ -110,6 +110,28 @@ def test_what_a_signal_ended_inside_gives_the_code_of_a_shell(tenure, workspace)
     tenure("exec", workspace["id"], "--", "sh", "-c", "kill -9 $$", code=128 + signal.SIGKILL)
 
 
+def test_a_reservation_is_kept_told_and_given_up(tenure):
+    said = tenure("lease", "--cpus", "2", "--memory", "256MiB", "--for", "1h", "--at", "2099-01-01T20:00", code=3).stderr
+    assert "past what tenant default may have, 14d" in said
+    tenure("quota", "*", "--ahead", "none")
+    said = tenure("lease", "--cpus", "2", "--memory", "256MiB", "--for", "1h", "--at", "2099-01-01T20:00").stdout
+    lease_id = said.split()[1]
+    assert "its room is kept from then on" in said
+    assert state_of(tenure, lease_id)["state"] == "reserved"
+    tenure("release", lease_id)
+    assert state_of(tenure, lease_id)["end_reason"] == "released"
+
+
+def test_a_tenants_quota_is_set_listed_held_and_taken_away(tenure):
+    tenure("quota", "alice", "--cpus", "0.5", "--memory", "none")
+    assert "alice   max_cpus   0.5" in tenure("quota", "alice").stdout
+    assert "its quota is 0.5" in tenure("lease", "--tenant", "alice", code=3).stderr
+    tenure("quota", "alice", "--unset")
+    assert "alice" not in json.loads(tenure("quota", "--json").stdout)
+    assert "whose policy" in tenure("quota", "--cpus", "1", code=2).stderr
+    assert "number" in tenure("quota", "alice", "--cpus", "many", code=2).stderr
+
+
 def test_a_workspace_that_does_not_fit_is_refused_and_leaves_no_open_run(tenure):
     assert "would not fit" in tenure("lease", "--memory", "1TiB", code=3).stderr
     assert not [run for run in json.loads(tenure("runs", "--json").stdout) if run["state"] == "running"]

@@ -354,6 +354,8 @@ class Attempts:
         """Write a lease's end; nothing of it runs."""
         with self._book.transaction() as tx:
             over = changed(lease, LeaseState.ENDED, end_reason=reason, end_detail=why, ended_at_s=tx.now_s)
+            if lease.state is LeaseState.RESERVED:
+                over = replace(over, starts_at_s=0.0)  # it was to begin then, and never held
             tx.put_lease(over, who=who, why=why)
         if lease.node:
             self._forget(lease)

@@ -25,6 +25,7 @@ from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunState, Stage
 from tenure.sockets import LineClient, check_owner, socket_dir
+from tenure.tenants import Policy, SetPolicy
 from tenure.trials import Recommendation, Trial
 
 START_MAX_S = 15.0
@@ -296,6 +297,14 @@ class BrokerClient:
     def live(self) -> tuple[wire.LeaseView, ...]:
         """Return every lease that has not ended with its latest usage, oldest request first; exits are left out."""
         return self._call("live", wire.Nothing())  # type: ignore[no-any-return]
+
+    def set_policy(self, tenant: str, policy: Policy | None) -> None:
+        """Have a policy hold for a tenant from now on; None takes its own away."""
+        self._call("set_policy", SetPolicy(tenant=tenant, policy=policy))
+
+    def policies(self) -> dict[str, Policy]:
+        """Return the policies that were set, by tenant; `tenants.EVERYBODY` for who has none of their own."""
+        return self._call("policies", wire.Nothing())  # type: ignore[no-any-return]
 
     def nudge(self, run_id: str, stage: str) -> None:
         """Have the broker look into a stage's events now."""

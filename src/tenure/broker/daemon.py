@@ -15,11 +15,13 @@ from typing import ParamSpec
 from tenure import wire
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import LOG, USAGE_EVERY_S, Book
+from tenure.broker.expiry import Expiry
 from tenure.broker.fences import check_not_older
 from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import Outbox
+from tenure.broker.policies import Policies
 from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
@@ -112,11 +114,13 @@ class Broker:
             self.book, fleet, fence=self.fence, term_s=term_s, on_up=self.attempts.compare, on_lost=self.attempts.lost
         )
         self.attempts.nodes = self.nodes
-        self.queue = Queue(self.book, self.attempts, new_id=new_lease_id)
+        self.policies = Policies(self.book)
+        self.queue = Queue(self.book, self.attempts, self.policies, new_id=new_lease_id)
         self.invocations = Invocations(self.book, self.attempts, home=home)
         self.quotas = Quotas(self.book, self.attempts, home=home)
         self.retention = Retention(self.book, fleet, home=home)
         self.workspaces = Workspaces(self.book)
+        self.expiry = Expiry(self.book, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
         self.handlers = Handlers(
@@ -128,6 +132,7 @@ class Broker:
             invocations=self.invocations,
             retention=self.retention,
             quotas=self.quotas,
+            policies=self.policies,
             fence=self.fence,
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
@@ -175,6 +180,7 @@ class Broker:
             self.invocations.tick,
             self.quotas.tick,
             self.workspaces.tick,
+            self.expiry.tick,
             self.retention.tick,
         ):
             try:

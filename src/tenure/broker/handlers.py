@@ -14,6 +14,7 @@ from tenure.broker.book import Book
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
+from tenure.broker.policies import Policies
 from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
@@ -27,6 +28,7 @@ from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run
 from tenure.sockets import Connection, Handler
+from tenure.tenants import Policy, SetPolicy
 from tenure.trials import Recommendation, Trial
 
 UNWRITABLE_MAX_S = 5.0
@@ -52,6 +54,7 @@ class Handlers:
         invocations: Invocations,
         retention: Retention,
         quotas: Quotas,
+        policies: Policies,
         fence: int,
         persistent: Callable[[], bool],
         clients: Callable[[], int],
@@ -61,6 +64,7 @@ class Handlers:
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
+        self._policies = policies
         self._backing_up = False
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
@@ -176,9 +180,18 @@ class Handlers:
 
     async def op_renew(self, args: wire.Renew, client: Connection) -> Lease:
         """See wire.Renew."""
-        lease = renewed(self._book.lease(args.lease_id), for_s=args.for_s, now_s=self._book.clock.utc_s())
+        before, now_s = self._book.lease(args.lease_id), self._book.clock.utc_s()
+        lease = renewed(before, for_s=args.for_s, now_s=now_s)
+        self._policies.admit_renewal(before, args.for_s)
+        until_s, reserved = self._book.placement.ahead(now_s).limit(before)
+        why = ""
+        if reserved is not None and until_s < lease.ends_at_s:
+            why = f"its room is reserved from then on (lease {reserved.id})"
+            lease = replace(lease, ends_at_s=max(before.ends_at_s, until_s))
+            if lease.ends_at_s <= before.ends_at_s:
+                raise Refused(f"lease {lease.id} cannot be renewed: {why}. Release it and request a new one, or wait.")
         with self._book.transaction() as tx:
-            tx.put_lease(lease, kind="lease.renewed", who=f"tenant:{lease.tenant}")
+            tx.put_lease(lease, kind="lease.renewed", who=f"tenant:{lease.tenant}", why=why)
         if lease.id in self._book.busy:
             await self._attempts.renew(lease)
         return lease
@@ -196,6 +209,10 @@ class Handlers:
         if lease.state is not LeaseState.ACTIVE and not half_done:
             raise IllegalChange(f"lease {lease.id} is {lease.state}; only an active lease can be resized")
         short = self._book.placement.resize_shortage(lease.id, new)
+        self._policies.admit_resize(lease, new)
+        until_s, reserved = self._book.placement.ahead(self._book.clock.utc_s()).limit(replace(lease, envelope=new))
+        if not short and reserved is not None and until_s < lease.ends_at_s:
+            short = f"lease {reserved.id} has reserved that room within its time"
         if short:
             raise Refused(f"lease {lease.id} cannot be resized on node {lease.node}: {short}")
         # While under way it holds the larger of both in each respect, so that nobody else is granted what it may still use.
@@ -247,6 +264,16 @@ class Handlers:
         """Return the live leases with their latest usage. From memory: it is asked every second."""
         live = sorted(self._book.live.values(), key=lambda lease: (lease.requested_at_s, lease.id))
         return tuple(wire.LeaseView(lease=lease, usage=self._book.usage.get(lease.id)) for lease in live)
+
+    async def op_set_policy(self, args: SetPolicy, client: Connection) -> None:
+        """See SetPolicy. Only for the broker's own user."""
+        if client is not None and client.uid not in (os.geteuid(), 0):
+            raise Refused("policies are set by the user whose broker this is")
+        self._policies.set(args, who="broker" if client is None else f"uid:{client.uid}")
+
+    async def op_policies(self, args: wire.Nothing, client: Connection) -> dict[str, Policy]:
+        """Return the policies that were set, by tenant."""
+        return dict(self._policies.known())
 
     async def op_nudge(self, args: wire.Nudge, client: Connection) -> None:
         """See wire.Nudge."""

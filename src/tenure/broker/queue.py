@@ -8,10 +8,14 @@ from dataclasses import replace
 from tenure import wire
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
+from tenure.broker.policies import Policies
+from tenure.decide.packing import Packing, shortage
 from tenure.decide.placement import Grant, Plan
+from tenure.decide.reserving import is_ahead, reach_s
 from tenure.errors import Conflict, NoPlacement, Refused, SpecError
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
 from tenure.ledger import queries
+from tenure.resources import format_duration
 from tenure.tenants import check_name
 
 MAX_LIVE_LEASES = 20_000
@@ -21,8 +25,8 @@ MAX_QUEUE_S = 7 * 86400.0
 class Queue:
     """Takes requests in and grants them."""
 
-    def __init__(self, book: Book, attempts: Attempts, *, new_id: Callable[[], str]) -> None:
-        self._book, self._attempts, self._new_id = book, attempts, new_id
+    def __init__(self, book: Book, attempts: Attempts, policies: Policies, *, new_id: Callable[[], str]) -> None:
+        self._book, self._attempts, self._policies, self._new_id = book, attempts, policies, new_id
         self._asked = False
         book.before_commit = self._answer_asked
         self._noted: Plan | None = None
@@ -50,8 +54,12 @@ class Queue:
             if reasons:
                 raise NoPlacement(_cannot_hold(asked), reasons)
         now_s = self._book.clock.utc_s()
+        self._policies.admit(asked, now_s)
+        begins_s = asked.starts_at_s if asked.starts_at_s > now_s else 0.0
+        until_s = max(now_s, begins_s) + asked.queue_s
+        places = self._reserve(asked, begins_s, now_s) if begins_s else ()
         with self._book.transaction() as tx:
-            for member in asked.members:
+            for number, member in enumerate(asked.members):
                 lease = Lease(
                     id=self._new_id(),
                     run_id=asked.run_id,
@@ -64,11 +72,32 @@ class Queue:
                     requested_at_s=now_s,
                 )
                 who = f"tenant:{asked.tenant}"
-                tx.put_lease(lease, who=who, why=member.envelope.describe(), queue_until_s=now_s + asked.queue_s)
-                self._book.queue_until_s[lease.id] = now_s + asked.queue_s
+                tx.put_lease(lease, who=who, why=member.envelope.describe(), queue_until_s=until_s)
+                if begins_s:
+                    node, devices = places[number]
+                    lease = changed(lease, LeaseState.RESERVED, node=node, devices=devices, starts_at_s=begins_s)
+                    tx.put_lease(lease, who="broker", why=f"room on {node} is kept from then on")
+                self._book.queue_until_s[lease.id] = until_s
         self._asked = True
         await self._book.durable()
         return self._known(asked)
+
+    def _reserve(self, asked: wire.RequestGang, begins_s: float, now_s: float) -> Packing:
+        """Return where a gang will have room from then on. Raises Refused when it will not."""
+        envelopes = [member.envelope for member in asked.members]
+        for_s = max(reach_s(member) for member in asked.members)
+        ahead = self._book.placement.ahead(now_s)
+        places = ahead.place(envelopes, begins_s, for_s)
+        if places is None:
+            full = "; ".join(
+                f"node {name}: {shortage(room, envelopes[0], word='free then') or 'not for all of them together'}"
+                for name, room in ahead.rooms(begins_s, for_s).items()
+            )
+            raise Refused(
+                f"gang {asked.gang_id} refused: no node will have room for it from then on for {format_duration(for_s)} "
+                f"({full or 'no node is up'}). Choose another time, or ask for less."
+            )
+        return places
 
     def _answer_asked(self) -> None:
         """Grant what was asked for since the last commit; what keeps it from being granted now may pass while it queues."""
@@ -93,7 +122,9 @@ class Queue:
             return
         now_s = self._book.clock.utc_s()
         plan = self._book.placement.plan(now_s)
-        late = [lease for lease in waiting if now_s >= self._book.queue_until_s.get(lease.id, 0.0)]
+        late = [
+            lease for lease in waiting if now_s >= self._book.queue_until_s.get(lease.id, 0.0) and not is_ahead(lease, now_s)
+        ]
         going = {grant.lease_id for grant in plan.grants}
         never = {
             lack.lease_id: "; ".join(f"node {node}: {why}" for node, why in sorted(lack.reasons.items()))

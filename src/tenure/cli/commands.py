@@ -201,6 +201,7 @@ def release(
     )
 
 
+app.command()(leasing.quota)
 app.command("exec")(leasing.execute)
 app.command()(leasing.top)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from tenure.errors import SpecError
 if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
     from tenure.leases import Lease
     from tenure.leasing import Watched
+    from tenure.tenants import Policy
 
 Home = Annotated[
     Path | None,
@@ -43,6 +45,10 @@ def lease(
     for_: Annotated[
         str, typer.Option("--for", metavar="TIME", help="How long, e.g. 8h; it then ends, unless it is renewed before.")
     ] = "1h",
+    at: Annotated[
+        str,
+        typer.Option("--at", metavar="TIME", help="Reserve it from then on: 20:00, the next one here, or 2025-01-31T20:00."),
+    ] = "",
     renewable: Annotated[
         str, typer.Option("--renewable", metavar="TIME", help="How long it can be renewed for, all in all [default: 7d].")
     ] = "",
@@ -57,9 +63,11 @@ def lease(
 ) -> None:
     """Lease a workspace: so many cores, so much memory, for so long; it outlives this command, and says how to get in.
 
-    It needs `tenure up`. Ctrl-C while it queues gives it up.
+    It needs `tenure up`. Ctrl-C while it queues gives it up. With --at it is a reservation: its room is kept, and nothing
+    that is granted or renewed until then runs into it.
     """
     from tenure import verbs
+    from tenure.leasing import parse_moment
     from tenure.resources import parse_bytes, parse_duration
 
     held = verbs.lease(
@@ -71,6 +79,7 @@ def lease(
         gpu_memory_bytes=parse_bytes(gpu_memory),
         disk_bytes=parse_bytes(disk),
         for_s=parse_duration(for_),
+        at_s=parse_moment(at, now_s=time.time()) if at else 0.0,
         renewable_s=parse_duration(renewable) if renewable else None,
         name=name,
         tenant=tenant,
@@ -170,6 +179,80 @@ def top(
             output.say(CLEAR + top_table(seen), sys.stdout)
     except KeyboardInterrupt:
         return
+
+
+def quota(
+    tenant: Annotated[
+        str, typer.Argument(metavar="[TENANT]", help="Whose, or '*': of all without one of their own. None: list them.")
+    ] = "",
+    leases: Annotated[str, typer.Option("--leases", metavar="N", help="Live at the same time.")] = "",
+    cpus: Annotated[str, typer.Option("--cpus", metavar="N", help="Of all live leases together.")] = "",
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="Likewise.")] = "",
+    gpus: Annotated[str, typer.Option("--gpus", metavar="N", help="Likewise.")] = "",
+    slot: Annotated[str, typer.Option("--slot", metavar="TIME", help="Of one grant, and of one renewal.")] = "",
+    total: Annotated[str, typer.Option("--total", metavar="TIME", help="Of one lease with all its renewals.")] = "",
+    ahead: Annotated[str, typer.Option("--ahead", metavar="TIME", help="Until a reservation begins [at first 14d].")] = "",
+    guaranteed: Annotated[
+        str,
+        typer.Option("--guaranteed", metavar="TIME", help="Before a lease may be preempted within a slot [at first: never]."),
+    ] = "",
+    unset: Annotated[bool, typer.Option("--unset", help="Take its own policy away.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Say what a tenant may hold, for how long, and what may be done to its leases; or list what was said.
+
+    Each option takes "none" for no bound; those left out stay as they are. What is held already stays held.
+    """
+    from tenure import verbs
+    from tenure.resources import parse_bytes, parse_duration
+
+    given = (
+        ("max_leases", leases, int),
+        ("max_cpus", cpus, float),
+        ("max_memory_bytes", memory, parse_bytes),
+        ("max_gpus", gpus, float),
+        ("max_slot_s", slot, parse_duration),
+        ("max_total_s", total, parse_duration),
+        ("max_ahead_s", ahead, parse_duration),
+        ("guaranteed_s", guaranteed, parse_duration),
+    )
+    changes = {field: _bound(text, parse) for field, text, parse in given if text}
+    if not tenant and (changes or unset):
+        raise SpecError("whose policy? Name a tenant, or '*' for all who have none of their own")
+    if tenant and (changes or unset):
+        verbs.set_policy(tenant, home=home, unset=unset, **changes)
+    known = {name: policy for name, policy in verbs.policies(home=home).items() if tenant in ("", name)}
+    output.say(output.as_json(known) if json else policies_table(known), sys.stdout)
+
+
+def _bound(text: str, parse: Callable[[str], Any]) -> Any:
+    if text == "none":
+        return None
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise SpecError(f"a number was expected, or none; found {text!r}") from error
+
+
+def policies_table(known: Mapping[str, Policy]) -> str:
+    """Return one row per bound that was set."""
+    from dataclasses import fields
+
+    from tenure.resources import format_bytes, format_duration
+
+    def text(name: str, value: float) -> str:
+        if name.endswith("_bytes"):
+            return format_bytes(int(value))
+        return format_duration(value) if name.endswith("_s") else f"{value:g}"
+
+    rows = [
+        (tenant, field.name.removesuffix("_bytes").removesuffix("_s"), text(field.name, value))
+        for tenant, policy in sorted(known.items())
+        for field in fields(policy)
+        if (value := getattr(policy, field.name)) is not None
+    ]
+    return output.table(("TENANT", "BOUND", "VALUE"), rows, empty="no policies: nobody is bound")
 
 
 def workspace_text(held: Lease) -> str:

@@ -20,6 +20,7 @@ from tenure.wire import from_builtins
 
 from .packing import Packing, Room, pack, room_with, shortage, size
 from .queueing import FIFO, WAITING, Gang, Order, Queue, amounts
+from .reserving import Ahead, is_ahead, reach_s
 from .rules import TENURE, Rule
 from .shapes import Shape, shape_of
 from .slack import Slack
@@ -155,6 +156,10 @@ class Placement:
         yielding = [gang for gang in turns if gang.ending]  # those after the present one that still have their room
         yielding.reverse()
         behind = ""
+        reserved = any(lease.state is LeaseState.RESERVED for lease in self._waiting.values())
+        ahead = self.ahead(now_s) if reserved else None
+        if reserved:  # whose time has come takes the room that was kept for it before anybody else could
+            turns = sorted(turns, key=lambda gang: not gang.is_reserved())
         for gang in turns:
             members = gang.in_turn()
             if gang.ending:
@@ -164,7 +169,7 @@ class Placement:
                 elif slack.take_again(members):
                     renewals += gang.members
                 continue
-            if any(lease.state is LeaseState.RESERVED and lease.starts_at_s > now_s for lease in members):
+            if any(is_ahead(lease, now_s) for lease in members):
                 waiting |= {lease.id: "reserved for later" for lease in members}
                 continue
             envelopes = [lease.envelope for lease in members]
@@ -174,18 +179,42 @@ class Placement:
                 impossible += [Impossible(lease_id=lease.id, reasons=never) for lease in members]
                 continue
             packing = None
-            if not behind and sizes not in lacks:
+            for_s = max(map(reach_s, members))
+            beside = ahead is not None and ahead.first_s() < now_s + for_s
+            promised = gang.is_reserved() and self._are_up(members)
+            if promised and slack.take_again(members):
+                packing = tuple((lease.node, lease.devices) for lease in members)
+                for lease in members:
+                    slack.give(lease.node, lease.envelope, lease.devices)
+            elif ahead is not None and beside and not behind:
+                packing = ahead.place(envelopes, now_s, for_s)
+            elif not behind and sizes not in lacks:
                 packing = slack.pack(envelopes) or self._make_room(slack, envelopes, yielding)
+            if packing is None and ahead is not None and beside and not behind:
+                text = self._lacks(members, ahead.rooms(now_s, for_s)) + "; room is reserved within its time"
+                waiting |= dict.fromkeys(gang.members, text)
+                behind = "" if self.order.backfill and not gang.overdue else f"waits behind {gang.id}"
+                continue
             if packing is None:
                 lacks[sizes] = text = behind or lacks.get(sizes) or self._lacks(members, slack.rooms)
                 waiting |= dict.fromkeys(gang.members, text)
-                if not self.order.backfill or gang.overdue:
+                if not self.order.backfill or gang.overdue or promised:
                     behind = behind or f"waits behind {gang.id}"
                 continue
             for lease, (node, devices) in zip(members, packing, strict=True):
                 slack.take(node, lease.envelope, devices)
+                if ahead is not None and not (promised and node == lease.node):
+                    ahead.take(node, lease.envelope, devices, reach_s(lease))
                 grants.append(Grant(lease_id=lease.id, node=node, devices=devices))
         return Plan(grants=tuple(grants), impossible=tuple(impossible), waiting=waiting, renewals=tuple(renewals))
+
+    def ahead(self, now_s: float) -> Ahead:
+        """Return the nodes as they will be, with what is reserved: for decisions about reservations and renewals."""
+        capacities = {name: node.capacity for name, node in sorted(self._nodes.items()) if node.state is NodeState.UP}
+        return Ahead(capacities, self._held, self._waiting.values(), now_s)
+
+    def _are_up(self, members: Sequence[Lease]) -> bool:
+        return all(self._is_up(lease.node) for lease in members)
 
     def _ending(self, ending: Sequence[str], now_s: float) -> tuple[list[str], list[Gang]]:
         """Return the leases that are renewed whatever waits, and the gangs that may have to give way."""

@@ -130,6 +130,10 @@ class Gang:
     overdue: bool = False
     """It has waited too long for its first lease."""
 
+    def is_reserved(self) -> bool:
+        """Return whether room was promised to it, now or later."""
+        return not self.ending and all(lease.state is LeaseState.RESERVED for lease in self.members.values())
+
     def in_turn(self) -> list[Lease]:
         """Return the members by worker."""
         leases = list(self.members.values())

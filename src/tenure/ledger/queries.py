@@ -22,6 +22,7 @@ from tenure.ledger import schema as t
 from tenure.nodes import Node
 from tenure.protocols import Exit
 from tenure.runs import Run, RunState, Stage
+from tenure.tenants import Policy
 from tenure.trials import Recommendation, Trial
 from tenure.usage import Usage
 
@@ -122,6 +123,18 @@ def utc_offset(connection: Connection, boot_id: str) -> float | None:
 def put_utc_offset(connection: Connection, boot_id: str, offset_s: float) -> None:
     """Keep it."""
     _put(connection, t.meta, {"key": "utc_offset"}, {"value": f"{boot_id} {offset_s!r}"})
+
+
+def policies(connection: Connection) -> dict[str, Policy]:
+    """Return the policy of each tenant that has one of its own, and of EVERYBODY else where it was set."""
+    found = connection.execute(select(t.meta.c.value).where(t.meta.c.key == "policies")).scalar()
+    made: dict[str, Policy] = wire.from_builtins(json.loads(found or "{}"), dict[str, Policy])
+    return made
+
+
+def put_policies(connection: Connection, kept: Mapping[str, Policy]) -> None:
+    """Keep them."""
+    _put(connection, t.meta, {"key": "policies"}, {"value": _text(dict(kept))})
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
