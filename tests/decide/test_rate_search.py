@@ -107,12 +107,18 @@ def test_probes_add_up_whatever_their_order():
     assert next_step(search, probes).missed_per_s == 200
 
 
-def test_an_undecided_rate_is_looked_at_again_with_as_many_requests_as_before():
+def test_the_way_up_is_short_glances_and_only_a_rate_next_to_the_edge_is_proven():
     search = RateSearch(goal=GOAL, start_per_s=100, least_s=0)
     first = next_step(search, [])
-    again = next_step(search, [Probe(rate_per_s=100, requests=first.requests, over=round(first.requests * 0.004))])
-    assert (again.rate_per_s, again.requests) == (100, first.requests)
-    assert not again.done
+    assert (first.rate_per_s, first.requests) == (100, 200)
+    good = Probe(rate_per_s=100, requests=200, over=0)
+    assert (next_step(search, [good]).rate_per_s, next_step(search, [good]).requests) == (200, 200)
+    bad = Probe(rate_per_s=110, requests=200, over=5)
+    near = next_step(search, [good, bad])
+    assert (near.rate_per_s, near.requests) == (100, search.least_requests - 200)
+    assert not near.done
+    again = next_step(search, [good, bad, Probe(rate_per_s=100, requests=near.requests, over=3)])
+    assert (again.rate_per_s, again.requests) == (100, search.least_requests)
 
 
 def test_a_rate_that_stays_open_is_left_at_its_bound_and_told():
@@ -131,8 +137,9 @@ def test_a_rate_without_hope_of_a_proof_is_left_before_its_bound():
     search = RateSearch(goal=GOAL, start_per_s=100, most_s=600)
     edge = [Probe(rate_per_s=100, requests=5_000, over=50)]
     assert next_step(search, edge).open_per_s == (100,)
-    promising = [Probe(rate_per_s=100, requests=1_500, over=7)]
+    promising = [Probe(rate_per_s=100, requests=1_500, over=7), Probe(rate_per_s=110, requests=1_500, over=30)]
     assert next_step(search, promising).rate_per_s == 100
+    assert next_step(search, promising).open_per_s == (110,)
 
 
 def test_invalid_runs_count_for_nothing_and_end_at_what_the_generator_can_offer():

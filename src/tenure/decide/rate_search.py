@@ -1,6 +1,7 @@
 """Which request rate to try next, and when to stop, to find the highest one that meets a latency goal.
 
-A decider: it is told what each probe (a run at one rate) gave, and names the next one. A rate counts as met or missed only when
+A decider: it is told what each probe (a run at one rate) gave, and names the next one. Short glances say which way a rate
+leans, on the way up and then between; only a rate next to the edge is worth a proof. A rate counts as met or missed only when
 that is proven; probes of one rate add up, and looking again after each of them costs no certainty, because the proof is a test
 martingale (mixture likelihood ratio; Robbins 1970, Ville's inequality), not a percentile compared with a limit. All rates share
 the search's error. A rate at the very edge would stay open however long one looks: it gets a bounded number of requests, fewer
@@ -12,8 +13,8 @@ Not here: sending anything, and whether a run was honest (`serve.load.judge`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scipy.special import betainc, betaln
@@ -26,6 +27,10 @@ MAX_INVALID = 3
 GROWTH = 2.0
 """From a met rate to the next while none is missed, and back."""
 
+_COARSE = 0.12
+"""Gap between a rate that leans to "met" and one that leans to "missed" from which on the lower one is worth proving."""
+_GLANCE = 2.0
+"""Requests over the limit, were the goal just met, of the smallest probe."""
 _DOUBT = 1.0
 """Standard errors by which the share seen may be off, in favour of going on, when a rate's outlook is judged."""
 
@@ -50,7 +55,7 @@ class RateSearch:
     most_s: float = 60.0
     """All probes of one rate last so long at most, or as long as four of the smallest possible proofs take if that is longer.
     A rate that is not decided by then, or shows before that it won't be, stays open."""
-    max_rates: int = 40
+    max_rates: int = 30
 
     def __post_init__(self) -> None:
         if not 0 < self.min_per_s <= self.start_per_s <= self.max_per_s < math.inf:
@@ -135,28 +140,43 @@ def next_step(search: RateSearch, probes: Sequence[Probe]) -> Step:
     told: dict[float, list[Probe]] = {}
     for probe in probes:
         told.setdefault(probe.rate_per_s, []).append(probe)
-    states = {rate: _state(search, found) for rate, found in told.items()}
-    missed = min((rate for rate, state in states.items() if state == "missed"), default=math.inf)
-    met = max((rate for rate, state in states.items() if state == "met" and rate < missed), default=0.0)
-    beyond = min((rate for rate, state in states.items() if state == "beyond"), default=math.inf)
-    edge = tuple(sorted(r for r, s in states.items() if s == "open" and _spent(search, told[r]) and met < r < missed))
-    waiting = [r for r, s in states.items() if s == "open" and not _spent(search, told[r]) and met < r < min(missed, beyond)]
+    rates = {rate: _Rate.of(search, rate, found) for rate, found in told.items()}
+    missed = min((rate for rate, one in rates.items() if one.state == "missed"), default=math.inf)
+    met = max((rate for rate, one in rates.items() if one.state == "met" and rate < missed), default=0.0)
+    closed = [rate for rate, one in rates.items() if rate > met and (one.state in ("missed", "beyond") or one.spent)]
+    ceiling = min(closed, default=math.inf)
+    waiting = [one for rate, one in rates.items() if one.state == "open" and met < rate < ceiling]
+    above = min((one.rate_per_s for one in waiting if one.leans_missed), default=ceiling)
+    below = max((one.rate_per_s for one in waiting if one.rate_per_s < above and one.sent), default=met)
+    edge = tuple(sorted(r for r, one in rates.items() if one.spent and met < r < missed))
+    if above < ceiling:
+        edge = (above, *(rate for rate in edge if rate != above))
 
-    def step(rate: float, *, why: str = "") -> Step:
-        return Step(
-            rate_per_s=0.0 if why else rate,
-            requests=0 if why else _requests(search, rate, told.get(rate, ())),
-            met_per_s=met,
-            missed_per_s=missed,
-            open_per_s=edge,
-            why=why,
-        )
+    def step(rate: float, requests: int) -> Step:
+        return Step(rate_per_s=rate, requests=requests, met_per_s=met, missed_per_s=missed, open_per_s=edge)
 
-    if waiting:
-        return step(min(waiting))
-    above = min(missed, beyond, *edge)
-    why = _reason(search, met, above, missed, beyond, len(states))
-    return step(0.0, why=why) if why else step(_between(search, met, above))
+    def look(rate: float) -> Step:
+        return step(rate, _glance(search, rate))
+
+    def prove(rate: float) -> Step:
+        return step(rate, _proof(search, rates[rate]))
+
+    retried = [one.rate_per_s for one in waiting if not one.sent]  # so far only by runs that can't be trusted
+    if retried:
+        return look(min(retried))
+    if met < search.max_per_s and len(rates) < search.max_rates:
+        if math.isinf(above) and below < search.max_per_s:
+            return look(min(search.max_per_s, max(below * GROWTH, search.start_per_s)))
+        if not below and above > search.min_per_s:
+            return look(max(search.min_per_s, above / GROWTH))
+        gap = search.resolution if below == met else max(search.resolution, _COARSE)
+        if below and below * (1 + gap) < above < math.inf:
+            return look(math.sqrt(below * above))
+    if below > met:
+        return prove(below)
+    if above < ceiling and not rates[above].settled:
+        return prove(above)
+    return replace(step(0.0, 0), why=_reason(search, met, above, missed, ceiling, rates))
 
 
 def evidence(requests: float, over: float, share: float) -> tuple[float, float]:
@@ -177,34 +197,43 @@ def evidence(requests: float, over: float, share: float) -> tuple[float, float]:
     )
 
 
-def _state(search: RateSearch, probes: Sequence[Probe]) -> State:
-    if sum(bool(probe.invalid) for probe in probes) >= MAX_INVALID:
-        return "beyond"
-    against_missed, against_met = evidence(*_independent(probes), search.goal.over_share)
-    if against_missed >= search.proof:
-        return "met"
-    return "missed" if against_met >= search.proof else "open"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rate:
+    """What all probes of one rate say together."""
 
+    rate_per_s: float
+    state: State
+    sent: int
+    """Requests of its valid probes."""
+    spent: bool
+    """Open, and not worth another probe: it has had its requests, or they would not decide it if they go on as before."""
+    leans_missed: bool
+    """More than the goal's share were over so far."""
+    settled: bool
+    """It leans to "missed" by more than chance does, which is enough to look for the edge below it."""
 
-def _independent(probes: Sequence[Probe]) -> tuple[float, float]:
-    """Return requests and those over, as many as count as independent."""
-    valid = [probe for probe in probes if not probe.invalid]
-    return sum(p.requests / p.clustering for p in valid), sum(p.over / p.clustering for p in valid)
-
-
-def _sent(probes: Sequence[Probe]) -> int:
-    return sum(probe.requests for probe in probes if not probe.invalid)
-
-
-def _spent(search: RateSearch, probes: Sequence[Probe]) -> bool:
-    """Return whether a rate has had its requests, or would not be decided by the rest of them if they go on as before."""
-    sent, most = _sent(probes), search.most_requests(probes[0].rate_per_s)
-    if sent >= most:
-        return True
-    independent, over = _independent(probes)
-    share, error = search.goal.over_share, _DOUBT * math.sqrt(over + 1)
-    hopeful = max(_per_request(max(0.0, over + side * error) / (independent + 1), share) for side in (-1, 1))
-    return independent * (most / sent) * hopeful < search.proof if sent else False
+    @classmethod
+    def of(cls, search: RateSearch, rate: float, probes: Sequence[Probe]) -> _Rate:
+        """Add up."""
+        valid = [probe for probe in probes if not probe.invalid]
+        sent, share = sum(probe.requests for probe in valid), search.goal.over_share
+        requests = sum(probe.requests / probe.clustering for probe in valid)
+        over = sum(probe.over / probe.clustering for probe in valid)
+        against_missed, against_met = evidence(requests, over, share)
+        state: State = "met" if against_missed >= search.proof else "missed" if against_met >= search.proof else "open"
+        if len(probes) - len(valid) >= MAX_INVALID:
+            state = "beyond"
+        most, error = search.most_requests(rate), math.sqrt(over + 1)
+        outlook = max(_per_request((over + side * _DOUBT * error) / (requests + 1), share) for side in (-1, 1))
+        hopeless = requests * most < search.proof * sent / max(outlook, 1e-300) if sent >= search.least_requests else False
+        return cls(
+            rate_per_s=rate,
+            state=state,
+            sent=sent,
+            spent=state == "open" and (sent >= most or hopeless),
+            leans_missed=over > requests * share,
+            settled=over - requests * share > error,
+        )
 
 
 def _per_request(seen: float, share: float) -> float:
@@ -213,30 +242,25 @@ def _per_request(seen: float, share: float) -> float:
     return seen * math.log(seen / share) + (1 - seen) * math.log((1 - seen) / (1 - share))
 
 
-def _requests(search: RateSearch, rate: float, probes: Sequence[Probe]) -> int:
-    """Return a probe's size: what may prove a rate, then as many as there were before."""
-    sent = _sent(probes)
-    wanted = max(search.least_requests, math.ceil(rate * search.least_s), sent)
-    return max(1, min(wanted, search.most_requests(rate) - sent))
+def _glance(search: RateSearch, rate: float) -> int:
+    """Return the size of a probe that is to show which way a rate leans."""
+    return min(search.most_requests(rate), max(math.ceil(_GLANCE / search.goal.over_share), math.ceil(rate * search.least_s)))
 
 
-def _between(search: RateSearch, met: float, above: float) -> float:
-    if met == 0:
-        return search.start_per_s if above > search.start_per_s else max(search.min_per_s, above / GROWTH)
-    if math.isinf(above):
-        return min(search.max_per_s, max(met * GROWTH, search.start_per_s))
-    return math.sqrt(met * above)
+def _proof(search: RateSearch, rate: _Rate) -> int:
+    """Return the size of a probe that is to prove a rate: what may do, then as many as there were before."""
+    wanted = max(search.least_requests - rate.sent, math.ceil(rate.rate_per_s * search.least_s), rate.sent)
+    return max(1, min(wanted, search.most_requests(rate.rate_per_s) - rate.sent))
 
 
-def _reason(search: RateSearch, met: float, above: float, missed: float, beyond: float, rates: int) -> str:
-    """Return why the search is done, or nothing."""
+def _reason(search: RateSearch, met: float, above: float, missed: float, ceiling: float, rates: Mapping[float, _Rate]) -> str:
+    """Return why the search is done."""
     if met >= search.max_per_s:
         return f"{met:g}/s meets {search.goal}, and no higher rate was to be tried"
-    if met and above <= met * (1 + search.resolution):
-        what = "misses it" if above == missed else "is more than the generator can offer" if above == beyond else "stays open"
-        return f"{met:g}/s meets {search.goal} and {above:g}/s {what}"
     if not met and above <= search.min_per_s:
         return f"not even {search.min_per_s:g}/s meets {search.goal}, or that could not be told"
-    if rates >= search.max_rates:
-        return f"{rates} rates were tried, as many as were allowed"
-    return ""
+    if met and above <= met * (1 + search.resolution):
+        beyond = above in rates and rates[above].state == "beyond"
+        what = "misses it" if above == missed else "is more than the generator can offer" if beyond else "stays open"
+        return f"{met:g}/s meets {search.goal} and {above:g}/s {what}"
+    return f"{len(rates)} rates were tried, as many as were allowed"
