@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenure.decide.verdicts import LatencyGoal, parse_goal
-from tenure.errors import SpecError
 from tenure.serve.load.judge import Verdict, judge, probe_of
 from tenure.serve.load.records import Outcome, OwnUse, Record
 
@@ -141,9 +140,12 @@ def test_what_is_not_known_of_the_generator_is_said():
     assert any("not known" in note for note in judge(run(), timeout_s=TIMEOUT_S).notes)
 
 
-def test_a_goal_beyond_the_timeout_is_refused():
-    with pytest.raises(SpecError, match="given up after 10 s"):
-        judge(run(), timeout_s=TIMEOUT_S, goal=LatencyGoal(percent=99, limit_s=10.0))
+def test_a_goal_beyond_the_timeout_counts_what_was_given_up_as_over_and_says_so():
+    goal = LatencyGoal(percent=99, limit_s=TIMEOUT_S)
+    verdict = judge(run(bad={Outcome.TIMED_OUT: slice(0, 60)}), timeout_s=TIMEOUT_S, own=IDLE, goal=goal)
+    assert (verdict.answer.answer, verdict.answer.over) == ("missed", 60)
+    assert any("given up after 10 s" in note for note in verdict.notes)
+    assert judge(run(), timeout_s=TIMEOUT_S, own=IDLE, goal=goal).answer.answer == "met"
 
 
 @given(st.integers(1, 400), st.integers(0, 2**32), st.floats(0.001, 9.0))

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tenure.decide.rate_search import Probe
 from tenure.decide.verdicts import GoalAnswer, LatencyGoal, Percentile, answer_goal, clustering_of, percentiles
-from tenure.errors import SpecError
-from tenure.serve.load.records import Floats, Outcome, OwnUse, Record
+from tenure.serve.load.records import Outcome, OwnUse, Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +73,7 @@ def judge(
     """Return the verdict on the requests of a run, its warm-up already cut.
 
     own: what the generator used meanwhile; None: not known, which is noted.
-    Raises SpecError when the goal's limit lies above the timeout: what was given up can't be told from what was in time.
     """
-    if goal is not None and goal.limit_s >= timeout_s:
-        raise SpecError(
-            f"the goal {goal} can't be judged: requests were given up after {timeout_s:g} s. "
-            "Set a timeout above the goal's limit"
-        )
     if not len(record):
         return Verdict(valid=False, reasons=("no request was due after the warm-up; run for longer",), notes=(), percentiles={})
     latency_s = record.latency_s(timeout_s)
@@ -90,13 +82,13 @@ def judge(
     answer = cautious = None
     if goal is not None:
         over = (latency_s > goal.limit_s) | (record.outcome != Outcome.OK)
-        count, clustering = int(np.count_nonzero(over)), clustering_of(_at_least(latency_s, over, timeout_s), goal.limit_s)
+        count, clustering = int(np.count_nonzero(over)), clustering_of(np.where(over, np.inf, latency_s), goal.limit_s)
         answer = answer_goal(len(record), count, goal.percent)
         cautious = answer_goal(len(record), count, goal.percent, clustering=clustering)
     return Verdict(
         valid=not reasons,
         reasons=tuple(reasons),
-        notes=tuple(_notes(record, own, timeout_s, found, answer, cautious)),
+        notes=tuple(_notes(record, own, goal, timeout_s, found, answer, cautious)),
         percentiles=found,
         goal=str(goal) if goal is not None else "",
         answer=answer,
@@ -118,11 +110,6 @@ def probe_of(verdict: Verdict, rate_per_s: float) -> Probe:
         clustering=found.clustering,
         invalid="; ".join(verdict.reasons),
     )
-
-
-def _at_least(latency_s: Floats, over: NDArray[np.bool_], timeout_s: float) -> Floats:
-    """Return latencies in which all that counts as over lies beyond any limit."""
-    return np.where(over, np.maximum(latency_s, timeout_s), latency_s)
 
 
 def _late(record: Record, found: Mapping[str, Percentile], rules: Rules) -> list[str]:
@@ -179,6 +166,7 @@ def _bound(own: OwnUse | None, rules: Rules) -> list[str]:
 def _notes(
     record: Record,
     own: OwnUse | None,
+    goal: LatencyGoal | None,
     timeout_s: float,
     found: Mapping[str, Percentile],
     answer: GoalAnswer | None,
@@ -195,6 +183,11 @@ def _notes(
             if outcome != Outcome.OK and record.count(outcome)
         )
         notes.append(f"requests without a right answer count as {timeout_s:g} s at least: {names}")
+    if goal is not None and goal.limit_s >= timeout_s:
+        notes.append(
+            f"requests were given up after {timeout_s:g} s and count as over the limit of {goal}, which some might have met. "
+            "Set a timeout above the limit"
+        )
     for name, one in found.items():
         if one.high_s is None:
             notes.append(f"{name} is not bounded from above by {len(record):,} requests: run for longer")
