@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,6 +18,7 @@ from tests.serve.wire_server import WireServer
 from tenure.cli.main import run as tenure
 from tenure.decide.verdicts import parse_goal
 from tenure.errors import Conflict, CorruptData, NotFound, SpecError, Unavailable
+from tenure.serve import load
 from tenure.serve.faults import ModelFailed
 from tenure.serve.load.columns import Columns, read_record, write_record
 from tenure.serve.load.plan import LoadPlan
@@ -231,6 +234,16 @@ def test_a_search_ends_at_a_rate_that_is_proven_and_keeps_every_run(tmp_path):
     assert len({each.plan.seed for each in found.probes}) == len(found.probes)
     assert found.report.plan.rate_per_s == found.met_per_s
     assert json.loads((tmp_path / "s" / "search.json").read_text())["met_per_s"] == found.met_per_s
+
+
+def test_an_application_does_not_load_what_only_the_generator_needs():
+    code = "import sys, tenure.serve.load, tenure.serve.load.closed; print('scipy' in sys.modules, 'hdrh' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "False"]
+    assert load.LoadPlan is LoadPlan
+    assert set(load.__all__) >= {"measure", "read_report", "read_record"}
+    with pytest.raises(AttributeError, match="it has: "):
+        _ = load.nothing
 
 
 # The command line

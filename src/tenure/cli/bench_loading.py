@@ -212,8 +212,8 @@ def _verdict(report: LoadReport) -> list[str]:
             f"{answer.confidence:.0%} sure{more})"
         )
     if (p99 := verdict.percentiles.get("p99")) is not None:
-        above = "not bounded above" if p99.high_s is None else f"to {_time(p99.high_s)}"
-        lines.append(f"{verdict.word:<8} p99 {_time(p99.value_s)}, {p99.level:.0%} interval {_time(p99.low_s)} {above}")
+        span = f"{_time(p99.low_s)} to {_time(p99.high_s)}" if p99.high_s is not None else f"from {_time(p99.low_s)} on"
+        lines.append(f"{verdict.word:<8} p99 {_time(p99.value_s)}, {p99.level:.0%} interval {span}")
     else:
         lines.append(verdict.word)
     return lines + [f"         {output.clean(reason)}" for reason in verdict.reasons]
