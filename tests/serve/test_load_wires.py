@@ -190,6 +190,23 @@ def test_http_a_request_on_a_connection_that_was_closed_meanwhile_is_sent_on_a_n
         assert outcomes(record) == ["OK"] * 3
 
 
+def test_http_so_is_one_on_a_connection_that_was_opened_beforehand_and_given_up_by_the_server():
+    with WireServer(lambda request: request.answer_same()) as server:
+        wire, requests = http(server, connections=3)
+        open_wire = wire.open
+
+        def open_and_lose(loop):
+            open_wire(loop)
+            while server.connected < 3:
+                time.sleep(0.001)
+            server.drop()
+
+        wire.open = open_and_lose
+        loop, record = run(wire, requests, due_s=[0.0, 0.0, 0.0])
+        assert loop.reasons == {}
+        assert outcomes(record) == ["OK"] * 3
+
+
 def test_http_a_server_that_went_away_fails_each_request_and_ends_the_run():
     def leave(request):
         server.stop_listening()
@@ -198,7 +215,7 @@ def test_http_a_server_that_went_away_fails_each_request_and_ends_the_run():
     with WireServer(leave) as server:
         loop, record = run(*http(server), due_s=[0.0, 0.3, 0.4])
         assert outcomes(record) == ["FAILED"] * 3
-        assert loop.reasons["Connection refused"] == 2
+        assert loop.reasons == {"Connection refused": 3}
 
 
 def test_http_a_request_without_an_answer_times_out_and_its_connection_is_not_used_again():

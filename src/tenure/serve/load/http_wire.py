@@ -58,7 +58,7 @@ class HttpWire:
                     raise Unavailable(
                         f"http://{self._host}:{self._port} took {len(self.all)} of {self._connections} connections: {error}"
                     ) from error
-            self.idle.append(_Connection(self, opened))
+            self.idle.append(_Connection(self, opened, kept=True))
 
     def try_send(self, index: int, request: bytes) -> bool:
         """See Wire."""
@@ -101,9 +101,22 @@ class HttpWire:
 class _Connection:
     """One connection and the request on it."""
 
-    __slots__ = ("_chunks", "_head", "_index", "_kept", "_left", "_over", "_request", "_rest", "_used", "_wire", "fd", "socket")
+    __slots__ = (
+        "_chunks",
+        "_head",
+        "_index",
+        "_kept",
+        "_left",
+        "_over",
+        "_request",
+        "_rest",
+        "_waited",
+        "_wire",
+        "fd",
+        "socket",
+    )
 
-    def __init__(self, wire: HttpWire, opened: socket.socket) -> None:
+    def __init__(self, wire: HttpWire, opened: socket.socket, *, kept: bool = False) -> None:
         opened.setblocking(False)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._wire, self.socket, self.fd = wire, opened, opened.fileno()
@@ -117,8 +130,8 @@ class _Connection:
         self._kept = b""
         """The start of a head of which the rest has not come, or of an answer that tells a failure."""
         self._chunks: _Chunks | None = None
-        self._used = False
-        """Whether it has answered before."""
+        self._waited = kept
+        """Whether it was open before its request came, so that the server may have closed it meanwhile."""
         self._over = False
         """Whether it is to be closed after the answer that is read now."""
         wire.all.add(self)
@@ -277,7 +290,7 @@ class _Connection:
         wire, head = self._wire, self._head
         del wire.in_flight[index]
         if self._rest is None and not self._over and head is not None and head.keep_alive:
-            self._head, self._chunks, self._used = None, None, True
+            self._head, self._chunks, self._waited = None, None, True
             if self._kept:
                 self._kept = b""
             wire.idle.append(self)
@@ -295,7 +308,7 @@ class _Connection:
     def _lost(self, reason: str) -> None:
         """The connection is gone. A request on a kept one that was closed before any answer is sent once more, on a new one."""
         index, request = self._index, self._request
-        again = self._used and self._head is None and not self._kept
+        again = self._waited and self._head is None and not self._kept
         self.close()
         if index < 0:
             return
