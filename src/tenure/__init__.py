@@ -17,7 +17,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = (
-    *("dataset", "doctor", "down", "execute", "follow", "gc", "lease", "logs", "release", "renew", "report", "resize", "run"),
+    *(
+        "bench_load",
+        "bench_serve",
+        "dataset",
+        "doctor",
+        "down",
+        "execute",
+        "follow",
+        "gc",
+        "lease",
+        "logs",
+        "release",
+        "renew",
+        "report",
+        "resize",
+        "run",
+    ),
     *("top", "up"),
 )
 _LISTS = ("events", "leases", "nodes", "runs", "trials")

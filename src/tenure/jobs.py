@@ -153,6 +153,8 @@ class Sweep:
     data: tuple[str, ...] = DATA
     """`files`: each request's pictures are read and decoded by the application; needs inputs.images."""
     repeats: int = 20
+    max_s: float = 0.0
+    """No repeat begins that would end later than this, counted from the first; two are measured at least. 0: no bound."""
     cell_s: float = 0.5
     """How long one visit to a setting takes at least."""
     visits: int = 1

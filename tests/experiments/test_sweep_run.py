@@ -12,7 +12,7 @@ from tenure.experiments import netns
 from tenure.experiments.stage_sweep import prepare
 from tenure.experiments.sweep import settings
 from tenure.experiments.sweep_nodes import Bench
-from tenure.experiments.sweep_run import RAW, measure_sweep
+from tenure.experiments.sweep_run import RAW, cells, measure_sweep
 from tenure.jobs import Sweep
 from tenure.links import parse_link
 from tenure.resources import Envelope
@@ -187,7 +187,7 @@ def test_what_is_broken_off_keeps_its_whole_repeats(model, launch, tmp_path):
             progress=interrupted,
         )
     assert {trial.metrics["images_per_s"].n for trial in recorded} == {2}
-    assert all("Broken off after 2 of 3 repeats." in trial.note for trial in recorded)
+    assert all("2 of 3 repeats: broken off." in trial.note for trial in recorded)
     assert all(launched.wait(0.0) is not None for launched in launch.started)
 
 
@@ -214,6 +214,21 @@ def test_memory_is_that_of_processes_that_have_run_nothing_else(model, launch, t
     assert large - small > 4 << 20  # 8 x 64 pictures of 12 KB are under way
     # A pair of nodes for each of the four, and those of the repeats.
     assert len(launch.started) == 4 + 1
+
+
+@pytest.mark.parametrize(("max_s", "repeats"), [(0.0, 9), (1e6, 9), (50.0, 5), (1e-6, 2)])
+def test_no_repeat_begins_that_would_end_too_late(max_s, repeats):
+    sweep = Sweep(architectures=("simple",), interactions=("sync",), batches=(1, 8), data=("memory",), repeats=9, max_s=max_s)
+    planned = settings(sweep, files=False)
+    clock = [0.0]
+
+    class Instant:
+        def run(self, setting, *, repeat, **told):
+            clock[0] += 10.0 / len(planned) if repeat >= 0 else 100.0  # a repeat takes 10 s, warming up does not count
+            return repeat
+
+    found = list(cells(Instant(), sweep, planned, seed=0, progress=quiet, now=lambda: clock[0]))
+    assert found == [repeat for repeat in range(repeats) for _ in planned]
 
 
 def test_pictures_that_cannot_be_decoded_are_told_and_the_others_used(model, tmp_path):

@@ -22,6 +22,10 @@ def bench_serve(
         str, typer.Option("--goal", metavar="GOAL", help="What must be met: p99<50ms, images/s>100, memory<2GiB, by commas.")
     ] = "",
     repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", help="Of each setting [default: 20].", min=1)] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", metavar="TIME", help="Fewer repeats where they would take longer than this, e.g. 10min."),
+    ] = None,
     batches: Annotated[
         str | None, typer.Option("--batches", metavar="N,N,…", help="Images of one request [default: 1,8,32].")
     ] = None,
@@ -104,6 +108,7 @@ def bench_serve(
 
     given = {
         "repeats": repeats,
+        "max_s": None if time is None else parse_duration(time),
         "batches": None if batches is None else _numbers("--batches", batches),
         "architectures": _names(architectures),
         "interactions": _names(interactions),

@@ -56,7 +56,8 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
     assert job.sweep is not None
     bench, planned = assemble(context, job, model, contenders=contenders)
     least_s = len(planned) * job.sweep.repeats * job.sweep.visits * job.sweep.cell_s
-    many = f"{len(planned)} settings, {job.sweep.repeats} repeats, at least {show_time(least_s)}"
+    within = f", but begins no repeat that would end after {show_time(job.sweep.max_s)}" if job.sweep.max_s else ""
+    many = f"{len(planned)} settings, {job.sweep.repeats} repeats, at least {show_time(least_s)}{within}"
     context.close_step(job.name, "plan", many)
     context.step(job.name, "measure", many)
     trials = measure_sweep(
@@ -70,7 +71,7 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
         gpu=bool(context.node.machine.gpus),
         now=context.clock.boot_s,
     )
-    context.close_step(job.name, "measure", _closing(trials, job.sweep))
+    context.close_step(job.name, "measure", _closing(trials))
     return trials
 
 
@@ -253,12 +254,12 @@ def _left_out(sweep: Sweep, prepared: Prepared) -> list[str]:
     return found
 
 
-def _closing(trials: Sequence[Trial], sweep: Sweep) -> str:
+def _closing(trials: Sequence[Trial]) -> str:
     best = max(trials, key=lambda trial: trial.metrics["images_per_s"].mean)
     found = best.metrics["images_per_s"]
     factors = best.configuration
     what = " ".join(str(factors[name]) for name in ("architecture", "transport", "interaction") if factors[name] != "none")
     return (
-        f"{len(trials)} settings, {sweep.repeats} repeats, every answer right; fastest: {what}, batch {factors['batch']}, from "
+        f"{len(trials)} settings, {found.n} repeats, every answer right; fastest: {what}, batch {factors['batch']}, from "
         f"{factors['data']}: {found.mean:,.1f} ± {found.standard_error:.1f} images/s"
     )

@@ -21,6 +21,8 @@ from tenure.trials import Trial
 
 RAW = "cells.jsonl"
 """Every cell as it ended, in the bench's work folder."""
+LEAST_REPEATS = 2
+"""Measured whatever the bound of time."""
 WARM_S = 0.05
 """Of each setting's first cell, which nobody keeps."""
 FRESH_SHARE, WARM_SHARE = 0.1, 0.15
@@ -51,12 +53,14 @@ def measure_sweep(
         progress("starting the server and the applications")
         nodes = stack.enter_context(standing(bench, planned, meter))
         trials: list[Trial] = []
+        short = "broken off"
         try:
             with (bench.workdir / RAW).open("a") as raw:
                 for each in cells(nodes, sweep, planned, seed=seed, progress=progress, now=now):
                     raw.write(raw_line(each) + "\n")
                     raw.flush()
                     asked.append(each)
+            short = "no time for more"
         finally:
             whole = len(asked) // (len(planned) * sweep.visits)
             trials = trials_of(
@@ -65,7 +69,7 @@ def measure_sweep(
                 server_start_s=nodes.server_start_s,
                 make_trial=make_trial,
                 seed=seed,
-                note=lambda setting: _note(setting, sweep, nodes, whole),
+                note=lambda setting: _note(setting, sweep, nodes, whole, short),
                 fresh=memory,
             )
             for trial in trials:
@@ -95,19 +99,26 @@ def cells(
     progress: Progress,
     now: Callable[[], float],
 ) -> Iterator[Asked]:
-    """Yield every cell as it ends. A round before the first, of which nothing is kept, warms all up."""
+    """Yield every cell as it ends, repeats as far as `sweep.max_s` goes. A round before the first warms all up."""
     for done, setting in enumerate(planned):
         progress(f"warming up: {setting.describe()}", done=FRESH_SHARE + (WARM_SHARE - FRESH_SHARE) * done / len(planned))
         nodes.run(setting, repeat=-1, order=-1, seconds=WARM_S, in_flight=in_flight(sweep, setting), probes=False)
     total, began_s = len(planned) * sweep.repeats * sweep.visits, now()
     for place, (repeat, setting) in enumerate(order(planned, sweep, seed)):
+        if place % (total // sweep.repeats) == 0 and _over(sweep, repeat, now() - began_s):
+            return
         left = f", about {show_time((now() - began_s) / place * (total - place))} left" if place >= len(planned) else ""
         text = f"repeat {repeat + 1} of {sweep.repeats}: {setting.describe()}{left}"
         progress(text, done=WARM_SHARE + (1 - WARM_SHARE) * place / total)
         yield nodes.run(setting, repeat=repeat, order=place, seconds=sweep.cell_s, in_flight=in_flight(sweep, setting))
 
 
-def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int) -> str:
+def _over(sweep: Sweep, repeats: int, spent_s: float) -> bool:
+    """Return whether another repeat would end too late, so many having been measured."""
+    return 0 < sweep.max_s < spent_s * (repeats + 1) / max(1, repeats) and repeats >= LEAST_REPEATS
+
+
+def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int, short: str) -> str:
     """Return what a reader must know of one setting's trial."""
     parts = []
     if setting.interaction == "async":
@@ -115,5 +126,5 @@ def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int) -> str:
     if setting.far and nodes.note:
         parts.append(nodes.note)
     if whole < sweep.repeats:
-        parts.append(f"Broken off after {whole} of {sweep.repeats} repeats.")
+        parts.append(f"{whole} of {sweep.repeats} repeats: {short}.")
     return " ".join(parts)
