@@ -212,8 +212,9 @@ class Nodes:
         if setting.server == OURS:
             return counted(self._near.ready.endpoints["http"], self._bench.name)
         contender = self._contenders[setting.server]
-        with contextlib.suppress(Unavailable):  # not every server counts, or does so by HTTP
-            return counted(contender.targets.get("http", "").removeprefix("http://"), contender.model)
+        if "http" in contender.targets:
+            with contextlib.suppress(Unavailable):  # not every server counts
+                return counted(contender.targets["http"].removeprefix("http://"), contender.model)
         return 0, 0.0, 0.0
 
     def _renew(self) -> None:
