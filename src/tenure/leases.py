@@ -97,6 +97,7 @@ class Lease:
     total_ends_at_s: float = 0.0
     ended_at_s: float = 0.0
     end_reason: EndReason | None = None
+    """Of one that is active: what it will end as with its slot, since its renewal was refused (`preempted`)."""
     end_detail: str = ""
     """What is known about the end, for people: exit code, peak memory, the kernel's own counter."""
 

@@ -125,11 +125,38 @@ def test_a_reservation_is_kept_told_and_given_up(tenure):
 def test_a_tenants_quota_is_set_listed_held_and_taken_away(tenure):
     tenure("quota", "alice", "--cpus", "0.5", "--memory", "none")
     assert "alice   max_cpus   0.5" in tenure("quota", "alice").stdout
-    assert "its quota is 0.5" in tenure("lease", "--tenant", "alice", code=3).stderr
+    assert "its quota is 0.5" in tenure("lease", "--memory", "64MiB", "--tenant", "alice", code=3).stderr
     tenure("quota", "alice", "--unset")
     assert "alice" not in json.loads(tenure("quota", "--json").stdout)
     assert "whose policy" in tenure("quota", "--cpus", "1", code=2).stderr
     assert "number" in tenure("quota", "alice", "--cpus", "many", code=2).stderr
+
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+print("working", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_workspace_past_its_guaranteed_time_saves_and_makes_room_for_whose_turn_it_is(tenure):
+    tenure("up", "--order", "las")
+    tenure("quota", "*", "--guaranteed", "1s")
+    try:
+        wide = ("lease", "--cpus", "2", "--memory", "64MiB", "--json", "--", sys.executable, "-c", SAVES)
+        first = json.loads(tenure(*wide).stdout)
+        until(lambda: "working" in tenure("logs", first["id"]).stdout, within_s=20)
+        second = json.loads(tenure("lease", "--cpus", "0.5", "--memory", "64MiB", "--json").stdout)
+        assert second["state"] == "active"
+        ended = state_of(tenure, first["id"])
+        assert ended["end_reason"] == "preempted"
+        assert "gives way to" in ended["end_detail"]
+        assert tenure("logs", first["id"]).stdout.endswith("saved\n")
+        tenure("release", second["id"])
+    finally:
+        tenure("quota", "*", "--unset")
+        tenure("up", "--order", "fifo")
 
 
 def test_a_workspace_that_does_not_fit_is_refused_and_leaves_no_open_run(tenure):

@@ -329,6 +329,8 @@ class Attempts:
             return _REASONS.get(end.kind, EndReason.FAILED), f"failed {failures} times on the same event, last: {why}"
         if normal:
             return EndReason.COMPLETED, why
+        if end.kind is ExitKind.OUT_OF_TIME and lease.end_reason is EndReason.PREEMPTED:
+            return EndReason.PREEMPTED, lease.end_detail
         if end.kind is ExitKind.OUT_OF_TIME and lease.ends_at_s < lease.total_ends_at_s - 1e-3:
             return EndReason.EXPIRED, f"{why}; the slot was over and nobody had renewed it"
         if end.kind is ExitKind.STOPPED:
@@ -386,7 +388,8 @@ class Attempts:
         """End every lease of a node that is lost."""
         for lease in list(self._book.live.values()):
             if lease.node == node and lease.holds:
-                reason = lease.end_reason or EndReason.NODE_LOST
+                reason = lease.end_reason if lease.state is LeaseState.DRAINING else None
+                reason = reason or EndReason.NODE_LOST
                 self.end(lease, reason, f"node {node} was lost: not heard of for its term and margin")
 
     def tick(self) -> None:

@@ -17,6 +17,7 @@ from tenure.broker.attempts import Attempts
 from tenure.broker.book import LOG, USAGE_EVERY_S, Book
 from tenure.broker.expiry import Expiry
 from tenure.broker.fences import check_not_older
+from tenure.broker.giving_way import GivingWay
 from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
@@ -116,6 +117,7 @@ class Broker:
         self.attempts.nodes = self.nodes
         self.policies = Policies(self.book)
         self.queue = Queue(self.book, self.attempts, self.policies, new_id=new_lease_id)
+        self.giving_way = GivingWay(self.book, self.attempts, self.policies)
         self.invocations = Invocations(self.book, self.attempts, home=home)
         self.quotas = Quotas(self.book, self.attempts, home=home)
         self.retention = Retention(self.book, fleet, home=home)
@@ -133,6 +135,7 @@ class Broker:
             retention=self.retention,
             quotas=self.quotas,
             policies=self.policies,
+            giving_way=self.giving_way,
             fence=self.fence,
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
@@ -177,6 +180,7 @@ class Broker:
             self.nodes.tick,
             self.attempts.tick,
             self.queue.tick,
+            self.giving_way.tick,
             self.invocations.tick,
             self.quotas.tick,
             self.workspaces.tick,

@@ -11,6 +11,7 @@ from pathlib import Path
 from tenure import wire
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
+from tenure.broker.giving_way import GivingWay
 from tenure.broker.invocations import Invocations
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
@@ -55,6 +56,7 @@ class Handlers:
         retention: Retention,
         quotas: Quotas,
         policies: Policies,
+        giving_way: GivingWay,
         fence: int,
         persistent: Callable[[], bool],
         clients: Callable[[], int],
@@ -64,7 +66,7 @@ class Handlers:
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
-        self._policies = policies
+        self._policies, self._giving_way = policies, giving_way
         self._backing_up = False
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
@@ -183,6 +185,11 @@ class Handlers:
         before, now_s = self._book.lease(args.lease_id), self._book.clock.utc_s()
         lease = renewed(before, for_s=args.for_s, now_s=now_s)
         self._policies.admit_renewal(before, args.for_s)
+        if given := self._giving_way.refuses(before):
+            raise Refused(
+                f"lease {lease.id} is not renewed: it {given}. It goes on to the end of its slot; save what is needed."
+            )
+        lease = replace(lease, end_reason=None, end_detail="")  # an earlier renewal may have been refused
         until_s, reserved = self._book.placement.ahead(now_s).limit(before)
         why = ""
         if reserved is not None and until_s < lease.ends_at_s:

@@ -110,7 +110,7 @@ def leases_table(leases: Sequence[Lease]) -> str:
             lease.id,
             lease.run_id,
             f"{lease.stage}/{lease.worker}",
-            str(lease.state) + (f" ({lease.end_reason})" if lease.end_reason else ""),
+            _state(lease),
             lease.node or "-",
             f"{lease.envelope.cpus:g}",
             show_bytes(lease.envelope.memory_bytes),
@@ -121,6 +121,12 @@ def leases_table(leases: Sequence[Lease]) -> str:
     ]
     heads = ("LEASE", "RUN", "STAGE/WORKER", "STATE", "NODE", "CPUS", "MEMORY", "FROM (UTC)", "UNTIL (UTC)")
     return table(heads, rows, empty="no leases")
+
+
+def _state(lease: Lease) -> str:
+    if lease.end_reason is None:
+        return str(lease.state)
+    return f"{lease.state} ({lease.end_reason})" if lease.state in ("draining", "ended") else f"{lease.state} (gives way)"
 
 
 def runs_table(runs: Sequence[Run]) -> str:
