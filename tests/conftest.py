@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests import postgres
+    from tests import docker_engine, postgres
 
     from tenure.ledger.address import Address
 
@@ -36,6 +36,20 @@ def postgres_server() -> Iterator[postgres.Server]:
         pytest.skip(why)
     with postgres.running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[docker_engine.Engine]:
+    """A Docker Engine of our own for the whole session; tests that use it carry the mark ``docker``."""
+    from tests import docker_engine  # imported late, as above
+
+    if why := docker_engine.why_absent():
+        pytest.skip(why)
+    try:
+        with docker_engine.running() as engine:
+            yield engine
+    except docker_engine.CannotStart as error:
+        pytest.skip(f"a Docker Engine does not start here: {error}")
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])

@@ -165,7 +165,7 @@ _MANY = {int: "whole numbers, such as [1, 8]", str: 'texts, such as ["http", "gr
 _A_TYPE = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
 
 _COMMON = ("name", "runtime", "envelope", "inputs", "env", "secrets")
-_COMMAND = ("command", "outputs", "ports", "retry")
+_COMMAND = ("image", "command", "outputs", "ports", "retry")
 _EXCHANGE = ("same_result", "exchange", "local_steps", "codec", "outer_rate", "outer_momentum")
 _KEYS: Mapping[JobKind, tuple[str, ...]] = {
     "task": (*_COMMON, *_COMMAND),
@@ -174,10 +174,10 @@ _KEYS: Mapping[JobKind, tuple[str, ...]] = {
         *(*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "evaluate_every"),
         *("seed", "options", "probe", *_EXCHANGE),
     ),
-    "serve": (*_COMMON, "model", "goals", "ports", "server", "sweep", "probe", "seed"),
+    "serve": (*_COMMON, "image", "model", "goals", "ports", "server", "sweep", "probe", "seed"),
 }
 """Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
-_SCALARS = ("program", "model", "workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
+_SCALARS = ("image", "program", "model", "workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
 
 
 def parse_job_file(text: str, *, source: str = "") -> JobFile:

@@ -38,6 +38,11 @@ class Command:
     """Named ports the command listens on, e.g. ``{"http": 8000}``; endpoints are made of them."""
     secrets: tuple[str, ...] = ()
     """Names of environment variables handed through from the submitter, never stored."""
+    runtime: RuntimeName = "process"
+    image: str = ""
+    """Of a container: one that the node's engine has; empty: this machine's Python (`runtimes/images.py`)."""
+    mounts: Mapping[str, str] = field(default_factory=dict)
+    """What a container sees of the machine: path there -> path inside, with ``:ro`` at its end only to be read."""
 
     def __post_init__(self) -> None:
         if not self.argv or not self.argv[0]:
@@ -220,6 +225,8 @@ class Job:
     kind: JobKind
     name: str
     runtime: RuntimeName = "process"
+    image: str = ""
+    """Of a container: one that the node's engine has; empty: this machine's Python."""
     program: str = ""
     """``file.py:Name`` of a training program."""
     command: tuple[str, ...] = ()
@@ -272,6 +279,10 @@ class Job:
         if not needs[self.kind]:
             key = {"train": "program", "serve": "model", "task": "command"}[self.kind]
             raise SpecError(f"a {self.kind} stage needs {key!r}")
+        if self.kind == "train" and self.runtime != "process":
+            raise SpecError(f'runtime must be "process" in a train stage: its workers share a store; found {self.runtime!r}')
+        if self.image and self.runtime != "container":
+            raise SpecError(f'image must be left out with runtime = "{self.runtime}"; write runtime = "container" to use one')
         if self.kind == "train" and self.envelope is None and self.train_goal is None:
             raise SpecError("a train stage needs either [train.goal] or [train.envelope] with workers")
         if self.kind == "serve" and self.envelope is None and not self.serve_goals and self.sweep is None:

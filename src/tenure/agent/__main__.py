@@ -17,7 +17,7 @@ from tenure.errors import Refused, SpecError, TenureError, Unavailable
 from tenure.meter.machine import capacity
 from tenure.protocols import SystemClock
 from tenure.resources import parse_bytes, parse_duration
-from tenure.runtimes.process import ProcessRuntime
+from tenure.runtimes.several import Runtimes
 from tenure.sockets import check_owner
 
 REFUSED = 3
@@ -63,9 +63,9 @@ async def _run(options: argparse.Namespace, state_dir: Path) -> None:
         memory_bytes=options.memory,
     )
     try:
-        runtime = ProcessRuntime(state_dir, confine=options.confine, clock=clock)
+        runtimes = Runtimes(state_dir, confine=options.confine, clock=clock)
         agent = Agent(
-            options.node, options.socket, runtime, state_dir=state_dir, capacity=offered, clock=clock, term_s=options.term
+            options.node, options.socket, runtimes, state_dir=state_dir, capacity=offered, clock=clock, term_s=options.term
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, agent.end)

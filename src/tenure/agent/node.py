@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tenure import wire
-from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unsupported
+from tenure.errors import Conflict, NotFound, StaleFence, TenureError
 from tenure.meter.machine import machine
 from tenure.nodes import TERM_GRACE_S, Node
 from tenure.protocols import Clock, ExitKind, RuntimeHandle
 from tenure.resources import Capacity
 from tenure.runtimes.pidfds import open_pidfd
-from tenure.runtimes.process import ProcessRuntime
+from tenure.runtimes.several import Runtimes
 from tenure.runtimes.state import read_json, term_file, write_json
 from tenure.sockets import Connection, LineServer
 
@@ -40,14 +40,14 @@ class Agent:
         self,
         node: str,
         socket: Path,
-        runtime: ProcessRuntime,
+        runtimes: Runtimes,
         *,
         state_dir: Path,
         capacity: Capacity,
         clock: Clock,
         term_s: float,
     ) -> None:
-        self._node, self._runtime, self._capacity, self._clock = node, runtime, capacity, clock
+        self._node, self._runtime, self._capacity, self._clock = node, runtimes, capacity, clock
         self._state_dir = state_dir
         self._broker_fence = int((read_json(state_dir / "broker.json") or {}).get("fence", 0))
         self._term_s, self._term_ends_s = term_s, self._kept_term_s()
@@ -111,13 +111,14 @@ class Agent:
     # --- orders ---
 
     async def _describe(self, _args: wire.Nothing, _connection: Connection) -> Node:
+        names, bounds, confinement = await self._do(self._runtime.describe)
         return Node(
             name=self._node,
             capacity=self._capacity,
             machine=await self._do(machine),
-            runtimes=(self._runtime.name,),
-            bounds={self._runtime.name: self._runtime.bounds()},
-            confinement={self._runtime.name: self._runtime.confinement()},
+            runtimes=names,
+            bounds=bounds,
+            confinement=confinement,
             term_s=self._term_s,
         )
 
@@ -139,11 +140,9 @@ class Agent:
 
     async def _start(self, args: wire.AgentStart, connection: Connection) -> RuntimeHandle:
         self._check_broker(connection)
-        if args.runtime != self._runtime.name:
-            raise Unsupported("runtime", f"node {self._node} has {self._runtime.name}; found {args.runtime!r}")
         if self._clock.boot_s() >= self._term_ends_s or self._over.is_set():
             raise Conflict(f"node {self._node} refused to start lease {args.spec.lease_id}: its term is over; renew it first")
-        start = self._begin(lambda: self._runtime.start(args.spec))
+        start = self._begin(lambda: self._runtime.start(args.runtime, args.spec))
         start.add_done_callback(self._started)
         return await asyncio.shield(start)
 

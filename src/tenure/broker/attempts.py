@@ -33,6 +33,8 @@ MAX_FAILURES = 3
 STOP_AGAIN_S = 5.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 """What a job gets of the broker's own environment."""
+PASSED_INTO = ("LANG", "LC_ALL", "TZ")
+"""What a job in a container gets of it: it has folders of its own, and its runtime says where its programs are."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
 
 _REASONS = {
@@ -90,7 +92,7 @@ class Attempts:
             self.ended(lease_id, attempt, late)
             return
         try:
-            args = wire.AgentStart(spec=self._spec(lease, event_file))
+            args = wire.AgentStart(runtime=lease.command.runtime, spec=self._spec(lease, event_file))
             handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
         except TenureError as error:
             if isinstance(error, (Unavailable, Conflict)) and not isinstance(error, StaleFence):
@@ -143,9 +145,11 @@ class Attempts:
         files = RunFiles(self._home, lease.run_id)
         worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
         deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
-        env = {name: self._environ[name] for name in PASSED_ON if name in self._environ}
+        passed_on = PASSED_ON if lease.command.runtime == "process" else PASSED_INTO
+        env = {name: self._environ[name] for name in passed_on if name in self._environ}
         # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.
-        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+        if lease.command.runtime == "process":
+            env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env |= {name: str(max(1, math.floor(lease.envelope.cpus))) for name in THREAD_VARIABLES}
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"} | dict(lease.command.env)
         env |= {
@@ -182,8 +186,10 @@ class Attempts:
             deadline_boot_s=deadline_s,
             boot_id=boot_id,
             grace_s=lease.command.grace_s,
-            network=lease.command.network,
+            network=lease.command.network if lease.command.runtime == "process" else f"tenant:{lease.tenant}",
             ports=lease.command.ports,
+            image=lease.command.image,
+            mounts=lease.command.mounts,
         )
 
     # --- hearing of attempts ---

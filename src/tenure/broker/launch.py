@@ -92,7 +92,12 @@ class BrokerLaunched:
             found = json.loads((self.worker_dir / "endpoints.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
-        return {str(name): str(address) for name, address in found.items()} if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        addresses = {str(name): str(address) for name, address in found.items()}
+        if self._request.command.runtime == "container":  # inside it listens on everything; outside that is our loopback
+            addresses = {name: address.replace("0.0.0.0:", "127.0.0.1:") for name, address in addresses.items()}
+        return addresses
 
     def wait_listening(self, timeout_s: float) -> None:
         """Return once every port the command names has an endpoint. Raises JobFailed when it ends or takes longer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -258,8 +259,18 @@ def _server(context: RunContext, job: Job, model: Path) -> Command:
     if unknown := set(job.ports) - set(doors):
         raise SpecError(f"stage {job.name}: a server has no port {sorted(unknown)[0]!r}; it has: {', '.join(doors)}")
     name = context.run.name if context.listening is None else ""  # in the foreground models go by the names of their files
-    command = server_command(model, name=name, ports={**doors, **job.ports}, options=job.server)
-    return replace(command, env=job.env, secrets=job.secrets)
+    ports, options = {**doors, **job.ports}, job.server
+    if job.runtime == "container":  # it listens on all of its own network; what is published of that is our loopback's port
+        ports, options = {door: port or _free_port() for door, port in ports.items()}, replace(options, host="0.0.0.0")
+    command = replace(server_command(model, name=name, ports=ports, options=options), env=job.env, secrets=job.secrets)
+    if job.runtime != "container":
+        return command
+    return replace(command, runtime=job.runtime, image=job.image, mounts={str(model): f"{model}:ro"})
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Envelope) -> None:

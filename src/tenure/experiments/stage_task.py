@@ -24,6 +24,9 @@ def run_task(context: RunContext, job: Job) -> None:
         workdir=str(context.folder),
         ports=job.ports,
         secrets=job.secrets,
+        runtime=job.runtime,
+        image=job.image,
+        mounts={str(path): f"{path}:ro" for path in inputs.values()} if job.runtime == "container" else {},
     )
     launched, ended = _completed(context, job, LaunchRequest(name=job.name, command=command, envelope=envelope))
     for name, path in job.outputs.items():

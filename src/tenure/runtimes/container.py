@@ -32,7 +32,7 @@ from tenure.runtimes.container_exec import run_in_container
 from tenure.runtimes.container_network import LABEL, TenantNetworks, close_machine
 from tenure.runtimes.environment import container_environment
 from tenure.runtimes.forkserver import ForkServer
-from tenure.runtimes.images import USER_ID, ensure_base_image, python_mounts
+from tenure.runtimes.images import USER_ID, ensure_base_image, own_folder, python_mounts
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
 from tenure.usage import Usage
@@ -156,7 +156,7 @@ class ContainerRuntime(ShimmedRuntime):
         body = self._body(spec, image=spec.image or self._base(engine), network=network, user=f"{uid}:{gid}")
         return {
             "spec": wire.to_builtins(spec),
-            "env": container_environment(spec),
+            "env": ({} if spec.image else _own_packages()) | container_environment(spec),
             "folder": str(files.root),
             "term_file": str(self._term_file),
             "confinement": Confinement("rlimit").to_plan(),
@@ -301,6 +301,10 @@ class ContainerRuntime(ShimmedRuntime):
         with contextlib.suppress(TenureError, EngineError):
             asked = last["container"]
             Engine(asked["socket"]).call("DELETE", f"/containers/{asked['name']}", force=True, v=True)
+
+
+def _own_packages() -> dict[str, str]:
+    return {"PYTHONPATH": own} if (own := own_folder()) else {}
 
 
 def limits(envelope: Envelope) -> dict[str, int]:

@@ -135,10 +135,15 @@ def python_mounts() -> dict[str, str]:
     for path in map(os.path.realpath, filter(None, sys.path)):
         if os.path.basename(path) in ("site-packages", "dist-packages") and not _lies_in(path, found):
             found.append(path)
-    own = str(Path(__file__).resolve().parents[2])  # where this package lies, in a checkout too
-    if not _lies_in(own, found):
+    if own := own_folder():
         found.append(own)
     return {folder: f"{folder}:ro" for folder in found}
+
+
+def own_folder() -> str:
+    """Return the folder from which this package is imported when it is no folder of installed packages: a checkout."""
+    own = str(Path(__file__).resolve().parents[2])
+    return "" if os.path.basename(own) in ("site-packages", "dist-packages") else own
 
 
 def _lies_in(path: str, folders: list[str]) -> bool:

@@ -213,6 +213,10 @@ class ShimmedRuntime(ABC):
         """Return the ids of all leases that the runtime keeps something of, ended ones included."""
         return sorted(os.listdir(self._state_dir / "leases"))
 
+    def has(self, lease_id: str) -> bool:
+        """Return whether the runtime keeps something of a lease."""
+        return LeaseFiles(self._state_dir, lease_id).spec.exists()
+
     def newest_fence(self, lease_id: str) -> int:
         """Return the newest fence seen for a lease. Raises NotFound."""
         files, last = self._last(lease_id)

@@ -1,0 +1,104 @@
+"""The runtimes of one node as one: a lease's orders go to the runtime that started it. The one place that loads them.
+
+Not for: what a runtime does (`process`, `container`), which of them a job wants (its job file).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tenure.errors import Unsupported
+from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, StartSpec
+from tenure.resources import Bound, Envelope
+from tenure.runtimes.confine import Confine
+from tenure.runtimes.container import ContainerRuntime
+from tenure.runtimes.process import ProcessRuntime
+from tenure.runtimes.shimmed import ShimmedRuntime
+from tenure.usage import Usage
+
+
+class Runtimes:
+    """All runtimes of a node. `state_dir` is private to it. Raises Unsupported when `confine` can't be had."""
+
+    def __init__(self, state_dir: Path, *, confine: Confine = "auto", clock: Clock | None = None) -> None:
+        self._process = ProcessRuntime(state_dir, confine=confine, clock=clock)
+        self._container = ContainerRuntime(
+            state_dir / "containers",
+            clock=clock,
+            fork_server=self._process.fork_server,
+            term_dir=state_dir,
+            sealed=(str(state_dir.parent),),
+        )
+        self._all: tuple[ShimmedRuntime, ...] = (self._process, self._container)
+
+    def close(self) -> None:
+        """End what serves starts. Attempts and their shims live on."""
+        for runtime in reversed(self._all):
+            runtime.close()
+
+    def _of(self, lease_id: str) -> ShimmedRuntime:
+        return next((runtime for runtime in self._all if runtime.has(lease_id)), self._process)
+
+    # --- what there is ---
+
+    def _there(self) -> list[ShimmedRuntime]:
+        return [self._process, *([self._container] if self._container.available() else [])]
+
+    def describe(self) -> tuple[tuple[str, ...], dict[str, Mapping[str, Bound]], dict[str, str]]:
+        """Return the names of those that can be used now, how each holds bounds, and by what means."""
+        there = self._there()
+        names = tuple(runtime.name for runtime in there)
+        return names, {each.name: each.bounds() for each in there}, {each.name: each.confinement() for each in there}
+
+    def known(self) -> Sequence[str]:
+        """Return the ids of all leases that any keeps something of, ended ones included."""
+        return sorted({lease_id for runtime in self._all for lease_id in runtime.known()})
+
+    def newest_fence(self, lease_id: str) -> int:
+        """Return the newest fence seen for a lease. Raises NotFound."""
+        return self._of(lease_id).newest_fence(lease_id)
+
+    # --- leases: see `protocols.Runtime` ---
+
+    def start(self, name: str, spec: StartSpec) -> RuntimeHandle:
+        """Start an attempt in the runtime of this name. Raises Unsupported when there is none, and what that one raises."""
+        for runtime in self._all:
+            if runtime.name == name:
+                return runtime.start(spec)
+        raise Unsupported("runtime", f"this node has {', '.join(each.name for each in self._all)}; found {name!r}")
+
+    def attach(self, lease_id: str) -> RuntimeHandle:
+        """Return the handle of a lease's last attempt."""
+        return self._of(lease_id).attach(lease_id)
+
+    def usage(self, handle: RuntimeHandle) -> Usage:
+        """Return the attempt's consumption so far."""
+        return self._of(handle.lease_id).usage(handle)
+
+    def renew(self, handle: RuntimeHandle, *, deadline_boot_s: float, fence: int) -> None:
+        """Move the deadline."""
+        self._of(handle.lease_id).renew(handle, deadline_boot_s=deadline_boot_s, fence=fence)
+
+    def resize(self, handle: RuntimeHandle, envelope: Envelope, *, fence: int) -> None:
+        """Change bounds live."""
+        self._of(handle.lease_id).resize(handle, envelope, fence=fence)
+
+    def exec(self, handle: RuntimeHandle, argv: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
+        """Run a command inside the lease's bounds."""
+        return self._of(handle.lease_id).exec(handle, argv, timeout_s=timeout_s)
+
+    def wait(self, handle: RuntimeHandle, timeout_s: float) -> Exit | None:
+        """Return the exit record, or None when the attempt still runs after `timeout_s`."""
+        return self._of(handle.lease_id).wait(handle, timeout_s)
+
+    def stop(
+        self, handle: RuntimeHandle, *, grace_s: float, fence: int, kind: ExitKind = ExitKind.STOPPED, why: str = ""
+    ) -> None:
+        """Ask the attempt to leave, and end it after the grace."""
+        self._of(handle.lease_id).stop(handle, grace_s=grace_s, fence=fence, kind=kind, why=why)
+
+    def forget(self, lease_id: str) -> None:
+        """Remove what is kept of an ended lease."""
+        for runtime in self._all:
+            runtime.forget(lease_id)
