@@ -43,6 +43,7 @@ class CellUse:
     """Of the whole machine, in clock ticks."""
     gpu_busy: float = 0.0
     gpu_busy_max: float = 0.0
+    gpu_busy_min: float = 0.0
     gpu_memory_bytes: float = 0.0
 
 
@@ -127,6 +128,7 @@ class PartyMeter:
             host_cpu_s=max(0.0, host.cpu_s - self._host_s) if host else 0.0,
             gpu_busy=sum(self._gpu_busy) / len(self._gpu_busy) if self._gpu_busy else 0.0,
             gpu_busy_max=max(self._gpu_busy, default=0.0),
+            gpu_busy_min=min(self._gpu_busy, default=0.0),
             gpu_memory_bytes=float(self._gpu_memory_bytes),
         )
 

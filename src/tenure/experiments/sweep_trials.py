@@ -145,7 +145,7 @@ def _row(asked: Asked) -> dict[str, float]:
     if asked.compute_s:
         found["queue_s"], found["compute_s"] = asked.queue_s, asked.compute_s
     if use.gpu_memory_bytes:
-        found["gpu_busy"], found["gpu_busy_max"] = use.gpu_busy, use.gpu_busy_max
+        found["gpu_busy"], found["gpu_busy_max"], found["gpu_busy_min"] = use.gpu_busy, use.gpu_busy_max, use.gpu_busy_min
         found["gpu_memory_bytes"] = use.gpu_memory_bytes
     return found
 

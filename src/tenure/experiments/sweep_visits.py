@@ -60,6 +60,7 @@ def _use(uses: Sequence[CellUse]) -> CellUse:
         host_cpu_s=sum(each.host_cpu_s for each in uses),
         gpu_busy=sum(each.gpu_busy * each.span_s for each in uses) / span_s,
         gpu_busy_max=max(each.gpu_busy_max for each in uses),
+        gpu_busy_min=min(each.gpu_busy_min for each in uses),
         gpu_memory_bytes=max(each.gpu_memory_bytes for each in uses),
     )
 
