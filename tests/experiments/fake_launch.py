@@ -79,6 +79,10 @@ class PlainLaunched:
         tail = self._log.read_text()[-2000:]
         return Exit(kind=ExitKind.COMPLETED if code == 0 else ExitKind.FAILED, code=max(0, code), log_tail=tail)
 
+    def kill(self):
+        """End its whole process group at once, as a lease's end does."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self, grace_s=5.0):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)

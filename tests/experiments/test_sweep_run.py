@@ -65,7 +65,7 @@ def quiet(text, *, done=None):
     pass
 
 
-def run(model, launch, tmp_path, sweep, *, recorded, expected=None):
+def run(model, launch, tmp_path, sweep, *, recorded, expected=None, progress=quiet):
     prepared = prepare(model / "colours.onnx", {"images": model / "images"}, sweep, tmp_path / "work")
     if expected is not None:
         np.save(prepared.examples.expected, expected(np.load(prepared.examples.expected)))
@@ -81,7 +81,7 @@ def run(model, launch, tmp_path, sweep, *, recorded, expected=None):
     )
     far_link = "loopback" if netns.available() else str(bench.link) or "netns"
     planned = settings(sweep, files=True, far_link=far_link)
-    return measure_sweep(bench, sweep, planned, seed=2, make_trial=make_trial, record=recorded.append, progress=quiet)
+    return measure_sweep(bench, sweep, planned, seed=2, make_trial=make_trial, record=recorded.append, progress=progress)
 
 
 def test_every_setting_is_measured_in_every_repeat_and_its_account_is_complete(model, launch, tmp_path):
@@ -214,6 +214,21 @@ def test_memory_is_that_of_processes_that_have_run_nothing_else(model, launch, t
     assert large - small > 4 << 20  # 8 x 64 pictures of 12 KB are under way
     # A pair of nodes for each of the four, and those of the repeats.
     assert len(launch.started) == 4 + 1
+
+
+def test_a_node_that_dies_ends_the_experiment_with_its_last_words(model, launch, tmp_path):
+    sweep = Sweep(
+        architectures=("simple",), batches=(1,), repeats=3, cell_s=0.05, images=PICTURES, normalise="unit", fresh=False
+    )
+    recorded = []
+
+    def killing(text, *, done=None):
+        if text.startswith("repeat 2"):
+            launch.started[0].kill()
+
+    with pytest.raises(JobFailed, match="the node ended"):
+        run(model, launch, tmp_path, sweep, recorded=recorded, progress=killing)
+    assert {trial.metrics["images_per_s"].n for trial in recorded} == {1}
 
 
 @pytest.mark.parametrize(("max_s", "repeats"), [(0.0, 9), (1e6, 9), (50.0, 5), (1e-6, 2)])

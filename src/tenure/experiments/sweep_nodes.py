@@ -294,14 +294,16 @@ class _Node:
 
     def ask(self, order: Order, what: str) -> Cell:
         """Hand in an order and return its answer. Raises JobFailed when there is none."""
-        os.write(self._orders, write(order))  # shorter than a pipe takes at once
+        with contextlib.suppress(BrokenPipeError):  # that nobody reads is told below
+            os.write(self._orders, write(order))  # shorter than a pipe takes at once
         end_s = time.monotonic() + order.bound_s + NODE_S
         while b"\n" not in self._held:
             ready, _, _ = select.select([self._answers], [], [], 1.0)
-            self._held += os.read(self._answers, 1 << 20) if ready else b""
-            if ready:
+            part = os.read(self._answers, 1 << 20) if ready else b""
+            self._held += part
+            if part:
                 continue
-            if (ended := self.launched.wait(0.0)) is not None:
+            if (ended := self.launched.wait(0.2 if ready else 0.0)) is not None:  # nothing to read: nobody writes any more
                 raise JobFailed(f"{what}: the node ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip())
             if time.monotonic() > end_s:
                 raise JobFailed(f"{what}: no answer within {order.bound_s + NODE_S:g} s")
