@@ -1,10 +1,11 @@
 """How surely two ways to serve a model can be told apart: the standard error of a paired ratio over 20 interleaved repeats.
 
-World: `tenure bench serve` on this machine, real leases: MobileNetV2 (`vision/models`, ONNX, its batch made free of size), 64
-images of `vision/images` decoded beforehand (from memory: what a disk does is not asked here); simple, microservice and
-distributed (over loopback where no namespace can be made), sync and async, every transport, batch 1; 20 repeats, each of
-three visits of at least 0.4 s to every setting, the order drawn anew for every visit (--quick: sync, http and grpc, 6 repeats
-of three visits of 0.1 s); half a core is leased to the client's node, so that no node is paused by its own bound.
+World: `tenure bench serve` on this machine, real leases that go before all else on it (`--undisturbed`): MobileNetV2
+(`vision/models`, ONNX, its batch made free of size), 64 images of `vision/images` decoded beforehand (from memory: what a
+disk does is not asked here); simple, microservice and distributed (over loopback where no namespace can be made), sync and
+async, every transport, batch 1; 20 repeats, each of three visits of at least 0.4 s to every setting, the order drawn anew for
+every visit (--quick: sync, http and grpc, 6 repeats of three visits of 0.1 s); half a core is leased to the client's node, so
+that no node is paused by its own bound.
 Ratio: images/s of a setting ÷ images/s of `simple sync` with the same batch in the same repeat. Standard error: sample
 standard deviation of the 20 ratios ÷ square root of 20, relative to their mean; no repeat is left out.
 Machine: the reference is run twice in every repeat, each at a random place (`twin`); the standard error of that ratio is what
@@ -43,7 +44,15 @@ SLOWDOWN = 0.3
 def run(options: Options) -> Result:
     """Measure; see the module's docstring."""
     full = Sweep(
-        batches=(1,), data=("memory",), repeats=REPEATS, cell_s=0.4, visits=3, client_cpus=0.5, fresh=False, normalise="signed"
+        batches=(1,),
+        data=("memory",),
+        repeats=REPEATS,
+        cell_s=0.4,
+        visits=3,
+        client_cpus=0.5,
+        fresh=False,
+        undisturbed=True,
+        normalise="signed",
     )
     quick = replace(full, interactions=("sync",), transports=("http", "grpc"), repeats=6, cell_s=0.1)
     sweep = quick if options.quick else full

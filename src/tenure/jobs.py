@@ -172,6 +172,8 @@ class Sweep:
     """Pictures used, the first by name."""
     twins: bool = True
     """Measure the first setting of each batch twice in every repeat: what the machine does to a ratio whose truth is 1."""
+    undisturbed: bool = False
+    """Both leases go before everything else on this machine, as far as their own cores go: others get what is left."""
     fresh: bool = True
     """Measure memory by a server and an application that have run nothing else, once per setting, before the repeats."""
     client_cpus: float = 0.0

@@ -112,6 +112,8 @@ def test_a_contender_stands_beside_ours_with_its_own_transports():
     found = [each for each in planned(contenders=[there]) if each.server == "triton"]
     assert {(each.architecture, each.transport, each.link) for each in found} == {("microservice", "grpc", "loopback")}
     assert len(found) == 8
+    with pytest.raises(SpecError, match="undisturbed is not for contenders"):
+        planned(replace(SWEEP, undisturbed=True), contenders=[there])
     with pytest.raises(SpecError, match="name of its own"):
         Contender(name="tenure", targets={"grpc": "grpc://h:1"}, model="m")
 

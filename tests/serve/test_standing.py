@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tenure.errors import CorruptData, SpecError
+from tenure.serve.load.node import go_first
 from tenure.serve.load.orders import (
     STAGES,
     Cell,
@@ -184,6 +185,25 @@ def test_bare_cells_do_the_same_work_without_timers(digits, examples, start):
     assert cell.requests > 0
     assert cell.stages == {}
     assert told.stop() == 0
+
+
+@pytest.mark.parametrize(("controller", "file", "weight"), [("cpu", "cpu.shares", 262144), ("unified", "cpu.weight", 10000)])
+def test_an_undisturbed_node_has_the_highest_weight_of_its_lease_and_of_nothing_else(controller, file, weight, tmp_path):
+    group = tmp_path / "tenure.l-7.1"
+    group.mkdir()
+    (group / file).write_text("1024")
+    assert go_first("l-7", {controller: group}) == ""
+    assert (group / file).read_text() == str(weight)
+    for lease_id, paths in (
+        ("l-8", {controller: group}),
+        ("", {controller: group}),
+        ("l-7", {}),
+        ("l-7", {controller: tmp_path}),
+    ):
+        assert go_first(lease_id, paths) == "the lease has no control group of its own"
+    (group / file).unlink()
+    group.chmod(0o500)
+    assert os.geteuid() == 0 or "cannot be written" in go_first("l-7", {controller: group})
 
 
 def test_a_target_names_a_scheme():

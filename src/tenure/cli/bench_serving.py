@@ -79,6 +79,9 @@ def bench_serve(
     size: Annotated[
         int | None, typer.Option("--size", metavar="N", help="Height and width, for a model that takes any.", min=1)
     ] = None,
+    undisturbed: Annotated[
+        bool, typer.Option("--undisturbed", help="Go before everything else on this machine; others get what is left.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: 3 repeats of 200 ms; memory not apart. Other options still count.")
     ] = False,
@@ -122,6 +125,7 @@ def bench_serve(
         "images": number,
         "normalise": normalise,
         "size": size,
+        "undisturbed": undisturbed or None,
     }
     options: dict[str, Any] = {"repeats": 3, "cell_s": 0.2, "fresh": False} if quick else {}
     options |= {name: value for name, value in given.items() if value is not None}

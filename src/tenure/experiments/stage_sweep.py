@@ -110,6 +110,7 @@ def assemble(
         options=job.server,
         renew=lambda launched: _renew(context, launched),
         contenders=contenders,
+        undisturbed=sweep.undisturbed,
         link=link,
     )
     return bench, planned

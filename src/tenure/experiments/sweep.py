@@ -99,6 +99,10 @@ def settings(
     files: there are pictures to read. fixed_batch: the only one that the model takes, 0 for any. far_link: what joins the two
     nodes. Raises SpecError when nothing is left.
     """
+    if contenders and sweep.undisturbed:
+        raise SpecError(
+            "undisturbed is not for contenders: they run outside of the leases that go first, and would have to wait"
+        )
     batches = [batch for batch in sweep.batches if fixed_batch in (0, batch)]
     if not batches:
         raise SpecError(

@@ -79,6 +79,8 @@ class Bench:
     options: ServerOptions = field(default_factory=ServerOptions)
     renew: Callable[[Launched], None] = lambda launched: None
     contenders: Sequence[Contender] = ()
+    undisturbed: bool = False
+    """See Sweep."""
     link: DeclaredLink = field(default_factory=DeclaredLink)
     """Between the two nodes."""
 
@@ -120,6 +122,11 @@ class Nodes:
     def prepare_model_s(self, setting: Setting) -> tuple[float, ...]:
         """Return how long the setting's application took to prepare its model, each time."""
         return self._node(setting).applications[setting.application].prepare_model_s
+
+    @property
+    def disturbed(self) -> str:
+        """Why the leases do not go before everything else, when they were to."""
+        return next((node.ready.disturbed for node in (self._near, self._far) if node and node.ready.disturbed), "")
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -331,7 +338,7 @@ def _standing(
 ) -> Iterator[_Node]:
     """Launch one node and wait until it is ready; end it at the end."""
     start_s = START_S + START_PER_APPLICATION_S * len(applications)
-    spec = NodeSpec(server=server, applications=tuple(applications), start_s=start_s)
+    spec = NodeSpec(server=server, applications=tuple(applications), undisturbed=bench.undisturbed, start_s=start_s)
     bench.workdir.mkdir(parents=True, exist_ok=True)
     path = bench.workdir / f"{name}-node.json"
     path.write_bytes(write(spec))

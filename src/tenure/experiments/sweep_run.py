@@ -125,6 +125,9 @@ def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int, short: str) 
         parts.append(f"{in_flight(sweep, setting)} requests in flight.")
     if setting.far and nodes.note:
         parts.append(nodes.note)
+    if sweep.undisturbed:
+        reason = nodes.disturbed
+        parts.append(f"It did not go before others: {reason}." if reason else "It went before all else on the machine.")
     if whole < sweep.repeats:
         parts.append(f"{whole} of {sweep.repeats} repeats: {short}.")
     return " ".join(parts)

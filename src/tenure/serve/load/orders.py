@@ -80,6 +80,8 @@ class NodeSpec:
     server: tuple[str, ...] = ()
     """Argv of the server; empty: none here. It prints one JSON line with its addresses once it listens."""
     applications: tuple[StandingSpec, ...]
+    undisturbed: bool = False
+    """Go before everything on this machine that is not in the lease."""
     start_s: float = 120.0
     """Bound of starting all of it."""
 
@@ -150,6 +152,8 @@ class NodeReady:
     server_start_s: float = 0.0
     """From starting the server to its first address."""
     applications: tuple[Standing, ...] = ()
+    disturbed: str = ""
+    """Why it could not be undisturbed, when it was to be."""
 
 
 READY = "node.json"
