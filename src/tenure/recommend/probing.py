@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tenure.decide.serve_laws import FACTORS, Floats
-from tenure.decide.serve_search import MAX_TRIALS, Advice, Aim, Metrics, advise
+from tenure.decide.serve_posterior import Metrics
+from tenure.decide.serve_search import MAX_TRIALS, Advice, Aim, advise
 from tenure.jobs import ServeGoal
 from tenure.prices import GIB, PriceVector
 from tenure.trials import Configuration, Trial
