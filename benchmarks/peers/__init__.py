@@ -17,7 +17,10 @@ from typing import Protocol, cast, runtime_checkable
 
 from benchmarks.peers.processes import Launch, Order
 
-NAMES = ("triton", "kserve", "mlserver", "litserve", "fastapi", "tritonclient", "perf_analyzer", "wrk", "loadgen")
+NAMES = (
+    *("triton", "kserve", "mlserver", "litserve", "fastapi", "tritonclient", "perf_analyzer", "wrk", "loadgen"),
+    "model_analyzer",
+)
 
 
 class Peer(Protocol):
