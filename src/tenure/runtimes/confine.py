@@ -221,9 +221,10 @@ class Confinement:
         """Return the counter and the limit that stand behind an out-of-memory end, in words."""
         name = "cgroup v1 memory.oom_control" if self.kind == "v1" else "cgroup v2 memory.events"
         peak = f"highest charge {show_bytes(self.highest_charge_bytes())}"
-        return f"{name}: oom_kill {self.oom_kills()}; limit {format_bytes(self._limit_bytes())}, {peak}"
+        return f"{name}: oom_kill {self.oom_kills()}; limit {format_bytes(self.limit_bytes())}, {peak}"
 
-    def _limit_bytes(self) -> int:
+    def limit_bytes(self) -> int:
+        """Return the bound of memory that the kernel holds; 0 when it does not say."""
         return _number(f"{self.groups['memory']}/{'memory.limit_in_bytes' if self.kind == 'v1' else 'memory.max'}")
 
     def highest_charge_bytes(self) -> int:
@@ -234,7 +235,7 @@ class Confinement:
         if not self.enforced:
             return 0
         name = "memory.max_usage_in_bytes" if self.kind == "v1" else "memory.peak"
-        return _number(f"{self.groups['memory']}/{name}") or (self._limit_bytes() if self.oom_kills() else 0)
+        return _number(f"{self.groups['memory']}/{name}") or (self.limit_bytes() if self.oom_kills() else 0)
 
     def memory_bytes(self, shim_pid: int) -> int:
         """Return anonymous + shared memory now: the cgroup's statistics, else the sum over the tree."""

@@ -178,6 +178,11 @@ class ContainerRuntime(ShimmedRuntime):
                 self._base_image = ensure_base_image(engine)
             return self._base_image
 
+    def forget_base_image(self) -> None:
+        """Have the next start look for the base image again, and make it where somebody has removed it."""
+        with self._base_lock:
+            self._base_image = ""
+
     def _body(self, spec: StartSpec, *, image: str, network: str, user: str) -> dict[str, Any]:
         """Return what the engine is asked to make (Docker Engine API 1.40, ContainerCreate), the environment apart."""
         memory_bytes = spec.envelope.memory_bytes
@@ -224,7 +229,7 @@ class ContainerRuntime(ShimmedRuntime):
         if report.get("step") != "image":
             return super()._start_error(spec, report)
         if not spec.image:
-            self._base_image = ""  # somebody removed it: the next start makes it again
+            self.forget_base_image()
             return Unavailable(f"lease {spec.lease_id}: the base image is gone from the engine; try again")
         return SpecError(
             f"lease {spec.lease_id}: the engine has no image {spec.image!r} ({report['error']}); "

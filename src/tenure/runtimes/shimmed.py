@@ -70,6 +70,11 @@ class ShimmedRuntime(ABC):
         return self._fork_server.pid
 
     @property
+    def state_dir(self) -> Path:
+        """Where everything about the runtime's leases lies."""
+        return self._state_dir
+
+    @property
     def fork_server(self) -> ForkServer:
         """The warm server, for a further runtime of the same node."""
         return self._fork_server
