@@ -57,7 +57,7 @@ def decode_outputs(message: Any) -> dict[str, Array]:
     for index, tensor in enumerate(tensors):
         if tensor.name in arrays:
             raise InputRefused(f'output "{tensor.name[:80]}" is given twice')
-        if raw and tensor.HasField("contents"):
+        if raw and tensor.contents.ListFields():  # MLServer sends an empty message beside raw contents
             raise InputRefused(f'output "{tensor.name[:80]}" has both typed and raw contents')
         if raw:
             arrays[tensor.name] = from_raw(raw[index], tensor.datatype, tensor.shape, tensor=tensor.name)
