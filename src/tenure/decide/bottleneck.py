@@ -89,7 +89,7 @@ def find_bottlenecks(trials: Sequence[Trial], *, near_cores: float = 0.0, far_co
     machine's. Open-loop trials and twins are left out: their rate is given, or is that of another trial.
     """
     closed = [trial for trial in trials if is_closed(trial) and not is_twin(trial)]
-    margin = repeat_error(trials)
+    margin = repeat_margin(trials)
     found = [(trial, bottleneck(trial, near_cores=near_cores, far_cores=far_cores)) for trial in closed]
     return tuple(replace(one, gain=_gain(trial, closed, one, margin)) for trial, one in found if one is not None)
 
@@ -119,11 +119,21 @@ def is_twin(trial: Trial) -> bool:
 def repeat_error(trials: Sequence[Trial]) -> Interval | None:
     """Return the ratio of the images per second of twins: its truth is 1, so what it shows beyond is the machine's doing.
 
-    Of several pairs the widest; None without twins.
+    Of several pairs that which is farthest from 1; None without twins.
     """
     twins = [(one, two) for two in trials if is_twin(two) for one in trials if not is_twin(one) and _same(one, two)]
     ratios = [ratio for one, two in twins if (ratio := rate_ratio(two, one)) is not None]
-    return max(ratios, key=lambda ratio: ratio.high - ratio.low, default=None)
+    return max(ratios, key=_apart, default=None)
+
+
+def repeat_margin(trials: Sequence[Trial]) -> float:
+    """Return the factor, at least 1, by which a machine made a setting faster than itself.
+
+    A ratio must lie beyond it with its whole interval to be called a difference: the interval holds the noise, this what
+    lasts, such as where memory happened to lie. 1 without twins.
+    """
+    error = repeat_error(trials)
+    return 1.0 if error is None else _apart(error)
 
 
 def rate_ratio(trial: Trial, against: Trial) -> Interval | None:
@@ -270,10 +280,9 @@ _STAGE_NAMES = {
 }
 
 
-def _gain(trial: Trial, trials: Sequence[Trial], found: Bottleneck, margin: Interval | None) -> Gain | None:
+def _gain(trial: Trial, trials: Sequence[Trial], found: Bottleneck, margin: float) -> Gain | None:
     """Return the best change of one thing among those that the finding asks for."""
     factors = advice(found.where, found.party).factors
-    beyond = max(margin.high, 1 / margin.low, 1.0) if margin is not None else 1.0
     best: Gain | None = None
     for other in trials:
         change = changed(other, trial)
@@ -281,7 +290,7 @@ def _gain(trial: Trial, trials: Sequence[Trial], found: Bottleneck, margin: Inte
         if not change or (factor if factor in FACTORS else "place") not in factors:
             continue
         ratio = rate_ratio(other, trial)
-        if ratio is not None and ratio.low > beyond and (best is None or ratio.value > best.ratio.value):
+        if ratio is not None and ratio.low > margin and (best is None or ratio.value > best.ratio.value):
             best = Gain(trial=other.id, change=change, ratio=ratio)
     return best
 
@@ -291,6 +300,10 @@ def _same(one: Trial, two: Trial) -> bool:
         return {factor: level for factor, level in configuration.items() if factor != "twin"}
 
     return setting(one.configuration) == setting(two.configuration)
+
+
+def _apart(ratio: Interval) -> float:
+    return max(ratio.value, 1 / ratio.value)
 
 
 def _sentence(says: str) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from scipy.special import bdtr
 
-from tenure.decide.bottleneck import is_closed, is_twin, rate_ratio, repeat_error
+from tenure.decide.bottleneck import is_closed, is_twin, rate_ratio, repeat_margin
 from tenure.decide.stations import APART, Row
 from tenure.jobs import ServeGoal
 from tenure.trials import Trial
@@ -59,15 +59,14 @@ def answer(goal: ServeGoal, trials: Sequence[Trial]) -> Answer:
     if any(trial.configuration.get("data") == "files" for trial in candidates):
         candidates = [trial for trial in candidates if trial.configuration.get("data", "files") == "files"]
     standings = {trial.id: standing(goal, trial) for trial in candidates}
-    margin = repeat_error(trials)
+    margin = repeat_margin(trials)
     level: Meets
     for level in ("surely", "barely"):
         meeting = [trial for trial in candidates if standings[trial.id].meets == level]
         if not meeting:
             continue
         best = max(meeting, key=_rate)
-        beyond = min(margin.low, 1 / margin.high, 1.0) if margin is not None else 1.0
-        ties = [trial for trial in meeting if trial is not best and not _slower(trial, best, beyond)]
+        ties = [trial for trial in meeting if trial is not best and not _slower(trial, best, 1 / margin)]
         metered = [trial for trial in (best, *ties) if cpu_s_per_image(trial) is not None]
         return Answer(
             best=best.id,
