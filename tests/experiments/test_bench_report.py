@@ -125,6 +125,20 @@ def test_the_answer_names_what_bounds_it_what_to_change_and_the_proof(data, repo
     assert cards["what bounds it"] == "all cores: the model"
 
 
+def test_programs_find_answers_and_bottlenecks_beside_the_blocks(data, report):
+    (section,) = json.loads(json.dumps(report, allow_nan=False))["sections"]
+    ids, ledger = {trial.id for trial in data.trials}, Ledger(data)
+    (answer,) = section["experiment"]["answers"]
+    assert answer["goal"]["p99_s"] == 0.4
+    assert {answer["best"], *answer["ties"]} <= ids
+    assert len(section["experiment"]["bottlenecks"]) == 84
+    for found in section["experiment"]["bottlenecks"]:
+        for row in found["rows"]:
+            if row["metric"] != "link":
+                assert row["value"] == ledger.follow({"trial": row["trial"], "metric": row["metric"]})
+    assert section["experiment"]["repeat_error"]["repeats"] == 20
+
+
 def test_following_the_report_from_a_sync_setting_leads_to_async(report):
     rows = {row[0]["text"]: row for row in table(report, "What bounds each setting")["rows"]}
     sync = rows["distributed grpc sync · batch 1 · files"]

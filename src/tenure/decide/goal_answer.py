@@ -14,7 +14,7 @@ from typing import Literal
 from scipy.special import bdtr
 
 from tenure.decide.bottleneck import is_closed, is_twin, rate_ratio, repeat_margin
-from tenure.decide.stations import APART, Row
+from tenure.decide.stations import APART
 from tenure.jobs import ServeGoal
 from tenure.trials import Trial
 
@@ -26,14 +26,23 @@ Meets = Literal["surely", "barely", "no"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Miss:
+    """A bound that a trial does not keep to."""
+
+    metric: str
+    found: float | None
+    """None: it was not measured."""
+    bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """How one trial stands to the goal."""
 
     trial: str
     meets: Meets
     """``barely``: what was found does, but not by two standard errors, or not the upper end of a percentile."""
-    misses: tuple[tuple[Row, float], ...] = ()
-    """What is beyond its bound, with the bound."""
+    misses: tuple[Miss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +106,11 @@ def standing(goal: ServeGoal, trial: Trial) -> Standing:
             continue
         summary = trial.metrics.get(metric)
         if summary is None or sign * (summary.mean - bound) > 0:
-            misses.append((Row(trial.id, metric, summary.mean if summary else float("nan")), bound))
+            misses.append(Miss(metric=metric, found=summary.mean if summary else None, bound=bound))
         elif sign * (_far_end(trial, metric, sign) - bound) > 0:
             level = "barely"
     if goal.memory_bytes and (held := memory_bytes(trial)) > goal.memory_bytes:
-        misses.append((Row(trial.id, "memory_bytes", held), float(goal.memory_bytes)))
+        misses.append(Miss(metric="memory_bytes", found=held, bound=float(goal.memory_bytes)))
     return Standing(trial=trial.id, meets="no" if misses else level, misses=tuple(misses))
 
 
@@ -155,4 +164,5 @@ def _slower(trial: Trial, best: Trial, beyond: float) -> bool:
 
 def _excess(standing: Standing) -> float:
     """Return by which factor the worst bound is missed."""
-    return max((max(row.value / bound, bound / row.value) for row, bound in standing.misses if row.value > 0), default=1.0)
+    found = [(miss.found, miss.bound) for miss in standing.misses]
+    return max((max(value / bound, bound / value) if value else math.inf for value, bound in found), default=1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -25,6 +25,7 @@ from tenure.experiments.report_cite import Cell, Rows, make_table, show, text_ce
 from tenure.jobs import ServeGoal
 from tenure.runs import Stage
 from tenure.trials import Trial
+from tenure.wire import to_builtins
 
 Block = dict[str, Any]
 _SENTENCES = re.compile(r"(?<=\.) ")
@@ -90,6 +91,24 @@ def bench_blocks(rows: Rows, stage: Stage) -> list[Block]:
     return blocks + _how_measured(rows, stage, experiment)
 
 
+def bench_data(rows: Rows, stage: Stage) -> dict[str, Any]:
+    """Return what an experiment says as plain data, for programs: answers, bottlenecks, repeat error; empty without one."""
+    experiment = find_experiment(rows, stage)
+    if experiment is None:
+        return {}
+    trials = [trial for trial in rows.of_stage(stage)[0] if trial.source == "sweep"]
+    plain: dict[str, Any] = to_builtins(
+        {
+            "answers": [
+                {"goal": goal, **asdict(found)} for goal, found in zip(experiment.goals, experiment.answers, strict=True)
+            ],
+            "bottlenecks": list(experiment.bottlenecks.values()),
+            "repeat_error": repeat_error(trials),
+        }
+    )
+    return plain
+
+
 def bench_cards(rows: Rows, stage: Stage) -> list[dict[str, Any]]:
     """Return the few figures of an experiment that a reader wants first."""
     experiment = find_experiment(rows, stage)
@@ -152,8 +171,9 @@ def _answered(rows: Rows, experiment: Experiment, goal: ServeGoal, found: Answer
         if nearest is not None:
             standing = next(one for one in found.standings if one.trial == nearest.id)
             misses = ", ".join(
-                f"{words(row.metric)} {show(row.metric, row.value)} where {show(row.metric, bound)} is asked"
-                for row, bound in standing.misses
+                f"{words(miss.metric)} {'not measured' if miss.found is None else show(miss.metric, miss.found)} where "
+                f"{show(miss.metric, miss.bound)} is asked"
+                for miss in standing.misses
             )
             text += f" Nearest is {setting(nearest.configuration)}: {misses}."
         blocks.append({"kind": "warning", "text": text})
@@ -275,8 +295,8 @@ def _how_measured(rows: Rows, stage: Stage, experiment: Experiment) -> list[Bloc
         what = f"{len(twins)} settings were" if len(twins) > 1 else "one setting was"
         text = (
             f"The machine's own repeat error: {what} measured twice in every repeat, and the second came out {error.value:.4g} "
-            f"times as fast as the first (95 %: {error.low:.4g} to {error.high:.4g}, the widest), where the truth is 1. "
-            "Smaller differences are not called differences here."
+            f"times as fast as the first (95 %: {error.low:.4g} to {error.high:.4g}; the farthest from 1, which is the "
+            "truth). A ratio is called a difference here when its whole interval lies beyond that."
         )
         blocks.append({"kind": "text", "text": text})
     else:

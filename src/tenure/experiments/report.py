@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tenure.experiments.bench_report import bench_cards, bench_outcome
+from tenure.experiments.bench_report import bench_cards, bench_data, bench_outcome
 from tenure.experiments.plots import draw
 from tenure.experiments.report_cite import ReportData, Rows, label, show
 from tenure.experiments.report_figures import lease_figures
@@ -42,6 +42,7 @@ def build_report(data: ReportData) -> dict[str, Any]:
             "title": f"{stage.name} ({stage.kind})" if stage.name != stage.kind else stage.name,
             "state": str(stage.state),
             "blocks": stage_blocks(rows, stage),
+            "experiment": bench_data(rows, stage),
         }
         for stage in data.run.stages
     ]
