@@ -1,13 +1,19 @@
 """Servers of others in the table of an experiment: addresses, who they are, whether they can be compared, whom to meter."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import peers
+from benchmarks.peers import homes
+from benchmarks.peers.processes import Order, start
 from tests.serve.conftest import Server, make_digits, make_identity
 
 from tenure.errors import NotFound, SpecError, Unavailable
@@ -161,6 +167,40 @@ def test_a_server_of_another_protocol_is_told_as_such(ours):
             other.kill()
 
 
+class Silent(BaseHTTPRequestHandler):
+    """A server that does not say what its models take, and cannot read binary tensors: MLServer over HTTP."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        model = {"name": "digits", "platform": "", "inputs": [], "outputs": []}
+        self.answer(200, model if "/models/" in self.path else {"name": "ML Server", "version": "1"})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(500, {"error": "what is this?"})
+
+    def log_message(self, *unused):
+        pass
+
+
+def test_a_server_that_does_not_read_binary_tensors_is_refused_before_anything_runs(ours):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told = []
+        with pytest.raises(SpecError, match=r"what is this\?.*name its grpc address"):
+            find_contenders([f"http://127.0.0.1:{server.server_port}"], "digits", ours, warn=told.append)
+        server.shutdown()
+    assert "does not say what model 'digits' takes" in told[0]
+
+
 def test_whoever_listens_is_found_and_nobody_else():
     with socket.create_server(("127.0.0.1", 0)) as here:
         assert listeners(here.getsockname()[1]) == (os.getpid(),)
@@ -220,17 +260,26 @@ def test_listeners_are_read_from_the_kernels_tables(tmp_path):
     assert listeners(8002, tmp_path) == ()
 
 
-@pytest.mark.real
-def test_a_contender_is_measured_in_the_same_order_with_its_processes_and_its_own_statistics(there, ours, tmp_path):
-    rows = np.random.default_rng(3).normal(size=(8, 16)).astype(np.float32)
-    np.save(tmp_path / "x.npy", rows)
-    path = tmp_path / "digits.onnx"
-    make_digits(path)
+def make_double(path):
+    """Write a model with one FP32 output, which is all that the peers' programs for some servers can give: y = 2 x."""
+    onnx = pytest.importorskip("onnx", reason="the test model is made with the package onnx (extra demo)")
+    tensor, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "x"], ["y"])],
+        "double",
+        [tensor("x", kinds.FLOAT, ["n", 16])],
+        [tensor("y", kinds.FLOAT, ["n", 16])],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+def measured(contenders, path, tmp_path, **more):
+    """Run a small experiment of a model beside contenders; return the trials."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(3).normal(size=(8, 16)).astype(np.float32))
     sweep = Sweep(
-        architectures=("simple",), transports=("grpc",), batches=(4,), data=("memory",), repeats=2, cell_s=0.05, fresh=False
+        architectures=("simple",), transports=("grpc",), batches=(4,), data=("memory",), cell_s=0.05, fresh=False, **more
     )
     prepared = prepare(path, {"x": tmp_path / "x.npy"}, sweep, tmp_path / "work")
-    contenders = found(there, ours, f"http://{there.http}?name=peer", f"grpc://{there.grpc}?name=peer", largest_batch=4)
     launch = PlainLaunch(tmp_path / "leases")
     bench = Bench(
         name="digits",
@@ -243,7 +292,7 @@ def test_a_contender_is_measured_in_the_same_order_with_its_processes_and_its_ow
         link=parse_link(""),
     )
     try:
-        trials = measure_sweep(
+        return measure_sweep(
             bench,
             sweep,
             settings(sweep, files=False, contenders=contenders),
@@ -254,10 +303,17 @@ def test_a_contender_is_measured_in_the_same_order_with_its_processes_and_its_ow
         )
     finally:
         launch.stop_all()
-    peers = [trial for trial in trials if trial.configuration["server"] == "peer"]
-    ways = sorted((trial.configuration["transport"], trial.configuration["interaction"]) for trial in peers)
+
+
+@pytest.mark.real
+def test_a_contender_is_measured_in_the_same_order_with_its_processes_and_its_own_statistics(there, ours, tmp_path):
+    contenders = found(there, ours, f"http://{there.http}?name=peer", f"grpc://{there.grpc}?name=peer", largest_batch=4)
+    make_digits(tmp_path / "digits.onnx")
+    trials = measured(contenders, tmp_path / "digits.onnx", tmp_path, repeats=2)
+    theirs = [trial for trial in trials if trial.configuration["server"] == "peer"]
+    ways = sorted((trial.configuration["transport"], trial.configuration["interaction"]) for trial in theirs)
     assert ways == [("grpc", "async"), ("grpc", "sync"), ("http", "async"), ("http", "sync")]
-    for trial in peers:
+    for trial in theirs:
         assert trial.metrics["wrong_answers"].maximum == 0
         assert trial.metrics["server_memory_bytes"].mean > 1e6
         assert trial.metrics["server_cpu"].mean > 0
@@ -265,3 +321,27 @@ def test_a_contender_is_measured_in_the_same_order_with_its_processes_and_its_ow
         assert "recogniser_cpu" not in trial.metrics
     places = sorted(place for trial in trials for place in trial.curves["order"])
     assert places == list(range(2 * len(trials)))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["triton", "mlserver", "kserve"])
+def test_servers_of_others_as_they_are(name, tmp_path):
+    root = homes.default_root()
+    if not homes.made(root, name):
+        pytest.skip(f"{name} is not below {root}: make peers")
+    path = tmp_path / "double.onnx"
+    make_double(path)
+    with Model(str(path)) as model:
+        ours = model.metadata()
+    order = Order(models={"double": path}, folder=tmp_path / name)
+    with start(name, peers.peer(name).launch(root / name, order), tmp_path / name) as served:
+        told = []
+        (one,) = find_contenders([f"grpc://{served.addresses['grpc']}"], "double", ours, largest_batch=4, warn=told.append)
+        trials = measured((one,), path, tmp_path, repeats=1)
+    assert one.name == name
+    assert served.pid in one.pids
+    theirs = [trial for trial in trials if trial.configuration["server"] == name]
+    assert len(theirs) == 2
+    for trial in theirs:
+        assert trial.metrics["wrong_answers"].maximum == 0
+        assert trial.metrics["server_memory_bytes"].mean > 10e6

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import numpy as np
+
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.experiments.sweep import OURS, Contender
 from tenure.meter.process import children
 from tenure.serve.client import Model
-from tenure.serve.tensors import ModelMetadata, TensorMetadata
+from tenure.serve.tensors import DTYPES, ModelMetadata, TensorMetadata
 
 ASK_S = 5.0
 """Bound of each question."""
@@ -95,7 +97,7 @@ def find_contenders(
     for text in addresses:
         against = parse_against(text)
         said = _name_of(against)
-        _check_model(against, against.model or model, ours, largest_batch)
+        _check_model(against, against.model or model, ours, largest_batch, warn)
         one = Contender(
             name=against.name or said,
             targets={against.transport: against.target},
@@ -180,26 +182,45 @@ def _name_of(against: Against) -> str:
     return f"{name}-{against.port}" if name == OURS else name
 
 
-def _check_model(against: Against, model: str, ours: ModelMetadata, largest_batch: int) -> None:
+def _check_model(against: Against, model: str, ours: ModelMetadata, largest_batch: int, warn: Callable[[str], None]) -> None:
     """Raise NotFound without the model there, SpecError when it takes something else or smaller batches."""
     try:
         with Model(against.target, model, timeout_s=ASK_S, **({"shm": False} if against.transport == "http" else {})) as there:
             theirs = there.metadata()
+            if not theirs.inputs:
+                warn(f"{against.target} does not say what model {model!r} takes: it is asked as the model here is")
+            elif not _alike(ours.inputs, theirs.inputs):
+                raise SpecError(
+                    f"{against.target}: model {model!r} takes {_shapes(theirs.inputs)}, and the model here "
+                    f"{_shapes(ours.inputs)}: only the same model can be compared"
+                )
+            _try(there, against, theirs.inputs or ours.inputs)
     except NotFound as error:
         raise NotFound(
             f"{against.target} has no model {model!r}: say its name there, as in {against.target}?model=NAME"
         ) from error
-    if not _alike(ours.inputs, theirs.inputs):
-        raise SpecError(
-            f"{against.target}: model {model!r} takes {_shapes(theirs.inputs)}, and the model here {_shapes(ours.inputs)}: "
-            "only the same model can be compared"
-        )
     most = _most_rows(against, model)
     if 0 < most < largest_batch:
         raise SpecError(
             f"{against.target}: model {model!r} takes batches up to {most}, and {largest_batch} is asked: leave out larger "
             "ones with --batches, or raise max_batch_size there"
         )
+
+
+def _try(there: Model, against: Against, inputs: Sequence[TensorMetadata]) -> None:
+    """Ask for one row of zeros. Raises SpecError where a request as ours has no answer: some servers do not read all forms."""
+    row = {
+        one.name: np.zeros([length if length > 0 else 1 for length in one.shape], DTYPES[one.datatype])
+        for one in inputs
+        if one.datatype in DTYPES and one.datatype != "BYTES"
+    }
+    try:
+        there.predict_timed(row)
+    except TenureError as error:
+        other = "grpc" if against.transport == "http" else "http"
+        raise SpecError(
+            f"{against.target} answers a request with binary tensors by: {error}. Leave it out, or name its {other} address"
+        ) from error
 
 
 def _alike(ours: Sequence[TensorMetadata], theirs: Sequence[TensorMetadata]) -> bool:

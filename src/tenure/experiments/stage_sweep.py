@@ -187,6 +187,7 @@ def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) ->
         normalise=sweep.normalise,  # type: ignore[arg-type]
         crop=sweep.crop,
         size=sweep.size,
+        metadata=metadata,
     )
     return Prepared(examples=examples, fixed_batch=fixed, skipped=tuple(skipped))
 

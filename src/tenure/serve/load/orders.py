@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from tenure.errors import CorruptData, SpecError
+from tenure.serve.tensors import ModelMetadata
 
 T = TypeVar("T")
 STAGES = ("load_data_s", "prepare_data_s", "send_s", "recognise_s", "fetch_s", "log_s", "other_s")
@@ -37,6 +38,8 @@ class Examples:
     """See `pixels.preparation_for`; empty: the model takes integers."""
     crop: float = 0.875
     size: int = 0
+    metadata: ModelMetadata | None = None
+    """Of the model, for a server that does not say what it takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,11 +80,14 @@ class Application:
         self.spec = spec
         self.model, took_s = _prepared(spec)
         examples = spec.examples
-        self.data = Data(self.model.metadata(), examples.inputs, examples.expected, mapped=True)
+        told = self.model.metadata()
+        if not told.inputs and examples.metadata is not None:
+            told = examples.metadata
+        self.data = Data(told, examples.inputs, examples.expected, mapped=True)
         self.files: Files | None = None
         if examples.files:
             normalise = examples.normalise or None
-            how = preparation_for(self.model.metadata(), normalise=normalise, crop=examples.crop, size=examples.size)
+            how = preparation_for(told, normalise=normalise, crop=examples.crop, size=examples.size)
             self.files = Files(self.data, examples.files, how)
         self.standing = Standing(name=spec.name, pid=os.getpid(), prepare_model_s=took_s, versions=versions())
         self.log = _Log()
