@@ -7,7 +7,8 @@ A request goes round: it is worked on locally (client, server, the model), and i
 With n of them local at once, local trials say how many images a second come out, mu(n); by Little's law the others, X x Z, are
 under way. So X = mu(in_flight - X x Z), and never more than the link carries. One request after the other is in_flight = 1.
 Constants are TCP's own, but for two that were measured (what of a send buffer is payload, how far BBR keeps a window). Not
-modelled: loss; and BBR between few requests in flight and many, see `enough_in_flight`. Nothing is made or measured here: `experiments.links` makes links.
+modelled: loss; and BBR between few requests in flight and many, see `enough_in_flight`. Nothing is made or measured here:
+`experiments.links` makes links.
 """
 
 from __future__ import annotations
