@@ -24,10 +24,12 @@ Not counted: servers on other machines, freezes shorter than the issue delay.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -39,7 +41,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import vision
-from benchmarks.harness import Control, Options, Result, Skip, judge, median, spread
+from benchmarks.harness import ROOT, Control, Options, Result, Skip, judge, median, spread
 from benchmarks.loading import (
     Freezer,
     Loaded,
@@ -53,12 +55,10 @@ from benchmarks.loading import (
     still_to_freeze_s,
 )
 from benchmarks.peers.processes import Served, together
-from benchmarks.serving import OURS, PATIENCE_S, serve, tool
+from benchmarks.serving import OURS, PATIENCE_S, Dialogue, serve, tool
 from tenure.errors import TenureError
 from tenure.serve.client import Model
-from tenure.serve.load.plan import LoadPlan
 from tenure.serve.load.records import Outcome
-from tenure.serve.load.report import measure
 from tenure.serve.load.schedule import constant
 
 NAME = "load_frozen_server"
@@ -238,15 +238,15 @@ def _planted(served: Served, scratch: Path, doors: Sequence[str]) -> dict[str, s
 def _false_alarms(served: Served, runs: int) -> list[str]:
     """Return why good runs were told INVALID."""
     told = []
-    for number in range(runs):
-        door, rate = DOORS[number % 2], (100.0, 200.0, 350.0, 500.0)[number // 2 % 4]
-        plan = LoadPlan(url=f"{door}://{served.addresses[door]}", model="same", rate_per_s=rate, seconds=1.0, seed=number)
-        if number % 4 < 2:
-            found = measure(plan)
-        else:
-            with Freezer(served.pid, 0.3, 0.7):
-                found = measure(plan)
-        told += [f"{plan.url} at {rate:g}/s: {'; '.join(found.verdict.reasons)}"] if not found.verdict.valid else []
+    with Dialogue("load generator", sys.executable, ROOT / "benchmarks" / "programs" / "load_runs.py", {}) as generator:
+        for number in range(runs):
+            door, rate = DOORS[number % 2], (100.0, 200.0, 350.0, 500.0)[number // 2 % 4]
+            url = f"{door}://{served.addresses[door]}"
+            plan = {"url": url, "model": "same", "rate_per_s": rate, "seconds": 1.0, "seed": number}
+            frozen = Freezer(served.pid, 0.3, 0.7) if number % 4 > 1 else contextlib.nullcontext()
+            with frozen:
+                found = generator.ask(plan)
+            told += [] if found["valid"] else [f"{url} at {rate:g}/s: {'; '.join(found['reasons'])}"]
     return told
 
 
