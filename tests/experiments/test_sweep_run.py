@@ -10,7 +10,7 @@ from PIL import Image
 from tenure.errors import JobFailed, SpecError
 from tenure.experiments import netns
 from tenure.experiments.stage_sweep import prepare
-from tenure.experiments.sweep import settings
+from tenure.experiments.sweep import order, settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import RAW, cells, measure_sweep
 from tenure.jobs import Sweep
@@ -189,6 +189,26 @@ def test_what_is_broken_off_keeps_its_whole_repeats(model, launch, tmp_path):
     assert {trial.metrics["images_per_s"].n for trial in recorded} == {2}
     assert all("2 of 3 repeats: broken off." in trial.note for trial in recorded)
     assert all(launched.wait(0.0) is not None for launched in launch.started)
+    before = {trial.configuration["interaction"]: trial for trial in recorded if not trial.configuration.get("twin")}
+    recorded.clear()
+    steps = []
+    measure_sweep(
+        bench,
+        sweep,
+        settings(sweep, files=True),
+        seed=0,
+        make_trial=make_trial,
+        record=recorded.append,
+        progress=lambda text, *, done=None: steps.append(text),
+    )
+    assert not [step for step in steps if step.startswith(("repeat 1", "repeat 2"))]
+    for trial in recorded:
+        assert trial.metrics["images_per_s"].n == 3
+        assert "2 repeats are from before it was broken off." in trial.note
+        if trial.configuration["data"] == "memory" and not trial.configuration.get("twin"):
+            earlier = before[trial.configuration["interaction"]]
+            if earlier.configuration == trial.configuration:
+                assert trial.curves["images_per_s"][:2] == earlier.curves["images_per_s"]
 
 
 def test_memory_is_that_of_processes_that_have_run_nothing_else(model, launch, tmp_path):
@@ -242,7 +262,8 @@ def test_no_repeat_begins_that_would_end_too_late(max_s, repeats):
             clock[0] += 10.0 / len(planned) if repeat >= 0 else 100.0  # a repeat takes 10 s, warming up does not count
             return repeat
 
-    found = list(cells(Instant(), sweep, planned, seed=0, progress=quiet, now=lambda: clock[0]))
+    drawn = list(order(planned, sweep, 0))
+    found = list(cells(Instant(), sweep, planned, drawn=drawn, progress=quiet, now=lambda: clock[0]))
     assert found == [repeat for repeat in range(repeats) for _ in planned]
 
 

@@ -1,6 +1,7 @@
 """All cells of a serving experiment, one after the other in the order that was drawn, and its trials.
 
-What is broken off, by Ctrl-C or by a cell that fails, keeps the trials of whole repeats and every cell as a line of JSON.
+What is broken off, by Ctrl-C or by a cell that fails, keeps the trials of whole repeats and every cell as a line of JSON,
+and goes on from there when it is run again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from tenure.experiments.following import show_time
 from tenure.experiments.sweep import Setting, fresh, in_flight, order
 from tenure.experiments.sweep_nodes import Asked, Bench, Nodes, standing
 from tenure.experiments.sweep_parties import PartyMeter
-from tenure.experiments.sweep_trials import Fresh, raw_line, trials_of
+from tenure.experiments.sweep_raw import kept, raw_line
+from tenure.experiments.sweep_trials import Fresh, trials_of
 from tenure.jobs import Sweep
 from tenure.meter.sample import NvmlSampler
 from tenure.protocols import Progress
@@ -46,7 +48,9 @@ def measure_sweep(
     make_trial: called with source, configuration, metrics, seed, curves, note; adds what all trials share. gpu: watch the first
     one. now: a monotonic clock. Raises JobFailed when a cell fails or gives a wrong answer, Refused without room.
     """
-    asked: list[Asked] = []
+    path, drawn = bench.workdir / RAW, list(order(planned, sweep, seed))
+    asked = kept(path, drawn, cells=len(planned) * sweep.visits)
+    resumed = len(asked)
     with contextlib.ExitStack() as stack:
         meter = stack.enter_context(PartyMeter(NvmlSampler if gpu else None))
         memory = measure_fresh(bench, sweep, planned, meter, progress=progress) if sweep.fresh else {}
@@ -55,9 +59,9 @@ def measure_sweep(
         trials: list[Trial] = []
         short = "broken off"
         try:
-            with (bench.workdir / RAW).open("a") as raw:
-                for each in cells(nodes, sweep, planned, seed=seed, progress=progress, now=now):
-                    raw.write(raw_line(each) + "\n")
+            with path.open("ab") as raw:
+                for each in cells(nodes, sweep, planned, drawn=drawn, done=resumed, progress=progress, now=now):
+                    raw.write(raw_line(each))
                     raw.flush()
                     asked.append(each)
             short = "no time for more"
@@ -69,7 +73,7 @@ def measure_sweep(
                 server_start_s=nodes.server_start_s,
                 make_trial=make_trial,
                 seed=seed,
-                note=lambda setting: _note(setting, sweep, nodes, whole, short),
+                note=lambda setting: _note(setting, sweep, nodes, whole, short, resumed // (len(planned) * sweep.visits)),
                 fresh=memory,
             )
             for trial in trials:
@@ -95,30 +99,31 @@ def cells(
     sweep: Sweep,
     planned: Sequence[Setting],
     *,
-    seed: int,
+    drawn: Sequence[tuple[int, Setting]],
     progress: Progress,
     now: Callable[[], float],
+    done: int = 0,
 ) -> Iterator[Asked]:
-    """Yield every cell as it ends, repeats as far as `sweep.max_s` goes. A round before the first warms all up."""
-    for done, setting in enumerate(planned):
-        progress(f"warming up: {setting.describe()}", done=FRESH_SHARE + (WARM_SHARE - FRESH_SHARE) * done / len(planned))
+    """Yield every cell as it ends, repeats as far as `sweep.max_s` goes. A round before the first warms all up.
+
+    drawn: the order of all cells. done: how many of them have been run before.
+    """
+    for place, setting in enumerate(planned):
+        share = FRESH_SHARE + (WARM_SHARE - FRESH_SHARE) * place / len(planned)
+        progress(f"warming up: {setting.describe()}", done=share)
         nodes.run(setting, repeat=-1, order=-1, seconds=WARM_S, in_flight=in_flight(sweep, setting), probes=False)
-    total, began_s = len(planned) * sweep.repeats * sweep.visits, now()
-    for place, (repeat, setting) in enumerate(order(planned, sweep, seed)):
-        if place % (total // sweep.repeats) == 0 and _over(sweep, repeat, now() - began_s):
+    total, began_s, of_one = len(drawn), now(), len(drawn) // sweep.repeats
+    for place, (repeat, setting) in enumerate(drawn[done:], done):
+        spent_s, ran = now() - began_s, place - done
+        if place % of_one == 0 and repeat >= LEAST_REPEATS and ran and 0 < sweep.max_s < spent_s * (1 + of_one / ran):
             return
-        left = f", about {show_time((now() - began_s) / place * (total - place))} left" if place >= len(planned) else ""
+        left = f", about {show_time(spent_s / ran * (total - place))} left" if ran >= len(planned) else ""
         text = f"repeat {repeat + 1} of {sweep.repeats}: {setting.describe()}{left}"
         progress(text, done=WARM_SHARE + (1 - WARM_SHARE) * place / total)
         yield nodes.run(setting, repeat=repeat, order=place, seconds=sweep.cell_s, in_flight=in_flight(sweep, setting))
 
 
-def _over(sweep: Sweep, repeats: int, spent_s: float) -> bool:
-    """Return whether another repeat would end too late, so many having been measured."""
-    return 0 < sweep.max_s < spent_s * (repeats + 1) / max(1, repeats) and repeats >= LEAST_REPEATS
-
-
-def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int, short: str) -> str:
+def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int, short: str, resumed: int) -> str:
     """Return what a reader must know of one setting's trial."""
     parts = []
     if setting.interaction == "async":
@@ -128,6 +133,8 @@ def _note(setting: Setting, sweep: Sweep, nodes: Nodes, whole: int, short: str) 
     if sweep.undisturbed:
         reason = nodes.disturbed
         parts.append(f"It did not go before others: {reason}." if reason else "It went before all else on the machine.")
+    if resumed:
+        parts.append(f"{resumed} repeats are from before it was broken off.")
     if whole < sweep.repeats:
         parts.append(f"{whole} of {sweep.repeats} repeats: {short}.")
     return " ".join(parts)

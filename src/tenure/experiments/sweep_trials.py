@@ -1,11 +1,10 @@
 """From the cells of an experiment to its trials: one per setting, every metric summed up over the repeats.
 
-`raw_line` is what is kept of each cell as it ends, so that a broken experiment loses nothing. Not here: what follows from them.
+Not here: what is kept of each cell as it ends (`sweep_raw`), what follows from trials.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +73,7 @@ def trials_of(
 
 def metrics_of(cells: Sequence[Asked]) -> dict[str, Summary]:
     """Return the metrics of one setting's cells. Percentiles are of all requests of all repeats in one pool."""
-    rows = [_row(each) for each in cells]
+    rows = [row_of(each) for each in cells]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     pool = _pool(cells)
     found = {name: summarize([row[name] for row in rows]) for name in names}
@@ -107,7 +106,7 @@ def _memory(fresh: Fresh) -> dict[str, Summary]:
     }
 
 
-def _row(asked: Asked) -> dict[str, float]:
+def row_of(asked: Asked) -> dict[str, float]:
     """Return one cell's metrics. docs/bench-serve.md defines each of them."""
     cell, use, setting = asked.cell, asked.use, asked.setting
     found = {
@@ -159,18 +158,3 @@ def _invalid(cells: Sequence[Asked]) -> str:
 def _disturbance(metrics: Mapping[str, Summary]) -> str:
     other = metrics["other_cpu_cores"].mean
     return f"Others kept {other:.1f} cores busy meanwhile." if other > DISTURBED_CORES else ""
-
-
-def raw_line(asked: Asked) -> str:
-    """Return one cell as a line of JSON: the setting, its place, all metrics, every latency that was kept."""
-    return json.dumps(
-        {
-            **asked.setting.configuration(),
-            "repeat": asked.repeat,
-            "order": asked.order,
-            "at_s": asked.at_s,
-            **_row(asked),
-            "latencies_dropped": asked.cell.latencies_dropped,
-            "latencies_s": [round(latency, 7) for latency in asked.latencies_s.tolist()],
-        }
-    )
