@@ -134,7 +134,7 @@ def bound_words(found: Bottleneck) -> str:
     """Return what bounds a setting in a few words."""
     if found.where in _BOUND_WORDS:
         text = _BOUND_WORDS[found.where]
-        return f"{text}: {_FILLERS.get(found.party, found.party)}" if found.party else text
+        return f"{text}: {_FILLERS.get(found.party, found.party)}" if found.party and found.where != "others" else text
     return f"waiting: {words(f'{found.where}_s')}"
 
 
@@ -278,7 +278,10 @@ def bench_outcome(rows: Rows, stage: Stage) -> str:
     because = f"; what bounds it: {bound_words(bound)}" if bound is not None else ""
     if experiment.answers[0].best is None:
         return f"Of {len(experiment.trials)} settings none meets {goal}; {setting(best.configuration)} comes nearest{because}."
-    return f"Of {len(experiment.trials)} settings {setting(best.configuration)} answers {goal} best: {_rate(best)}{because}."
+    ties = len(experiment.answers[0].ties)
+    alike = f", {ties} other{'s are' if ties > 1 else ' is'} not surely slower" if ties else ""
+    name, count = setting(best.configuration), len(experiment.trials)
+    return f"Of {count} settings {name} answers {goal} best: {_rate(best)}{alike}{because}."
 
 
 def _how_measured(rows: Rows, stage: Stage, experiment: Experiment) -> list[Block]:

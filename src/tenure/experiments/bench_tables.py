@@ -38,7 +38,8 @@ def table_two(rows: Rows, trials: Sequence[Trial], best: Trial | None) -> list[B
     table: list[list[Cell]] = []
 
     def add(who: str, what: str, metric: str, part: str = "") -> None:
-        cells = [rows.trial(trial, metric, part) if metric in trial.metrics else text_cell("") for trial in shown]
+        known = [metric in trial.metrics and (not part or trial.metrics[metric].n > 1) for trial in shown]
+        cells = [rows.trial(trial, metric, part) if told else text_cell("") for trial, told in zip(shown, known, strict=True)]
         if any("cite" in cell for cell in cells):
             table.append([text_cell(who), text_cell(what), *cells])
 
