@@ -122,6 +122,9 @@ def test_when_others_fill_the_machine_nothing_else_is_claimed():
     assert one.change.startswith("Measure again")
     assert one.at_most is None
     assert found(replace(trial, metrics={**trial.metrics, "other_cpu_cores": summarize([0.2])})).where == "recognise"
+    far = planted(delay_s=0.02)
+    far = replace(far, metrics={**far.metrics, "other_cpu_cores": summarize([3.7])})
+    assert found(far).where == "delay"  # which no CPU makes shorter
 
 
 def test_another_server_whose_parts_nobody_knows_is_judged_as_a_whole():
@@ -213,6 +216,19 @@ def test_what_was_measured_with_one_thing_changed_is_the_gain():
     assert one.gain.ratio.value == pytest.approx(
         many.metrics["images_per_s"].mean / sync.metrics["images_per_s"].mean, rel=0.02
     )
+
+
+def test_the_gain_is_that_of_the_change_that_is_advised_first():
+    sync, many = planted(1, noise=0.01, delay_s=0.02), planted(2, in_flight=4, noise=0.01, delay_s=0.02)
+    near = planted(3, noise=0.01, architecture="simple", transport="none", link="in-process")
+    (one, *_) = find_bottlenecks([sync, many, near])
+    assert one.where == "delay"
+    assert near.metrics["images_per_s"].mean > many.metrics["images_per_s"].mean
+    assert one.gain is not None
+    assert one.gain.change == "interaction async"
+    (alone, _) = find_bottlenecks([sync, near])
+    assert alone.gain is not None
+    assert alone.gain.change == "simple"
 
 
 def test_no_gain_is_claimed_within_the_machines_own_repeat_error():

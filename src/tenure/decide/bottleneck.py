@@ -79,7 +79,8 @@ class Bottleneck:
     rows: tuple[Row, ...]
     """The proof."""
     gain: Gain | None = None
-    """The best change of one thing that was measured to be faster, beyond its own interval and the machine's."""
+    """The change of one thing, the first that is advised, that was measured to be faster, beyond its own interval and the
+    machine's repeat error."""
 
 
 def find_bottlenecks(trials: Sequence[Trial], *, near_cores: float = 0.0, far_cores: float = 0.0) -> tuple[Bottleneck, ...]:
@@ -98,9 +99,11 @@ def bottleneck(trial: Trial, *, near_cores: float = 0.0, far_cores: float = 0.0)
     """Return what bounds one trial, without what was measured elsewhere; None when it has neither CPU nor stages."""
     stations = find_stations(trial, near_cores=near_cores, far_cores=far_cores)
     full = [station for station in stations if station.share >= FULL]
+    waits = sorted(_waits(trial), key=lambda wait: -wait.share)
+    if full and full[0].name == "others" and waits and waits[0].name == "delay":
+        return _waiting(trial, waits[0], stations)  # no CPU makes a link's way shorter
     if full:
         return _full(trial, full[0], stations)
-    waits = sorted(_waits(trial), key=lambda wait: -wait.share)
     if waits:
         return _waiting(trial, waits[0], stations)
     return _full(trial, max(stations, key=lambda station: station.share), stations) if stations else None
@@ -247,11 +250,12 @@ def _parts(trial: Trial) -> Iterator[_Wait]:
 
 
 def _waiting(trial: Trial, wait: _Wait, stations: Sequence[Station]) -> Bottleneck:
-    fullest = max(stations, key=lambda station: station.share, default=None)
+    metered = [station for station in stations if station.name != "others"]
+    fullest = max(metered, key=lambda station: station.share, default=None)
     without = 1 / (1 - wait.share) if wait.share < 1 else None
     says, rows, at_most = wait.says, wait.rows, without
     if fullest is not None:
-        says += f", and nothing is full meanwhile ({fullest.says})"
+        says += f", and of what is measured here nothing is full meanwhile ({fullest.says})"
         rows += fullest.rows
         at_most = max(1.0, 1 / fullest.share) if fullest.share > 0 else without
     return Bottleneck(
@@ -281,18 +285,17 @@ _STAGE_NAMES = {
 
 
 def _gain(trial: Trial, trials: Sequence[Trial], found: Bottleneck, margin: float) -> Gain | None:
-    """Return the best change of one thing among those that the finding asks for."""
-    factors = advice(found.where, found.party).factors
-    best: Gain | None = None
+    """Return the best change of the first thing, in the order of the advice, that was measured to be surely faster."""
+    best: dict[str, Gain] = {}
     for other in trials:
         change = changed(other, trial)
-        factor = change.split(" ")[0]
-        if not change or (factor if factor in FACTORS else "place") not in factors:
+        factor = change.split(" ")[0] if change.split(" ")[0] in FACTORS else "place"
+        ratio = rate_ratio(other, trial) if change else None
+        if ratio is None or ratio.low <= margin:
             continue
-        ratio = rate_ratio(other, trial)
-        if ratio is not None and ratio.low > margin and (best is None or ratio.value > best.ratio.value):
-            best = Gain(trial=other.id, change=change, ratio=ratio)
-    return best
+        if factor not in best or ratio.value > best[factor].ratio.value:
+            best[factor] = Gain(trial=other.id, change=change, ratio=ratio)
+    return next((best[factor] for factor in advice(found.where, found.party).factors if factor in best), None)
 
 
 def _same(one: Trial, two: Trial) -> bool:

@@ -14,7 +14,7 @@ class Advice:
 
     change: str
     factors: tuple[str, ...]
-    """Of a trial's configuration; ``place`` is architecture, transport and link. Where one was measured, its gain is known."""
+    """Of a trial's configuration, the first to be tried first; ``place`` is architecture, transport and link."""
 
 
 _ADVICE: Mapping[str, Advice] = {
@@ -61,8 +61,8 @@ _ADVICE: Mapping[str, Advice] = {
     "queue": Advice(
         "More instances or threads of the model where cores stand idle; else fewer requests in flight.", ("batch",)
     ),
-    "load_data": Advice(f"Read files ahead. {_OVERLAP}", ("data", "interaction", "place")),
-    "prepare_data": Advice(f"Decode in several threads. {_OVERLAP}", ("data", "interaction", "place")),
+    "load_data": Advice(f"Read files ahead. {_OVERLAP}", ("interaction", "place", "data")),
+    "prepare_data": Advice(f"Decode in several threads. {_OVERLAP}", ("interaction", "place", "data")),
     "send": Advice("Shared memory instead of a socket on one machine; else larger batches.", ("place", "interaction", "batch")),
     "recognise": Advice(f"Cores stand idle while a request is answered. {_OVERLAP}", ("interaction", "batch", "place")),
     "fetch": Advice("Ask only for outputs that are needed; shared memory on one machine.", ("place", "interaction", "batch")),
