@@ -63,3 +63,26 @@ class Node:
     held_cpus: float = 0.0
     """What leases hold of it, as the broker counts; 0 from an agent."""
     held_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddNode:
+    """Offer a part of this machine as a node, and stay when nobody is left. Answers once it is up; doing it again changes
+    nothing. cpus, memory_bytes: one alone brings the same share of the other, neither offers all that is left. Raises Refused
+    with who holds the machine, Conflict when the name has another part; the node is then not kept."""
+
+    name: str
+    cpus: float | None = None
+    memory_bytes: int | None = None
+    order: str = ""
+    """By which order of the queue to grant from now on; empty: as before. Raises SpecError for one that does not exist."""
+    metrics_port: int = 0
+    """Where metrics are read from now on, on the loopback address; 0: as before. Raises Refused for a port in use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveNode:
+    """Take a node out: its leases, and others of their gangs, are released, its agent ends, its part is free. Doing it again
+    changes nothing. Raises Unavailable when that takes too long; it then gets no new lease, and this may be tried again."""
+
+    name: str

@@ -255,6 +255,7 @@ def up(
     memory: int | None = None,
     ledger: str = "",
     order: str = "",
+    metrics_port: int = 0,
 ) -> Node:
     """Have a broker and a node of this machine that stay until `down`; return the node. Doing it again changes nothing.
 
@@ -262,6 +263,7 @@ def up(
     (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
     agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
     else as before. order: by which order of the queue to grant from now on; default: as before, at first ``fifo``.
+    metrics_port: where Prometheus reads metrics from now on, ``http://127.0.0.1:PORT/metrics``; 0: as before, at first nowhere.
     Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
     another part or the home has another ledger.
     """
@@ -274,7 +276,7 @@ def up(
     start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
         try:
-            return client.add_node(node, cpus=cpus, memory_bytes=memory, order=order)
+            return client.add_node(node, cpus=cpus, memory_bytes=memory, order=order, metrics_port=metrics_port)
         except TenureError:
             left = client.status()
             if not (left.nodes or left.unreached or left.leases):  # it was started for this node alone

@@ -25,7 +25,9 @@ from tenure.errors import CorruptData, TenureError
 from tenure.events import Event
 from tenure.jobs import Command
 from tenure.leases import EndReason, Lease
+from tenure.nodes import AddNode as AddNode
 from tenure.nodes import Node
+from tenure.nodes import RemoveNode as RemoveNode
 from tenure.protocols import Exit, ExitKind, RuntimeHandle, StartSpec
 from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
@@ -353,27 +355,6 @@ class Status:
     """Node -> why it can't be used now, e.g. who holds the machine."""
     order: str = "fifo"
     """By which order of the queue it grants."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddNode:
-    """Offer a part of this machine as a node, and stay when nobody is left. Answers once it is up; doing it again changes
-    nothing. cpus, memory_bytes: one alone brings the same share of the other, neither offers all that is left. Raises Refused
-    with who holds the machine, Conflict when the name has another part; the node is then not kept."""
-
-    name: str
-    cpus: float | None = None
-    memory_bytes: int | None = None
-    order: str = ""
-    """By which order of the queue to grant from now on; empty: as before. Raises SpecError for one that does not exist."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveNode:
-    """Take a node out: its leases, and others of their gangs, are released, its agent ends, its part is free. Doing it again
-    changes nothing. Raises Unavailable when that takes too long; it then gets no new lease, and this may be tried again."""
-
-    name: str
 
 
 BROKER_OPS: Mapping[str, Op] = {

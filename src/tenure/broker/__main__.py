@@ -54,11 +54,20 @@ def main(argv: list[str] | None = None) -> int:
             told = _told(home, options)
             fleet = LocalFleet(home, told.parts, confine=told.confine)
 
-            def remember(persistent: bool, order: str) -> None:
-                write_note(home, Note(parts=fleet.parts(), persistent=persistent, confine=told.confine, order=order))
+            def remember(persistent: bool, order: str, metrics_port: int) -> None:
+                said = replace(told, parts=fleet.parts(), persistent=persistent, order=order, metrics_port=metrics_port)
+                write_note(home, said)
 
-            remember(told.persistent, told.order)
-            if asyncio.run(serve(home, fleet, persistent=told.persistent, order=told.order, remember=remember)) == 0:
+            remember(told.persistent, told.order, told.metrics_port)
+            serving = serve(
+                home,
+                fleet,
+                persistent=told.persistent,
+                order=told.order,
+                metrics_port=told.metrics_port,
+                remember=remember,
+            )
+            if asyncio.run(serving) == 0:
                 remove_note(home)
     except HomeHeld as error:
         logging.info("%s", error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
@@ -53,6 +54,8 @@ class Book:
         """CLOCK_BOOTTIME since when the ledger refuses writes (a full disk); infinite while it takes them."""
         self._refusals, self._refused_s = 0, 0.0
         self.usage: dict[str, Usage] = {}
+        self.ended: Counter[tuple[str, str]] = Counter()
+        """(tenant, end reason) -> leases that ended since this broker started; of a batch that was lost, too."""
         self._points: list[wire.UsagePoint] = []
         self._rollups: dict[str, tuple[int, float]] = {}
         self._changed = asyncio.Event()
@@ -165,6 +168,8 @@ class Book:
 
     def _take(self, lease: Lease) -> None:
         if lease.state is LeaseState.ENDED:
+            if lease.id in self.live:
+                self.ended[lease.tenant, str(lease.end_reason)] += 1
             for kept in (self.live, self.queue_until_s, self.usage, self._rollups):
                 kept.pop(lease.id, None)
             self.busy.discard(lease.id)

@@ -227,12 +227,21 @@ class BrokerClient:
         """Return the broker in one answer."""
         return self._call("status", wire.Nothing())  # type: ignore[no-any-return]
 
-    def add_node(self, name: str, *, cpus: float | None = None, memory_bytes: int | None = None, order: str = "") -> Node:
+    def add_node(
+        self,
+        name: str,
+        *,
+        cpus: float | None = None,
+        memory_bytes: int | None = None,
+        order: str = "",
+        metrics_port: int = 0,
+    ) -> Node:
         """Have a node offer a part of this machine, and the broker stay; return the node.
 
-        order: by which order of the queue to grant from now on; empty: as before. Raises Refused, Conflict, SpecError.
+        order: by which order of the queue to grant from now on; empty: as before. metrics_port: where metrics are read from
+        now on; 0: as before. Raises Refused, Conflict, SpecError.
         """
-        args = wire.AddNode(name=name, cpus=cpus, memory_bytes=memory_bytes, order=order)
+        args = wire.AddNode(name=name, cpus=cpus, memory_bytes=memory_bytes, order=order, metrics_port=metrics_port)
         return self._call("add_node", args)  # type: ignore[no-any-return]
 
     def remove_node(self, name: str) -> None:

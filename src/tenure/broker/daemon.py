@@ -20,6 +20,8 @@ from tenure.broker.fences import check_not_older
 from tenure.broker.giving_way import GivingWay
 from tenure.broker.handlers import Handlers
 from tenure.broker.invocations import Invocations
+from tenure.broker.metrics import Metrics
+from tenure.broker.metrics_door import MetricsDoor
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import Outbox
 from tenure.broker.policies import Policies
@@ -37,6 +39,8 @@ from tenure.protocols import Clock, SystemClock
 from tenure.sockets import LineServer, socket_dir
 
 P = ParamSpec("P")
+Remember = Callable[[bool, str, int], None]
+"""Takes down whether a broker is to stay, the order of its queue and the port of its metrics."""
 TICK_S = 0.2
 IDLE_S = 5.0
 TERM_S = 60.0
@@ -45,6 +49,10 @@ EXIT_LEDGER_LOST = 76
 """Exit code of a broker that lost its ledger's connection."""
 AGENT_UP_MAX_S = 15.0
 """How long a broker that leaves waits for agents which it is starting."""
+
+
+def _forget(_persistent: bool, _order: str, _metrics_port: int) -> None:
+    """Take nothing down."""
 
 
 class HomeHeld(Conflict):
@@ -99,7 +107,7 @@ class Broker:
         term_s: float = TERM_S,
         new_lease_id: Callable[[], str] = _new_lease_id,
         order: str = FIFO.name,
-        remember: Callable[[bool, str], None] = lambda persistent, order: None,
+        remember: Remember = _forget,
     ) -> None:
         self.persistent, self._remember = persistent, remember
         self._clock = SteadyClock(clock)
@@ -125,6 +133,8 @@ class Broker:
         self.expiry = Expiry(self.book, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
+        self.metrics = Metrics(self.book, self.nodes, fence=self.fence, clients=lambda: self.clients())
+        self.metrics_door = MetricsDoor(self.metrics.text)
         self.handlers = Handlers(
             self.book,
             fleet=fleet,
@@ -140,7 +150,8 @@ class Broker:
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
             on_stay=self.stay,
-            on_nodes=lambda: self._remember(self.persistent, self.book.order),
+            metrics_door=self.metrics_door,
+            on_nodes=self._note,
             on_shutdown=self.leave,
         )
         self._flushed_s = self._busy_s = clock.boot_s()
@@ -156,11 +167,14 @@ class Broker:
             self._clock.follow()
             queries.put_utc_offset(tx.connection, boot_id, self._clock.offset_s)
 
+    def _note(self) -> None:
+        self._remember(self.persistent, self.book.order, self.metrics_door.port)
+
     async def stay(self) -> None:
         """Go on when nobody is left, until a shutdown, and have the nodes act for longer without word from here."""
         if not self.persistent:
             self.persistent = True
-            self._remember(True, self.book.order)
+            self._note()
             await self.nodes.lengthen(PERSISTENT_TERM_S)
 
     def begin(self) -> None:
@@ -215,6 +229,7 @@ class Broker:
 
     async def close(self) -> None:
         """Let go of everything; leases and agents stay as they are."""
+        await self.metrics_door.close()
         await self.book.close()
         await self.fleet.close()
 
@@ -235,12 +250,14 @@ async def serve(
     persistent: bool,
     clock: Clock | None = None,
     order: str = FIFO.name,
-    remember: Callable[[bool, str], None] = lambda persistent, order: None,
+    metrics_port: int = 0,
+    remember: Remember = _forget,
 ) -> int:
     """Be the home's broker until nobody is left, a shutdown is asked for, or a SIGTERM comes. The lock must be held.
 
-    order: by which order of the queue to grant. remember: called, with whether it is to stay and that order, when either or its
-    nodes change. Returns how many leases are left behind: after a SIGTERM they go on under their agents until a term is over.
+    order: by which order of the queue to grant. metrics_port: where metrics are read, 0: nowhere. remember: called with whether
+    it is to stay, that order and that port when one of them or its nodes change. Returns how many leases are left behind: after
+    a SIGTERM they go on under their agents until a term is over.
     """
     clock = clock or SystemClock()
     ledger = Ledger.open(address.of_home(home), now_s=clock.utc_s, who=f"for {home}")
@@ -251,12 +268,12 @@ async def serve(
         broker = Broker(
             ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=term_s, order=order, remember=remember
         )
-        return await answer(broker, home)
+        return await answer(broker, home, metrics_port=metrics_port)
     finally:
         ledger.close()
 
 
-async def answer(broker: Broker, home: Path) -> int:
+async def answer(broker: Broker, home: Path, *, metrics_port: int = 0) -> int:
     """Answer the home's clients until the broker is to leave; return how many leases are left behind."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -267,6 +284,11 @@ async def answer(broker: Broker, home: Path) -> int:
     server = LineServer(path, wire.BROKER_OPS, broker.handlers.table(), who="broker", fence=lambda: broker.fence)
     broker.clients = lambda: len(server.connections)
     await server.start()
+    if metrics_port:
+        try:
+            await broker.metrics_door.open(metrics_port)
+        except TenureError as error:  # somebody else took the port since: a broker without metrics is better than none
+            LOG.error("%s", error)
     broker.begin()
     try:
         while not broker.leaving:

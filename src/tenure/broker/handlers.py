@@ -13,6 +13,7 @@ from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
 from tenure.broker.giving_way import GivingWay
 from tenure.broker.invocations import Invocations
+from tenure.broker.metrics_door import MetricsDoor
 from tenure.broker.nodes import Nodes
 from tenure.broker.outbox import answering
 from tenure.broker.policies import Policies
@@ -57,6 +58,7 @@ class Handlers:
         quotas: Quotas,
         policies: Policies,
         giving_way: GivingWay,
+        metrics_door: MetricsDoor,
         fence: int,
         persistent: Callable[[], bool],
         clients: Callable[[], int],
@@ -66,7 +68,7 @@ class Handlers:
     ) -> None:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
-        self._policies, self._giving_way = policies, giving_way
+        self._policies, self._giving_way, self._metrics_door = policies, giving_way, metrics_door
         self._backing_up = False
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
@@ -93,6 +95,9 @@ class Handlers:
     async def op_add_node(self, args: wire.AddNode, client: Connection) -> Node:
         """See wire.AddNode."""
         part = Part(name=args.name, cpus=args.cpus, memory_bytes=args.memory_bytes)
+        if args.metrics_port:
+            await self._metrics_door.open(args.metrics_port)
+            self._on_nodes()
         if args.order and args.order != self._book.order:
             self._book.queue_by(args.order)
             self._on_nodes()

@@ -1,4 +1,5 @@
-"""What a broker leaves for one that comes after its death: its nodes, whether it stays, how nodes confine, its queue's order.
+"""What a broker leaves for one that comes after its death: its nodes, whether it stays, how nodes confine, its
+queue's order, where its metrics are read.
 
 A broker that leaves on purpose, with no lease left, takes the note with it. Not here: leases and runs (`ledger`).
 """
@@ -22,6 +23,8 @@ class Note:
     persistent: bool = False
     confine: str = "auto"
     order: str = "fifo"
+    metrics_port: int = 0
+    """0: nowhere."""
 
 
 def read_note(home: Path) -> Note | None:
@@ -34,6 +37,7 @@ def read_note(home: Path) -> Note | None:
             persistent=bool(kept["persistent"]),
             confine=str(kept["confine"]),
             order=str(kept.get("order", "fifo")),  # older notes have none
+            metrics_port=int(kept.get("metrics_port", 0)),
         )
     except FileNotFoundError:
         return None
@@ -45,7 +49,12 @@ def write_note(home: Path, note: Note) -> None:
     """Replace the note, at once and to survive a power cut. Raises OSError."""
     draft = home / ".broker.json"
     with draft.open("w") as stream:
-        said = {"persistent": note.persistent, "confine": note.confine, "order": note.order}
+        said = {
+            "persistent": note.persistent,
+            "confine": note.confine,
+            "order": note.order,
+            "metrics_port": note.metrics_port,
+        }
         json.dump({"nodes": [str(part) for part in note.parts], **said}, stream)
         stream.flush()
         os.fsync(stream.fileno())

@@ -290,6 +290,17 @@ def up(
             "--order", metavar="NAME", help="Whose turn it is from now on: fifo, backfill, las or fair. At first: fifo."
         ),
     ] = "",
+    metrics: Annotated[
+        int,
+        typer.Option(
+            "--metrics",
+            metavar="PORT",
+            min=1,
+            max=65535,
+            show_default=False,
+            help="Have Prometheus read metrics at http://127.0.0.1:PORT/metrics from now on. At first: nowhere.",
+        ),
+    ] = 0,
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -302,7 +313,13 @@ def up(
     from tenure.resources import parse_bytes
 
     started = verbs.up(
-        home=home, node=node, cpus=cpus, memory=parse_bytes(memory) if memory else None, ledger=_url(ledger), order=order
+        home=home,
+        node=node,
+        cpus=cpus,
+        memory=parse_bytes(memory) if memory else None,
+        ledger=_url(ledger),
+        order=order,
+        metrics_port=metrics,
     )
     _show((started,), output.nodes_table, json)
 
