@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from tenure.serve.load.columns import Columns
+from tenure.serve.load.columns import Columns, write_record
 from tenure.serve.load.loop import Loop
-from tenure.serve.load.records import Outcome
+from tenure.serve.load.plan import LoadPlan
+from tenure.serve.load.records import Outcome, OwnUse
+from tenure.serve.load.runner import LoadRun, Warmth
 
 TICK_S = 1e-7
 """That each look at the clock takes."""
@@ -92,3 +95,46 @@ def run_open(wire: Virtual, due_s, **options):
     finally:
         loop.close()
     return loop, columns.record(len(due_s))
+
+
+class VirtualTarget:
+    """See `search.Runs`: a server that answers one request after the other, `per_s` of them a second."""
+
+    def __init__(self, per_s: float) -> None:
+        self._takes_s = 1 / per_s
+        self.plans: list[LoadPlan] = []
+
+    def warm_up(self) -> Warmth:
+        return Warmth(requests=16, seconds=0.1, settled=True)
+
+    def run(self, plan: LoadPlan, folder: Path | None = None) -> LoadRun:
+        self.plans.append(plan)
+        free_s = 0.0
+
+        def answer(index: int, now_s: float) -> float:
+            nonlocal free_s
+            free_s = max(free_s, now_s) + self._takes_s
+            return free_s
+
+        wire = Virtual(answer)
+        if plan.clients:
+            loop, columns = virtual_loop(wire, 100_000, timeout_s=plan.timeout_s)
+            loop.run_closed(plan.clients, plan.seconds)
+            record = columns.record(loop.count)
+        else:
+            loop, record = run_open(wire, plan.due_s(), timeout_s=plan.timeout_s)
+        if folder is not None:
+            write_record(folder, record)
+        return LoadRun(
+            plan=plan,
+            record=record,
+            measured_from_s=plan.measured_from_s(),
+            own=OwnUse(wall_s=plan.seconds, cpu_s=0.0),
+            peak_in_flight=loop.peak_in_flight,
+            realtime=False,
+            reasons={},
+            stopped="",
+            zero_s=0.0,
+            started_at_s=0.0,
+            ended_s=float(record.ended_s.max()),
+        )

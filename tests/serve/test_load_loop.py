@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -130,6 +131,26 @@ def test_a_closed_loop_ends_when_its_record_is_full():
     loop.run_closed(2, 60.0)
     assert "as many as one run keeps" in loop.stopped
     assert len(columns.record(loop.count)) == 50
+
+
+def test_a_run_that_is_interrupted_keeps_what_had_ended_before_the_first_request_that_had_not():
+    wire = Virtual(lambda index, now_s: now_s + (5.0 if index == 30 else 0.001))
+    wait = wire.wait
+
+    def wait_until_interrupted(*arguments):
+        if wire.now_s > 0.5:
+            raise KeyboardInterrupt
+        wait(*arguments)
+
+    wire.wait = wait_until_interrupted
+    loop, columns = virtual_loop(wire, 100)
+    columns.begin(100)
+    np.asarray(columns.due)[:] = schedule.constant(100.0, 1.0)
+    loop.run_open(100)
+    record = columns.record(loop.count)
+    assert re.fullmatch(r"it was interrupted; requests under way: [12], the oldest for 0\.2\d* s", loop.stopped)
+    assert len(record) == 30  # later ones had ended too, but only the quick ones
+    assert (record.outcome == Outcome.OK).all()
 
 
 def test_what_the_generator_says_of_itself_leaves_the_warm_up_out():

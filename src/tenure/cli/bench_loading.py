@@ -107,6 +107,7 @@ def bench_load(
     from tenure import verbs
     from tenure.decide.verdicts import parse_goal
     from tenure.resources import parse_duration
+    from tenure.serve.load.loop import INTERRUPTED
     from tenure.serve.load.plan import LoadPlan
 
     wanted = None if goal is None else parse_goal(goal)
@@ -143,12 +144,14 @@ def bench_load(
             told=lambda report: output.say(_probe_line(report), sys.stderr),
         )
         output.say(output.as_json(found) if json else "\n".join(search_text(found)), sys.stdout)
-        proven = found.met_per_s > 0
+        proven, ended = found.met_per_s > 0, found.why
     else:
         report = verbs.bench_load(plan, goal=wanted, folder=out)
         output.say(output.as_json(report) if json else "\n".join(load_text(report)), sys.stdout)
-        answer = report.verdict.cautious
+        answer, ended = report.verdict.cautious, report.stopped
         proven = report.verdict.valid and (wanted is None or (answer is not None and answer.answer == "met"))
+    if ended.startswith(INTERRUPTED):
+        raise typer.Exit(exits.INTERRUPTED)
     raise typer.Exit(exits.OK if proven else exits.JOB_FAILED)
 
 

@@ -35,6 +35,7 @@ _SHORTEST_WAIT_S = 20e-6
 _TIMER_SLACK_NS = 5_000
 _PR_SET_TIMERSLACK = 29
 _MAX_FAILED_IN_A_ROW = 1_000
+INTERRUPTED = "it was interrupted"
 
 Wait = Callable[[Sequence[Any], Sequence[Any], Sequence[Any], float], Any]
 
@@ -102,6 +103,8 @@ class Loop:
         self.peak_in_flight = 0
         self.realtime = False
         """Whether the kernel lets this thread run as soon as something is due."""
+        self._oldest = 0
+        """Row of the first request that has not ended."""
         self.count = 0
         """Rows of the record that are due so far (closed loop) or ever (open loop)."""
         self.zero_s = 0.0
@@ -111,7 +114,7 @@ class Loop:
         self.reasons: dict[str, int] = {}
         """Why requests failed, in words, and how often."""
         self.stopped = ""
-        """Why a closed loop ended before its time; empty where it did not."""
+        """Why the run ended before its time; empty where it did not."""
 
     # What the wire calls
 
@@ -177,51 +180,66 @@ class Loop:
     # Inside
 
     def _run(self) -> None:
+        with _undisturbed() as self.realtime:
+            try:
+                self._keep_to_schedule()
+            except KeyboardInterrupt:
+                self._end_measuring()
+                self._cut()
+
+    def _keep_to_schedule(self) -> None:
         clock, due, outcome, timeout_s = self._clock, self._due, self._outcome, self._timeout_s
         measured_from_s = self._measured_from_s
         poll, handlers, wait, epoll = self._epoll.poll, self._handlers, self._wait, [self._epoll]
         issue, waiting = self._issue, self._waiting
         following = oldest = 0
         busy = False
-        with _undisturbed() as self.realtime:
-            self.zero_s = zero_s = clock()
-            self._begin_measuring(0.0)
-            while True:
-                now_s = clock() - zero_s
-                while following < self.count and due[following] <= now_s:
-                    if waiting or not issue(following):
-                        self._queue(following, now_s)
-                    following += 1
-                    if following == self.count and not self._closes:
-                        self._end_measuring()
-                if now_s >= measured_from_s:
-                    self._begin_measuring(now_s)
-                    measured_from_s = math.inf
-                if waiting:
-                    self._work_off()
-                while oldest < following:
-                    if outcome[oldest] == PENDING:
-                        if due[oldest] + timeout_s > now_s:
-                            break
-                        self._give_up(oldest)
-                    oldest += 1
-                if oldest == self.count:
-                    if self._closes:
-                        self._end_measuring()
-                    return
-                until_s = due[following] if following < self.count else due[oldest] + timeout_s
-                if oldest < following:
-                    until_s = min(until_s, due[oldest] + timeout_s)
-                left_s = until_s - (clock() - zero_s)
-                # epoll counts in milliseconds; to wait for it by select is exact to microseconds
-                if left_s > _SHORTEST_WAIT_S and not busy:
-                    wait(epoll, (), (), min(left_s, _LONGEST_WAIT_S))
-                events = poll(0, MAX_EVENTS)
-                busy = len(events) == MAX_EVENTS
-                for fd, event in events:
-                    handler = handlers.get(fd)
-                    if handler is not None:  # an earlier one of these may have closed it
-                        handler(event)
+        self.zero_s = zero_s = clock()
+        self._begin_measuring(0.0)
+        while True:
+            now_s = clock() - zero_s
+            while following < self.count and due[following] <= now_s:
+                if waiting or not issue(following):
+                    self._queue(following, now_s)
+                following += 1
+                if following == self.count and not self._closes:
+                    self._end_measuring()
+            if now_s >= measured_from_s:
+                self._begin_measuring(now_s)
+                measured_from_s = math.inf
+            if waiting:
+                self._work_off()
+            while oldest < following:
+                if outcome[oldest] == PENDING:
+                    if due[oldest] + timeout_s > now_s:
+                        break
+                    self._give_up(oldest)
+                oldest += 1
+            self._oldest = oldest
+            if oldest == self.count:
+                if self._closes:
+                    self._end_measuring()
+                return
+            until_s = due[following] if following < self.count else due[oldest] + timeout_s
+            if oldest < following:
+                until_s = min(until_s, due[oldest] + timeout_s)
+            left_s = until_s - (clock() - zero_s)
+            # epoll counts in milliseconds; to wait for it by select is exact to microseconds
+            if left_s > _SHORTEST_WAIT_S and not busy:
+                wait(epoll, (), (), min(left_s, _LONGEST_WAIT_S))
+            events = poll(0, MAX_EVENTS)
+            busy = len(events) == MAX_EVENTS
+            for fd, event in events:
+                handler = handlers.get(fd)
+                if handler is not None:  # an earlier one of these may have closed it
+                    handler(event)
+
+    def _cut(self) -> None:
+        """Leave out what was due after the first request that has not ended, quick ones as well as slow ones, and say so."""
+        left, oldest = self._in_flight + len(self._waiting), self._oldest
+        waited_s = self._clock() - self.zero_s - self._due[oldest] if left else 0.0
+        self.count = oldest
+        self.stopped = INTERRUPTED + (f"; requests under way: {left:,}, the oldest for {waited_s:.3g} s" if left else "")
 
     def _begin_measuring(self, now_s: float) -> None:
         self._cpu_at_start_s, self._began_s = time.thread_time(), self._clock()

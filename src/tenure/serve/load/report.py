@@ -48,7 +48,7 @@ class LoadReport:
     reasons: dict[str, int]
     """Why requests failed, and how often."""
     stopped: str
-    """Why a closed loop ended early; empty where it did not."""
+    """Why the run ended before its time; empty where it did not."""
     started_at_s: float
     """UTC of the run's zero."""
     zero_s: float

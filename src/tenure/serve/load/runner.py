@@ -24,7 +24,7 @@ from tenure.serve.load import payload
 from tenure.serve.load.columns import Columns
 from tenure.serve.load.grpc_wire import GrpcWire
 from tenure.serve.load.http_wire import HttpWire
-from tenure.serve.load.loop import Loop
+from tenure.serve.load.loop import INTERRUPTED, Loop
 from tenure.serve.load.plan import CLOSED_CAPACITY, LoadPlan
 from tenure.serve.load.records import OwnUse, Record
 from tenure.serve.transports import open_transport
@@ -64,7 +64,7 @@ class LoadRun:
     reasons: dict[str, int]
     """Why requests failed, and how often."""
     stopped: str
-    """Why a closed loop ended early; empty where it did not."""
+    """Why the run ended before its time; empty where it did not. Ctrl-C ends one with what it saw."""
     zero_s: float
     """Monotonic time of the run's zero."""
     started_at_s: float
@@ -109,6 +109,8 @@ class Target:
             finally:
                 wire.close()
                 loop.close()
+            if loop.stopped.startswith(INTERRUPTED):
+                raise KeyboardInterrupt
             record = columns.record(loop.count)
             sent += len(record)
             good = record.service_s[record.outcome == 0]

@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from tenure.decide.rate_search import Probe, RateSearch, Step, next_step
 from tenure.decide.verdicts import LatencyGoal
 from tenure.serve.load.judge import probe_of
+from tenure.serve.load.loop import INTERRUPTED
 from tenure.serve.load.plan import LoadPlan
 from tenure.serve.load.report import RECORD_FOLDER, REPORT_FILE, LoadReport, new_folder, report
-from tenure.serve.load.runner import Target
+from tenure.serve.load.runner import LoadRun, Target, Warmth
 from tenure.serve.processes import write_json
 
 SEARCH_FILE = "search.json"
@@ -26,6 +28,18 @@ GUESS_CLIENTS = 4
 GUESS_S = 1.0
 _FIRST_SHARE = 0.5
 """Of what a closed loop gets through, the first rate tried."""
+
+
+class Runs(Protocol):
+    """What a search needs of a `Target`."""
+
+    def warm_up(self) -> Warmth:
+        """See Target."""
+        ...
+
+    def run(self, plan: LoadPlan, folder: Path | None = None) -> LoadRun:
+        """See Target."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +76,18 @@ def search(
     least_s: float = 5.0,
     folder: Path | None = None,
     told: Callable[[LoadReport], None] = lambda _: None,
+    target: Runs | None = None,
 ) -> SearchReport:
     """Search the highest rate at which a model meets a goal.
 
     plan: of one probe; its rate and length are the search's. max_s: no probe begins after so long. least_s: a probe lasts so
     long at least, for a queue needs time to show. folder: a new one, for every probe's report and record. told: each probe's
-    report as it comes.
+    report as it comes. target: what runs them; None: the plan's own server.
     Raises Unavailable, NotFound, SpecError, ModelFailed before the first probe.
     """
     new_folder(folder)
     began_s = time.monotonic()
-    target = Target(plan)
+    target = target or Target(plan)
     warmth = target.warm_up()
     rates = RateSearch(goal=goal, start_per_s=_first_rate(target, plan), least_s=least_s)
     probes: list[Probe] = []
@@ -91,6 +106,9 @@ def search(
         reports.append(found)
         probes.append(probe_of(found.verdict, probe.rate_per_s))
         told(found)
+        if run.stopped.startswith(INTERRUPTED):
+            step = replace(next_step(rates, probes), why=INTERRUPTED)
+            break
     done = SearchReport(
         goal=str(goal),
         met_per_s=step.met_per_s,
@@ -106,10 +124,12 @@ def search(
     return done
 
 
-def _first_rate(target: Target, plan: LoadPlan) -> float:
+def _first_rate(target: Runs, plan: LoadPlan) -> float:
     """Return a rate to begin with, from a second of a closed loop: no figure of the search."""
     closed = replace(plan, rate_per_s=0.0, clients=GUESS_CLIENTS, seconds=GUESS_S, warmup_s=0.0)
     run = target.run(closed)
+    if run.stopped.startswith(INTERRUPTED):
+        raise KeyboardInterrupt
     return max(1.0, round(_FIRST_SHARE * len(run.record) / max(run.ended_s, 1e-9), 1))
 
 
