@@ -83,6 +83,8 @@ class Lease:
     envelope: Envelope
     command: Command
     """What runs inside; a command with `on_event` waits for events and may run many times."""
+    full_cpus: float = 0.0
+    """CPUs that it had before they were cut for idleness, and gets back when it works again; 0 when they were not."""
     state: LeaseState = LeaseState.REQUESTED
     attempt: int = 0
     """How often something was started inside; the worker folder of a start is ``workers/<worker>/<attempt>``."""

@@ -47,6 +47,8 @@ class Policy:
     """After so long idle, its holder is told."""
     idle_reclaim_s: float | None = None
     """After so long idle, it is ended."""
+    idle_chance: float | None = None
+    """Earlier, when the chance that it is needed within 10 min is at most this, by the gaps of all leases of this home."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

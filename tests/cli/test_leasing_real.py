@@ -159,6 +159,20 @@ def test_a_workspace_past_its_guaranteed_time_saves_and_makes_room_for_whose_tur
         tenure("up", "--order", "fifo")
 
 
+def test_an_idle_workspace_is_reclaimed_and_one_that_computes_with_nobody_connected_is_not(tenure):
+    tenure("quota", "*", "--idle-reclaim", "3s")
+    try:
+        small = ("lease", "--cpus", "0.5", "--memory", "64MiB", "--json")
+        idle = json.loads(tenure(*small).stdout)
+        busy = json.loads(tenure(*small, "--", sys.executable, "-c", "while True: pass").stdout)
+        until(lambda: state_of(tenure, idle["id"])["state"] == "ended", within_s=90)
+        assert state_of(tenure, idle["id"])["end_reason"] == "reclaimed_idle"
+        assert state_of(tenure, busy["id"])["state"] == "active"
+        tenure("release", busy["id"])
+    finally:
+        tenure("quota", "*", "--unset")
+
+
 def test_a_workspace_that_does_not_fit_is_refused_and_leaves_no_open_run(tenure):
     assert "would not fit" in tenure("lease", "--memory", "1TiB", code=3).stderr
     assert not [run for run in json.loads(tenure("runs", "--json").stdout) if run["state"] == "running"]

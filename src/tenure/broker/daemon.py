@@ -19,6 +19,7 @@ from tenure.broker.expiry import Expiry
 from tenure.broker.fences import check_not_older
 from tenure.broker.giving_way import GivingWay
 from tenure.broker.handlers import Handlers
+from tenure.broker.idling import Idling
 from tenure.broker.invocations import Invocations
 from tenure.broker.metrics import Metrics
 from tenure.broker.metrics_door import MetricsDoor
@@ -154,6 +155,7 @@ class Broker:
             on_nodes=self._note,
             on_shutdown=self.leave,
         )
+        self.idling = Idling(self.book, self.attempts, self.policies, home=home, resize=self.handlers.resize)
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
 
@@ -199,6 +201,7 @@ class Broker:
             self.quotas.tick,
             self.workspaces.tick,
             self.expiry.tick,
+            self.idling.tick,
             self.retention.tick,
         ):
             try:

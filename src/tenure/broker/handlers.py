@@ -214,6 +214,10 @@ class Handlers:
         Raises Unavailable when the node did not answer: it then holds the larger of both until the node is heard of again, or
         until it is resized once more.
         """
+        return await self.resize(args, "")
+
+    async def resize(self, args: wire.Resize, who: str) -> Lease:
+        """Do as `op_resize` says. who: who wants it; by default the lease's tenant."""
         lease = self._book.lease(args.lease_id)
         old = lease.envelope
         new = replace(args.envelope, slot_s=old.slot_s, total_s=old.total_s)
@@ -234,9 +238,10 @@ class Handlers:
             memory_bytes=max(old.memory_bytes, new.memory_bytes),
             disk_bytes=max(old.disk_bytes, new.disk_bytes),
         )
-        who = f"tenant:{lease.tenant}"
+        who = who or f"tenant:{lease.tenant}"
         with self._book.transaction() as tx:
             begun = replace(lease, envelope=held) if half_done else changed(lease, LeaseState.RESIZING, envelope=held)
+            begun = replace(begun, full_cpus=0.0)  # whoever cuts it for idleness says so afterwards
             tx.put_lease(begun, who=who, why=new.describe())
         self._attempts.resizing.add(lease.id)
         try:

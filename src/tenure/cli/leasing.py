@@ -196,6 +196,17 @@ def quota(
         str,
         typer.Option("--guaranteed", metavar="TIME", help="Before a lease may be preempted within a slot [at first: never]."),
     ] = "",
+    idle_shrink: Annotated[
+        str, typer.Option("--idle-shrink", metavar="TIME", help="After so long idle (CPU and GPU) cut its CPU, for now.")
+    ] = "",
+    idle_warn: Annotated[str, typer.Option("--idle-warn", metavar="TIME", help="After so long idle tell its holder.")] = "",
+    idle_reclaim: Annotated[str, typer.Option("--idle-reclaim", metavar="TIME", help="After so long idle end it.")] = "",
+    idle_chance: Annotated[
+        str,
+        typer.Option(
+            "--idle-chance", metavar="SHARE", help="End it earlier, when it is needed within 10 min with at most this chance."
+        ),
+    ] = "",
     unset: Annotated[bool, typer.Option("--unset", help="Take its own policy away.")] = False,
     home: Home = None,
     json: Json = False,
@@ -216,6 +227,10 @@ def quota(
         ("max_total_s", total, parse_duration),
         ("max_ahead_s", ahead, parse_duration),
         ("guaranteed_s", guaranteed, parse_duration),
+        ("idle_shrink_s", idle_shrink, parse_duration),
+        ("idle_warn_s", idle_warn, parse_duration),
+        ("idle_reclaim_s", idle_reclaim, parse_duration),
+        ("idle_chance", idle_chance, float),
     )
     changes = {field: _bound(text, parse) for field, text, parse in given if text}
     if not tenant and (changes or unset):
