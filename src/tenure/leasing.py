@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from tenure import app
 from tenure.broker.client import BrokerClient, connect
+from tenure.broker.workspace_setup import URL_MAX_S, Setup, has_jupyter, jupyter_url, set_up
 from tenure.errors import JobFailed, NotFound, Refused, SpecError, Unavailable
 from tenure.jobfile import JobFile, format_job_file
 from tenure.jobs import Command, Job
@@ -31,8 +32,6 @@ Home = str | Path | None
 STAGE = "workspace"
 RENEWABLE_S = 7 * 86400.0
 """How long a workspace can be renewed for, all in all, unless its holder says otherwise."""
-IDLE_COMMAND = ("sleep", "infinity")
-"""What holds a workspace open when its holder names no command: `exec` brings the rest."""
 MAX_EXEC_S = 86400.0
 FOLLOW_EVERY_S = 0.3
 _CLOCK_TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
@@ -66,10 +65,14 @@ def lease(
     tenant: str = "default",
     grace_s: float = 10.0,
     wait_s: float = 3600.0,
+    setup: Setup | None = None,
+    told: Callable[[str], None] = lambda _: None,
 ) -> Lease:
     """Lease a workspace, which outlives the caller; return the lease once its command runs.
 
-    command: what runs inside; by default something that only holds the workspace open, for `exec`. for_s: its first slot.
+    command: what runs inside; by default JupyterLab when the environment has it (`workspace_url`), else something that only
+    holds the workspace open, for `exec`. for_s: its first slot. setup: its environment, image and runtime; told: how the
+    environment comes along. It starts in its tenant's home volume, which outlives it.
     at_s: UTC seconds from which on its room is kept; it then comes back reserved, at once. 0: now.
     renewable_s: how long it may be renewed for, all in all (at least for_s); default 7 days. grace_s: between SIGTERM, at the
     end of the lease, and SIGKILL. wait_s: how long it may queue.
@@ -86,8 +89,17 @@ def lease(
         slot_s=for_s,
         total_s=max(for_s, RENEWABLE_S if renewable_s is None else renewable_s),
     )
-    made = Command(argv=tuple(command) or IDLE_COMMAND, grace_s=grace_s)
-    with _staying_broker(app.find_home(home)) as client:
+    found_home = app.find_home(home)
+    with _staying_broker(found_home) as client:
+        made = set_up(
+            setup or Setup(),
+            command,
+            home=found_home,
+            tenant=tenant,
+            live=client.leases(live=True),
+            grace_s=grace_s,
+            told=told,
+        )
         run = _submit(client, name, tenant, made, envelope)
         asked = RequestGang(
             gang_id=run.id,
@@ -108,6 +120,30 @@ def lease(
         except KeyboardInterrupt:
             client.release((got.id,), reason=EndReason.CANCELLED, why="the command that asked for it was interrupted")
             raise
+
+
+def workspace_url(held: Lease, *, home: Home = None, wait_s: float = URL_MAX_S) -> str:
+    """Return where a workspace's JupyterLab answers, its token included, once it does; empty for a workspace without one.
+
+    Raises JobFailed with the end of its output when the lease ended first, Unavailable when it does not answer within `wait_s`.
+    """
+    found_home = app.find_home(home)
+    if not has_jupyter(held) or held.state is LeaseState.RESERVED:
+        return ""
+    end_s = time.monotonic() + wait_s
+    with app.broker(found_home) as client:
+        while True:
+            if url := jupyter_url(found_home, held):
+                return url
+            (view,) = client.wait_leases((held.id,), until="ended", timeout_s=0.2)
+            held = view.lease
+            if held.state is LeaseState.ENDED:
+                raise JobFailed(f"JupyterLab of lease {held.id} ended: {held.end_detail}", reason=str(held.end_reason))
+            if time.monotonic() > end_s:
+                raise Unavailable(
+                    f"JupyterLab of lease {held.id} does not answer within {wait_s:g} s; the lease goes on. "
+                    f'"tenure logs {held.id}" has what it says, and its URL once it answers.'
+                )
 
 
 def policies(*, home: Home = None) -> dict[str, Policy]:
@@ -283,7 +319,15 @@ def _staying_broker(home: Path) -> BrokerClient:
 
 def _submit(client: BrokerClient, name: str, tenant: str, command: Command, envelope: Envelope) -> Run:
     """Record the run that the lease belongs to; the broker ends it with the lease."""
-    job = Job(kind="workspace", name=STAGE, command=command.argv, envelope=envelope)
+    job = Job(
+        kind="workspace",
+        name=STAGE,
+        command=command.argv,
+        envelope=envelope,
+        runtime=command.runtime,
+        image=command.image,
+        ports=command.ports,
+    )
     run = Run(
         id=app.new_id("w"),
         name=name,

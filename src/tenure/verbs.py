@@ -21,6 +21,7 @@ from tenure.leasing import renew as renew
 from tenure.leasing import resize as resize
 from tenure.leasing import set_policy as set_policy
 from tenure.leasing import top as top
+from tenure.leasing import workspace_url as workspace_url
 from tenure.meter.doctor import Finding, diagnose
 from tenure.nodes import Node, NodeState
 from tenure.protocols import SystemClock

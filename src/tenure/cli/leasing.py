@@ -34,7 +34,8 @@ def lease(
     command: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- COMMAND...]", help="What to run inside [default: only hold the workspace open, for `tenure exec`]."
+            metavar="[-- COMMAND...]",
+            help="What to run inside [default: JupyterLab when the environment has it, else nothing: `tenure exec` brings it].",
         ),
     ] = None,
     cpus: Annotated[float, typer.Option("--cpus", metavar="N", help="Cores; may be a fraction.")] = 1.0,
@@ -52,6 +53,20 @@ def lease(
     renewable: Annotated[
         str, typer.Option("--renewable", metavar="TIME", help="How long it can be renewed for, all in all [default: 7d].")
     ] = "",
+    env: Annotated[
+        Path | None,
+        typer.Option(
+            "--env",
+            metavar="FILE",
+            help="A requirements file: its packages are installed once, and found again by the next lease with the same lines.",
+        ),
+    ] = None,
+    image: Annotated[
+        str, typer.Option("--image", metavar="NAME", help="An image that the node's engine has, to run in a container of.")
+    ] = "",
+    runtime: Annotated[
+        str, typer.Option("--runtime", metavar="NAME", help="process, or container [default: process, container with --image].")
+    ] = "",
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="What to call the workspace.")] = "workspace",
     tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Who holds it.")] = "default",
     grace: Annotated[
@@ -63,10 +78,12 @@ def lease(
 ) -> None:
     """Lease a workspace: so many cores, so much memory, for so long; it outlives this command, and says how to get in.
 
-    It needs `tenure up`. Ctrl-C while it queues gives it up. With --at it is a reservation: its room is kept, and nothing
-    that is granted or renewed until then runs into it.
+    It begins in its tenant's home volume, a folder that outlives every lease. With jupyterlab in the requirements it is
+    JupyterLab, and its URL is printed with the token. It needs `tenure up`. Ctrl-C while it queues gives it up. With --at it
+    is a reservation: its room is kept, and nothing that is granted or renewed until then runs into it.
     """
     from tenure import verbs
+    from tenure.cli import workspaces
     from tenure.leasing import parse_moment
     from tenure.resources import parse_bytes, parse_duration
 
@@ -85,8 +102,11 @@ def lease(
         tenant=tenant,
         grace_s=parse_duration(grace),
         wait_s=parse_duration(wait),
+        setup=workspaces.setup(env, image, runtime),
+        told=workspaces.told,
     )
-    output.say(output.as_json(held) if json else workspace_text(held), sys.stdout)
+    url = verbs.workspace_url(held, home=home)
+    output.say(workspaces.as_json(held, url) if json else workspace_text(held, url), sys.stdout)
 
 
 def renew(
@@ -270,8 +290,8 @@ def policies_table(known: Mapping[str, Policy]) -> str:
     return output.table(("TENANT", "BOUND", "VALUE"), rows, empty="no policies: nobody is bound")
 
 
-def workspace_text(held: Lease) -> str:
-    """Return what a holder needs to know of a new lease: what it is, until when, how to get in."""
+def workspace_text(held: Lease, url: str = "") -> str:
+    """Return what a holder needs to know of a new lease: what it is, until when, how to get in. url: of its JupyterLab."""
     from tenure.leases import LeaseState
 
     lease_id = output.clean(held.id)
@@ -284,7 +304,9 @@ def workspace_text(held: Lease) -> str:
         [
             *lines,
             f"until    {output.when(held.ends_at_s)} UTC; renewable until {output.when(held.total_ends_at_s)} UTC",
+            *([f"open     {output.clean(url)}"] if url else []),
             f"get in   tenure exec {lease_id} -- COMMAND",
+            f"home     {output.clean(held.command.workdir)}; it stays when the lease ends",
             f"output   tenure logs {lease_id} -f",
             f"longer   tenure renew {lease_id} --for 2h",
             f"give up  tenure release {lease_id}",
