@@ -50,6 +50,16 @@ class EndReason(StrEnum):
     NODE_LOST = "node_lost"
 
 
+class RightSize(StrEnum):
+    """What is to come of a lease's use, when it speaks for another envelope."""
+
+    OFF = "off"
+    PROPOSE = "propose"
+    """An event and a metric say so."""
+    APPLY = "apply"
+    """It is resized."""
+
+
 _S = LeaseState
 LEGAL_CHANGES: Mapping[LeaseState, frozenset[LeaseState]] = {
     _S.REQUESTED: frozenset({_S.RESERVED, _S.QUEUED, _S.GRANTING, _S.ENDED}),
@@ -85,6 +95,8 @@ class Lease:
     """What runs inside; a command with `on_event` waits for events and may run many times."""
     full_cpus: float = 0.0
     """CPUs that it had before they were cut for idleness, and gets back when it works again; 0 when they were not."""
+    right_size: RightSize = RightSize.OFF
+    """As its holder wants it."""
     state: LeaseState = LeaseState.REQUESTED
     attempt: int = 0
     """How often something was started inside; the worker folder of a start is ``workers/<worker>/<attempt>``."""

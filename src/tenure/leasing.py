@@ -20,7 +20,7 @@ from tenure.broker.workspace_setup import URL_MAX_S, Setup, has_jupyter, jupyter
 from tenure.errors import JobFailed, NotFound, Refused, SpecError, Unavailable
 from tenure.jobfile import JobFile, format_job_file
 from tenure.jobs import Command, Job
-from tenure.leases import EndReason, Lease, LeaseState
+from tenure.leases import EndReason, Lease, LeaseState, RightSize
 from tenure.protocols import SystemClock
 from tenure.resources import Envelope, format_duration
 from tenure.runs import Run, RunFiles, RunState, Stage
@@ -67,6 +67,7 @@ def lease(
     wait_s: float = 3600.0,
     setup: Setup | None = None,
     told: Callable[[str], None] = lambda _: None,
+    right_size: str = RightSize.PROPOSE,
 ) -> Lease:
     """Lease a workspace, which outlives the caller; return the lease once its command runs.
 
@@ -76,10 +77,14 @@ def lease(
     at_s: UTC seconds from which on its room is kept; it then comes back reserved, at once. 0: now.
     renewable_s: how long it may be renewed for, all in all (at least for_s); default 7 days. grace_s: between SIGTERM, at the
     end of the lease, and SIGKILL. wait_s: how long it may queue.
+    right_size: what comes of its use when another envelope would fit better: ``off``, ``propose`` (an event), ``apply``.
     Raises Refused when no broker is there to stay (`tenure up`), when there is no room in time; NoPlacement; JobFailed when
     its command ended at once; SpecError.
     """
     check_name("workspace", name)
+    if right_size not in tuple(RightSize):
+        raise SpecError(f"right_size must be one of {', '.join(RightSize)}; found {right_size!r}")
+    chosen = RightSize(right_size)
     envelope = Envelope(
         cpus=cpus,
         memory_bytes=memory_bytes,
@@ -109,6 +114,7 @@ def lease(
             members=(GangMember(worker=0, envelope=envelope, command=made),),
             queue_s=wait_s,
             starts_at_s=at_s,
+            right_size=chosen,
         )
         try:
             (got,) = client.request_gang(asked)

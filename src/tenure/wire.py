@@ -24,7 +24,7 @@ from tenure import errors
 from tenure.errors import CorruptData, TenureError
 from tenure.events import Event
 from tenure.jobs import Command
-from tenure.leases import EndReason, Lease
+from tenure.leases import EndReason, Lease, RightSize
 from tenure.nodes import AddNode as AddNode
 from tenure.nodes import Node
 from tenure.nodes import RemoveNode as RemoveNode
@@ -169,6 +169,7 @@ class RequestGang:
     """From `starts_at_s` on, where that is set."""
     starts_at_s: float = 0.0
     """UTC; 0 for now."""
+    right_size: RightSize = RightSize.OFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from tenure.broker.policies import Policies
 from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
+from tenure.broker.right_sizing import RightSizing
 from tenure.broker.steady import SteadyClock
 from tenure.broker.workspaces import Workspaces
 from tenure.decide.queueing import FIFO
@@ -134,7 +135,13 @@ class Broker:
         self.expiry = Expiry(self.book, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
-        self.metrics = Metrics(self.book, self.nodes, fence=self.fence, clients=lambda: self.clients())
+        self.metrics = Metrics(
+            self.book,
+            self.nodes,
+            fence=self.fence,
+            clients=lambda: self.clients(),
+            proposed=lambda: self.right_sizing.proposed(),
+        )
         self.metrics_door = MetricsDoor(self.metrics.text)
         self.handlers = Handlers(
             self.book,
@@ -156,6 +163,7 @@ class Broker:
             on_shutdown=self.leave,
         )
         self.idling = Idling(self.book, self.attempts, self.policies, home=home, resize=self.handlers.resize)
+        self.right_sizing = RightSizing(self.book, resize=self.handlers.resize)
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
 
@@ -202,6 +210,7 @@ class Broker:
             self.workspaces.tick,
             self.expiry.tick,
             self.idling.tick,
+            self.right_sizing.tick,
             self.retention.tick,
         ):
             try:

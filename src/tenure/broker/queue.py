@@ -69,6 +69,7 @@ class Queue:
                     tenant=asked.tenant,
                     envelope=member.envelope,
                     command=member.command,
+                    right_size=asked.right_size,
                     requested_at_s=now_s,
                 )
                 who = f"tenant:{asked.tenant}"

@@ -72,6 +72,14 @@ def lease(
     grace: Annotated[
         str, typer.Option("--grace", metavar="TIME", help="To save and leave in: between SIGTERM at its end and SIGKILL.")
     ] = "10s",
+    right_size: Annotated[
+        str,
+        typer.Option(
+            "--right-size",
+            metavar="WHAT",
+            help="When what it uses speaks for more or less: propose it (an event), apply it, or leave it off.",
+        ),
+    ] = "propose",
     wait: Annotated[str, typer.Option("--wait", metavar="TIME", help="How long it may queue for room.")] = "1h",
     home: Home = None,
     json: Json = False,
@@ -104,6 +112,7 @@ def lease(
         wait_s=parse_duration(wait),
         setup=workspaces.setup(env, image, runtime),
         told=workspaces.told,
+        right_size=right_size,
     )
     url = verbs.workspace_url(held, home=home)
     output.say(workspaces.as_json(held, url) if json else workspace_text(held, url), sys.stdout)
