@@ -55,7 +55,7 @@ class RightSizing:
         wanted = {
             lease.id: lease
             for lease in self._book.live.values()
-            if lease.right_size is not RightSize.OFF and lease.state is LeaseState.ACTIVE
+            if lease.right_size is not RightSize.OFF and lease.state is LeaseState.ACTIVE and not lease.full_cpus
         }
         for lease_id in self._watched.keys() - self._book.live.keys():
             del self._watched[lease_id]
