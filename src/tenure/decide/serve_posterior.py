@@ -59,6 +59,8 @@ ODD = 0.5
 """How likely it is, before anything is measured, that one of the settings measured is such a one."""
 _PRIOR_REPEATS = 6
 """How many repeats the standard deviations of a repeat count for."""
+_SHARED = 4
+"""Draws that share parameters: the laws are what takes time."""
 _STEP, _ITERATIONS = 1e-3, 12
 
 
@@ -204,8 +206,8 @@ def _plausible(known: Levels, fitted: _Fitted, unexplained: Floats, seen: _Seen,
         precision = slope.T @ np.linalg.solve(noise, slope) + np.diag(expected.sd**-2.0)
         spread = np.linalg.inv(precision)
         centre = expected.mean + spread @ (slope.T @ np.linalg.solve(noise, missed))
-        theta = centre + rng.standard_normal((way.draws, centre.size)) @ np.linalg.cholesky(spread).T
-        logs = serve_laws.predict(known, expected.names, theta, cores=cores)
+        theta = centre + rng.standard_normal((-(-way.draws // _SHARED), centre.size)) @ np.linalg.cholesky(spread).T
+        logs = np.repeat(serve_laws.predict(known, expected.names, theta, cores=cores), _SHARED, axis=0)[: way.draws]
         for q, name in enumerate(QUANTITIES):
             logs[:, q] += way.scale * rng.standard_normal((way.draws, size)) @ roots[q].T
             if way.odd >= 0:

@@ -26,6 +26,8 @@ WITHIN = 0.03
 CONFIDENCE = 0.95
 TOLERANCE = 0.05
 """Share by which p99 may lie above its bound: trials of a few seconds tell it no closer."""
+SMALL, OPTIMISM = 0.01, 0.975
+"""A gain below which it is less trusted than the laws deserve: the setting never measured that may be best at most is next."""
 _BINS = 8
 
 
@@ -100,6 +102,9 @@ def advise(
     shown = _values(as_shown(metrics, seed + 1), aim, below=True)
     gains = _gains(values, shown, measured)
     target = int(np.argmax(gains))
+    fresh = [n for n in range(len(settings)) if n not in measured]
+    if choice is not None and gains[target] < SMALL and fresh:
+        target = max(fresh, key=lambda n: float(np.quantile(values[:, n], OPTIMISM)))
     return Advice(
         next=settings[target],
         choice=None if choice is None else settings[choice],
