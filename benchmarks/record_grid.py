@@ -1,10 +1,10 @@
-"""Records the grid of `serve_search` in about eight minutes: `python -m benchmarks.record_grid [--data DIR] [--out FILE]`.
+"""Records the grid of `serve_search` in about seven minutes: `python -m benchmarks.record_grid [--data DIR] [--out FILE]`.
 
 Model: `vision/models/mobilenet_v2_1.0_224_qdq.onnx`, real weights, with its first dimension opened (the graph allows it; the
 answers are those of the original, which is checked). Images: random, 602,112 bytes each. Settings: in process, three of
 (instances, threads per instance), and six servers (the same three, without delay and with 3 ms), all up at once, over http,
 grpc and shm; sync, and async with eight requests in flight; batch 1, 4, 16. A client process per transport measures one
-setting at a time: three requests to warm up, then for at least 0.8 s and ten requests (sixteen when async), until all that
+setting at a time: three requests to warm up, then for at least 0.6 s and eight requests (sixteen when async), until all that
 were begun are answered. Three passes over all settings, each in a random order of its own; then the top five of each aim by
 the mean of the passes, in six more rounds, each in a random order. Beside each measurement stands `others_cpus`: the cores
 that everybody else on the machine kept busy meanwhile (steal counts as that). One with more than a quarter of a core is made
@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data")
     parser.add_argument("--out", type=Path, default=GRID)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-s", type=float, default=480.0, help="after which nothing is measured again")
+    parser.add_argument("--max-s", type=float, default=360.0, help="after which nothing is measured again")
     chosen = parser.parse_args(argv)
     source = Options(data=data_folder(chosen.data)).need_data("vision", "models", "mobilenet_v2_1.0_224_qdq.onnx")
     with tempfile.TemporaryDirectory() as folder:

@@ -21,8 +21,8 @@ from benchmarks.peers.programs.procs import cpu_s, pss_bytes, tree
 from tenure.errors import TenureError
 from tenure.serve.client import Model
 
-LEAST_S, MOST_S = 0.8, 6.0
-LEAST_REQUESTS = {"sync": 10, "async": 16}
+LEAST_S, MOST_S = 0.6, 6.0
+LEAST_REQUESTS = {"sync": 8, "async": 16}
 WARM_UP = 3
 
 
