@@ -550,11 +550,11 @@ def test_grpc_a_server_that_leaves_gets_later_requests_on_a_new_connection():
         connections.append(peer)
         stream_id, _ = peer.request()
         peer.send(frame(h2.GOAWAY, 0, 0, stream_id.to_bytes(4, "big") + bytes(4)))
-        time.sleep(0.1)
+        time.sleep(0.4)  # the next request is due meanwhile, long after the word has come
         peer.send(peer.answer(stream_id))
 
     with RawServer(talk) as server:
-        loop, record = run(*grpc_to(server.port), due_s=[0.0, 0.05, 0.15])
+        loop, record = run(*grpc_to(server.port), due_s=[0.0, 0.3, 0.9])
         assert loop.reasons == {}
         assert outcomes(record) == ["OK"] * 3
         assert len(connections) == 3
