@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tenure.errors import Conflict, JobFailed, NotFound, SpecError
+from tenure.errors import Conflict, JobFailed, NotFound, Refused, SpecError
 from tenure.experiments.architectures import (
     DRAIN_S,
     INTERACTIONS,
@@ -349,7 +349,8 @@ def _held(context: RunContext, server: Launched, envelope: Envelope, doing: str)
         due = context.clock.boot_s() >= renew_s  # counted since boot: UTC may be set meanwhile, here or on the broker's side
         if lease.state is LeaseState.ACTIVE and due and lease.ends_at_s < lease.total_ends_at_s:
             renew_s = context.clock.boot_s() + envelope.slot_s / 4
-            with contextlib.suppress(Conflict, NotFound):  # it ends just now, and is waited for
+            # It ends just now, and is waited for; or it is others' turn, and it serves to the end of its slot.
+            with contextlib.suppress(Conflict, NotFound, Refused):
                 context.client.renew(server.lease_id, envelope.slot_s)
         ended = server.wait(min(1.0, envelope.slot_s / 8))
     return ended
