@@ -11,7 +11,7 @@ from tenure.ledger import queries
 from tenure.runs import FINAL_RUN_STATES, Run, RunState, Stage
 
 MAX_RUNS = 10_000
-"""Newest runs looked through at a broker's start for workspaces whose lease ended while no broker was there to see."""
+"""Newest runs under way looked through at a broker's start for workspaces whose lease ended while no broker was there."""
 _STATES = {
     EndReason.COMPLETED: RunState.DONE,
     EndReason.RELEASED: RunState.DONE,
@@ -43,8 +43,8 @@ class Workspaces:
 
     def _left_open(self) -> set[str]:
         with self._book.ledger.reading() as connection:
-            runs = queries.list_runs(connection, max_runs=MAX_RUNS)
-        return {run.id for run in runs if run.state not in FINAL_RUN_STATES and _workspace_of(run) is not None}
+            runs = queries.list_runs(connection, state=RunState.RUNNING, max_runs=MAX_RUNS)
+        return {run.id for run in runs if _workspace_of(run) is not None}
 
     def _close(self, run_id: str) -> None:
         with self._book.transaction() as tx:

@@ -171,11 +171,13 @@ def set_run_state(connection: Connection, run_id: str, state: RunState) -> None:
     put_run(connection, replace(get_run(connection, run_id), state=state))
 
 
-def list_runs(connection: Connection, *, run_id: str = "", max_runs: int = 100) -> tuple[Run, ...]:
-    """Return runs with their stages, newest first."""
+def list_runs(connection: Connection, *, run_id: str = "", state: str = "", max_runs: int = 100) -> tuple[Run, ...]:
+    """Return runs with their stages, newest first; empty fields select all."""
     query = select(t.runs.c.body).order_by(t.runs.c.created_at_s.desc(), t.runs.c.id).limit(max_runs)
     if run_id:
         query = query.where(t.runs.c.id == run_id)
+    if state:
+        query = query.where(t.runs.c.state == state)
     return tuple(_with_stages(connection, run) for run in _nouns(connection.execute(query), Run))
 
 
