@@ -291,16 +291,15 @@ def up(
         ),
     ] = "",
     metrics: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--metrics",
             metavar="PORT",
             min=1,
             max=65535,
-            show_default=False,
             help="Have Prometheus read metrics at http://127.0.0.1:PORT/metrics from now on. At first: nowhere.",
         ),
-    ] = 0,
+    ] = None,
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -319,7 +318,7 @@ def up(
         memory=parse_bytes(memory) if memory else None,
         ledger=_url(ledger),
         order=order,
-        metrics_port=metrics,
+        metrics_port=metrics or 0,
     )
     _show((started,), output.nodes_table, json)
 
