@@ -8,8 +8,9 @@ takes it in and rolls it up; a client reads all of it from the metrics endpoint 
 Measured: CPU time (user + system, all threads, /proc/<pid>/schedstat of every task) of broker and agent together over a span
 with the 50 leases and the reader, minus the same span of the same home with no lease and no reader (their idle loop), as a
 share of one core. 3 spans of 15 s each way (--quick: 1 of 8 s); the value is the median with leases minus the median without.
-The engine's own processes (dockerd, containerd) are in the details, counted in the same spans. The shims are not watching:
-they hold bounds and deadlines whether or not anybody looks; they are in the details, too.
+The engine's own processes (dockerd, containerd) are in the details, counted in the same spans; so are the shims. A shim looks
+at its lease's memory ten times a second to hold bounds and to know the peak, and writes down once a second what the lease uses,
+whether or not anybody looks; the agent reads that. What a shim takes for it is not in the value: the details have it.
 Bar: less than 0.01 of one core.
 Checked in every span with leases before a figure counts: all 50 leases are active at both ends; each was read at least once
 per 1.5 s (the times of its readings as the endpoint shows them); one more lease that burns a fifth of a core is seen to use

@@ -252,6 +252,12 @@ class Agent:
         for view in await self._do(self._views, lease_id):
             await self._server.notify_all("attempt", view)
 
+    async def _tell_usage(self) -> None:
+        """Tell what all that runs uses. How one ended is told by `_tell`, as soon as its shim has left."""
+        for handle, usage in await self._do(self._runtime.samples, tuple(self._watched.values())):
+            if handle in self._watched.values():
+                await self._server.notify_all("attempt", wire.AttemptView(handle=handle, usage=usage))
+
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -276,8 +282,7 @@ class Agent:
                 if self._clock.boot_s() >= self._term_ends_s:
                     await self._end_term()
                 elif self._server.connections:
-                    for handle in list(self._watched.values()):
-                        await self._tell(handle.lease_id)
+                    await self._tell_usage()
 
     async def _end_term(self) -> None:
         await self._stop_attempts(f"the node's term of {self._term_s:g} s ended without word from the broker")

@@ -5,10 +5,11 @@ Not for: what a runtime does (`process`, `container`), which of them a job wants
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tenure.errors import Unsupported
+from tenure.errors import TenureError, Unsupported
 from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope
 from tenure.runtimes.confine import Confine
@@ -75,6 +76,15 @@ class Runtimes:
     def usage(self, handle: RuntimeHandle) -> Usage:
         """Return the attempt's consumption so far."""
         return self._of(handle.lease_id).usage(handle)
+
+    def samples(self, handles: Sequence[RuntimeHandle]) -> list[tuple[RuntimeHandle, Usage]]:
+        """Return what attempts that run use, as their shims last wrote it down; those that cannot be read are left out."""
+        found = []
+        for handle in handles:
+            with contextlib.suppress(TenureError, TypeError, OSError):
+                runtime = self._of(handle.lease_id)
+                found.append((handle, runtime.sample(handle) or runtime.usage(handle)))
+        return found
 
     def renew(self, handle: RuntimeHandle, *, deadline_boot_s: float, fence: int) -> None:
         """Move the deadline."""
