@@ -43,6 +43,19 @@ def test_a_workspace_starts_in_its_tenants_volume_which_outlives_it(tmp_path):
     assert volume.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's files go over to somebody else")
+def test_what_root_wrote_in_the_volume_can_be_written_in_a_container_too_and_links_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("")
+    volume = home_volume(tmp_path, "alice")
+    (volume / "deep").mkdir()
+    (volume / "deep/file").write_text("x")
+    (volume / "link").symlink_to(outside)
+    home_volume(tmp_path, "alice", contained=True)
+    assert {path.lstat().st_uid for path in (volume, *volume.rglob("*"))} == {65532}
+    assert outside.stat().st_uid == 0
+
+
 def test_a_tenant_cannot_name_a_folder_elsewhere(tmp_path):
     with pytest.raises(SpecError, match="tenant"):
         home_volume(tmp_path, "../alice")

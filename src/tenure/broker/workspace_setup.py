@@ -67,13 +67,26 @@ def environments_root(home: Path) -> Path:
     return home / "environments"
 
 
-def home_volume(home: Path, tenant: str) -> Path:
-    """Return a tenant's home volume, made when missing, writable in its containers too. Raises SpecError."""
+def home_volume(home: Path, tenant: str, *, contained: bool = False) -> Path:
+    """Return a tenant's home volume, made when missing. Raises SpecError.
+
+    contained: it must be writable in a container, where nobody is root: what root wrote there goes over to who runs inside.
+    """
     place = home / "homes" / check_name("tenant", tenant)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if os.geteuid() == 0 and place.stat().st_uid != USER_ID:  # who a command in a container is
-        os.chown(place, USER_ID, USER_ID)
+    if contained and os.geteuid() == 0:
+        # By descriptors and without following links: a workspace of the tenant may be writing there at the same time.
+        for _, folders, files, here in os.fwalk(place):
+            _hand_over(".", here)
+            for name in (*folders, *files):
+                _hand_over(name, here)
     return place
+
+
+def _hand_over(name: str, folder: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid == 0:
+            os.chown(name, USER_ID, USER_ID, dir_fd=folder, follow_symlinks=False)
 
 
 def set_up(
@@ -91,7 +104,8 @@ def set_up(
     argv: what the holder wants run; empty: JupyterLab when the environment has it, else nothing but waiting. live: all live
     leases, whose environments stay. Raises what `ensure_environment` raises, SpecError.
     """
-    volume = home_volume(home, tenant)
+    contained = setup.runs_in == "container"
+    volume = home_volume(home, tenant, contained=contained)
     env = {"HOME": str(volume)}
     mounts: dict[str, str] = {}
     made: Environment | None = None
@@ -100,7 +114,6 @@ def set_up(
         made = ensure_environment(root, setup.requirements, told=told)
         sweep(root, in_use={Path(lease.command.env.get("VIRTUAL_ENV", "")).name for lease in live}, now_s=time.time())
         told(_summary(made))
-        contained = setup.runs_in == "container"
         path = _SYSTEM_PATH if contained else os.environ.get("PATH", os.defpath)
         # An empty PYTHONPATH is none: what Tenure itself was started with is not the workspace's.
         env |= {"VIRTUAL_ENV": str(made.path), "PATH": f"{made.path}/bin:{path}", "PYTHONPATH": ""}
@@ -110,7 +123,7 @@ def set_up(
     words = tuple(argv)
     if not words and made is not None and "jupyterlab" in made.packages:
         ports = {PORT: _free_port()}
-        ip = "0.0.0.0" if setup.runs_in == "container" else "127.0.0.1"  # published on this machine's loopback alone
+        ip = "0.0.0.0" if contained else "127.0.0.1"  # published on this machine's loopback alone
         env |= {"TENURE_JUPYTER_IP": ip, "TENURE_JUPYTER_PORT": str(ports[PORT])}
         words = ("sh", "-c", _JUPYTER, "jupyter", str(made.python), "-m", "jupyterlab")
     return Command(
