@@ -47,6 +47,10 @@ class SystemClock:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+MACHINE_RESTARTED = "its machine was started again"
+"""How the witness of an attempt begins that a reboot ended: `stopped`, though nobody ordered it."""
+
+
 class ExitKind(StrEnum):
     """How a job's process ended, as its runtime saw it."""
 

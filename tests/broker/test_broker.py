@@ -11,7 +11,7 @@ from tenure import wire
 from tenure.errors import Conflict, IllegalChange, NoPlacement, Refused, SpecError, Unavailable
 from tenure.jobs import Command
 from tenure.leases import EndReason, LeaseState
-from tenure.protocols import Exit, ExitKind
+from tenure.protocols import MACHINE_RESTARTED, Exit, ExitKind
 from tenure.resources import Envelope
 from tenure.usage import Usage
 
@@ -55,6 +55,7 @@ def test_a_command_runs_and_its_lease_completes(play) -> None:
         (Exit(kind=ExitKind.SIGNALLED, signal=9), EndReason.FAILED, "signal 9"),
         (Exit(kind=ExitKind.OUT_OF_TIME), EndReason.EXPIRED, "nobody had renewed"),
         (Exit(kind=ExitKind.STOPPED), EndReason.NODE_LOST, "had not heard of the broker"),
+        (Exit(kind=ExitKind.STOPPED, witness=MACHINE_RESTARTED), EndReason.NODE_LOST, f"stopped; {MACHINE_RESTARTED}"),
     ],
 )
 def test_a_lease_ends_with_the_reason_its_attempt_gives(play, end: Exit, reason: EndReason, detail: str) -> None:

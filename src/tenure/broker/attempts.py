@@ -24,7 +24,7 @@ from tenure.leases import EndReason, Lease, LeaseState, changed
 from tenure.ledger import queries
 from tenure.ledger.queries import Invocation
 from tenure.ledger.store import Transaction
-from tenure.protocols import Exit, ExitKind, StartSpec
+from tenure.protocols import MACHINE_RESTARTED, Exit, ExitKind, StartSpec
 from tenure.resources import show_bytes
 from tenure.runs import RunFiles
 
@@ -339,6 +339,8 @@ class Attempts:
             return EndReason.PREEMPTED, lease.end_detail
         if end.kind is ExitKind.OUT_OF_TIME and lease.ends_at_s < lease.total_ends_at_s - 1e-3:
             return EndReason.EXPIRED, f"{why}; the slot was over and nobody had renewed it"
+        if end.kind is ExitKind.STOPPED and end.witness.startswith(MACHINE_RESTARTED):
+            return EndReason.NODE_LOST, why
         if end.kind is ExitKind.STOPPED:
             return EndReason.NODE_LOST, f"stopped by its node, which had not heard of the broker; {why}"
         if end.kind is ExitKind.COMPLETED:

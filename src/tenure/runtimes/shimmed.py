@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from tenure import wire
 from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError, Unavailable
-from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, StartSpec, SystemClock
+from tenure.protocols import MACHINE_RESTARTED, Clock, Exit, ExitKind, RuntimeHandle, StartSpec, SystemClock
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import pidfds, procfs
 from tenure.runtimes.environment import lease_file
@@ -133,7 +133,7 @@ class ShimmedRuntime(ABC):
             report = self._fork(files, plan)
             if "error" in report:
                 error = self._start_error(spec, report)
-                self._record_failure(files, f"never started: {error}", None, None)
+                self._record(files, ExitKind.FAILED, f"never started: {error}", None, None)
                 raise error
             return _handle(spec.lease_id, plan["spec"], report)
 
@@ -329,21 +329,27 @@ class ShimmedRuntime(ABC):
             shutil.rmtree(files.root, ignore_errors=True)
             return
         sample = read_json(files.usage)
+        usage = wire.from_builtins(sample, Usage) if sample else None
+        if last["boot_id"] != self._boot_id:
+            self._record(files, ExitKind.STOPPED, f"{MACHINE_RESTARTED}: nothing of it runs", shim, usage)
+            return
         witness = "shim lost: it died without a record" if shim else "shim lost: it never reported a start"
         if left:
             witness += f"; {left} processes would not die"
-        self._record_failure(files, witness, shim, wire.from_builtins(sample, Usage) if sample else None)
+        self._record(files, ExitKind.FAILED, witness, shim, usage)
 
     def _withdraw(self, files: LeaseFiles, why: str) -> None:
         """Have a shim that comes up after all not start anything: nobody knows of it."""
         control = read_json(files.control) or {}
         write_json(files.control, dict(control, stop={"kind": "stopped", "grace_s": 0.0, "why": why}))
 
-    def _record_failure(self, files: LeaseFiles, witness: str, shim: Mapping[str, Any] | None, usage: Usage | None) -> None:
+    def _record(
+        self, files: LeaseFiles, kind: ExitKind, witness: str, shim: Mapping[str, Any] | None, usage: Usage | None
+    ) -> None:
         now = self._clock.utc_s()
         ended = Exit(
-            kind=ExitKind.FAILED,
-            code=1,
+            kind=kind,
+            code=int(kind is ExitKind.FAILED),
             witness=witness,
             started_at_s=float((shim or {}).get("started_at_s", now)),
             ended_at_s=now,
