@@ -89,6 +89,14 @@ def test_train_and_serve_are_run_restricted_to_that_stage(verbs):
     assert seen == ["train", "serve"]
 
 
+def test_up_without_an_option_leaves_everything_as_it_was(verbs):
+    asked = []
+    verbs.up = lambda **options: asked.append(options) or raising(errors.Refused("enough"))()
+    assert cli.run(["up"]) == 3
+    assert cli.run(["up", "--metrics", "9100"]) == 3
+    assert [options["metrics_port"] for options in asked] == [0, 9100]
+
+
 def test_a_run_is_gone_on_with_without_its_job_file(verbs):
     seen = []
     verbs.run = lambda file, **options: seen.append((file, options["resume"], options["workers"])) or an_outcome()
