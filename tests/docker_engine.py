@@ -168,11 +168,37 @@ def _mentioning(word: str, programs: tuple[bytes, ...]) -> list[int]:
     return found
 
 
+def _engines() -> bool:
+    """Return whether an engine runs on this machine, ours or another."""
+    return bool(_mentioning("", (b"dockerd",)))
+
+
+def _iptables(program: str, *words: str) -> str:
+    found = _find(program) or program
+    return subprocess.run([found, "-w", "5", *words], capture_output=True, text=True, check=False).stdout
+
+
+def _has_chains() -> bool:
+    return "DOCKER" in _iptables("iptables", "-S")
+
+
+def _remove_rules() -> None:
+    """Take out of the packet filter what an engine and its tenants' networks put there, and nothing else."""
+    for program, table in (("iptables", "filter"), ("iptables", "nat"), ("ip6tables", "filter")):
+        lines = _iptables(program, "-t", table, "-S").splitlines()
+        for line in lines:
+            if line.startswith("-A") and ("DOCKER" in line or " tn-" in line):
+                _iptables(program, "-t", table, "-D", *line.split()[1:])
+        for chain in (line.split()[1] for line in lines if line.startswith("-N DOCKER")):
+            _iptables(program, "-t", table, "-F", chain)
+            _iptables(program, "-t", table, "-X", chain)
+
+
 @contextlib.contextmanager
 def running(*, live_restore: bool = True) -> Iterator[Engine]:
     """Give a new engine until the end. Raises CannotStart."""
     forward = _FORWARD.read_text()
-    rules = subprocess.run([_find("iptables-save") or "iptables-save"], capture_output=True, check=False).stdout
+    others = _has_chains()
     with contextlib.suppress(OSError):
         _FORWARD.write_text("1")  # an engine that finds it so leaves the machine's policy on forwarding alone
     folder = Path(tempfile.mkdtemp(prefix="td-", dir="/tmp"))  # short: its socket's path must fit 107 bytes
@@ -182,8 +208,8 @@ def running(*, live_restore: bool = True) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
-        restore = _find("iptables-restore") or "iptables-restore"
-        subprocess.run([restore], input=rules, capture_output=True, check=False)
-        with contextlib.suppress(OSError):
-            _FORWARD.write_text(forward)
+        if not others and not _engines():
+            _remove_rules()
+            with contextlib.suppress(OSError):
+                _FORWARD.write_text(forward)
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import marshal
+import os
+import py_compile
 import tarfile
 
 import pytest
@@ -55,3 +58,25 @@ def test_an_engine_that_has_it_is_not_given_it_again(docker):
     made = docker.ask("GET", f"/images/{name}/json")[1]
     assert images.ensure_base_image(engine) == name
     assert docker.ask("GET", f"/images/{name}/json")[1] == made
+
+
+def test_code_is_taken_as_it_was_compiled_here_when_its_source_is_unchanged(tmp_path):
+    source = tmp_path / "module.py"
+    source.write_text("answer = 42\n")
+    fresh = images.Entry(0o644, source=source, module=str(source)).content()
+    py_compile.compile(str(source), doraise=True)
+    taken = images.Entry(0o644, source=source, module=str(source)).content()
+    assert taken[:16] == fresh[:16]
+    for code in (fresh, taken):
+        found = {}
+        exec(marshal.loads(code[16:]), found)
+        assert found["answer"] == 42
+    source.write_text("answer = 43\n")
+    os.utime(source, (1, 1))
+    assert images.Entry(0o644, source=source, module=str(source)).content() != taken
+
+
+def test_a_file_that_is_no_python_stays_what_it_is(tmp_path):
+    source = tmp_path / "template.py"
+    source.write_text("{{ not python }} =")
+    assert images.Entry(0o644, source=source, module="x").content() == source.read_bytes()
