@@ -239,7 +239,12 @@ def _engine(name: str, paths: list[Path], remedy: str) -> Finding:
             continue
         answer = _ping(path)
         if answer.startswith("HTTP/1") and " 200 " in answer.split("\r\n", 1)[0]:
-            return Finding(name=name, ok=True, found=f"its engine answers at {path}", means="this machine can run containers")
+            return Finding(
+                name=name,
+                ok=True,
+                found=f"its engine answers at {path}",
+                means=f'jobs can say runtime = "container": {name} holds them',
+            )
         said = f"{path} does not answer as it should: {answer[:80]!r}"
     means = f"no containers through {name}; the process runtime is not touched by that"
     return Finding(name=name, ok=None, found=said, means=means, remedy=remedy)

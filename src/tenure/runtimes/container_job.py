@@ -64,8 +64,7 @@ def _step_of(step: str, error: Exception) -> str:
         text = str(error)
         if error.status == 404 and "image" in text.lower():
             return "image"
-        refused = step == "exec" and ("no such file" in text or "not found" in text or "permission denied" in text)
-        return "exec" if refused else "engine"
+        return "exec" if step == "exec" and 'exec: "' in text else "engine"
     return step if isinstance(error, _NotStarted) else "engine"
 
 
