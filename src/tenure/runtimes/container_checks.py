@@ -11,7 +11,10 @@ from tenure.errors import SpecError, Unsupported
 from tenure.protocols import StartSpec
 from tenure.tenants import check_name
 
-_SEALED = ("/proc", "/sys", "/dev", "/run", "/var/run", "/boot", "/etc", "/var/lib", "/root/.ssh")
+_SEALED = (
+    *("/proc", "/sys", "/dev", "/run", "/var/run", "/boot", "/etc", "/root/.ssh"),
+    *(f"/var/lib/{engine}" for engine in ("docker", "containerd", "containers", "kubelet")),
+)
 """Folders of this machine of which no container sees anything: engines' sockets and data, devices, accounts, other leases."""
 _REMEDY = "Mount a folder with your own data."
 _LEAST_MEMORY_BYTES = 6 << 20
