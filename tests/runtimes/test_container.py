@@ -7,6 +7,7 @@ import pytest
 from tests.contracts.runtime_contract import LONG_S, Bench, RuntimeContract
 
 from tenure.errors import Unsupported
+from tenure.resources import DeviceShare
 from tenure.runtimes.container import ContainerRuntime
 from tenure.runtimes.state import read_json
 
@@ -77,7 +78,13 @@ def bench(shared, make_runtime, tmp_path):
 class TestContainer(RuntimeContract):
     @pytest.mark.parametrize(
         "more",
-        [{"capabilities": ("NET_ADMIN",)}, {"network": "host"}, {"user": "root"}, {"mounts": {"/var/run": "/data"}}],
+        [
+            {"capabilities": ("NET_ADMIN",)},
+            {"devices": (DeviceShare(index=0, fraction=1.0),)},
+            {"network": "host"},
+            {"user": "root"},
+            {"mounts": {"/var/run": "/data"}},
+        ],
     )
     def test_what_a_process_cannot_honour_is_refused_with_the_reason(self, bench, more):
         with pytest.raises(Unsupported, match=next(iter(more))):

@@ -70,7 +70,7 @@ class ContainerRuntime(ShimmedRuntime):
         self._base_lock = threading.Lock()
         self._base_image = ""
         self._networks: TenantNetworks | None = None
-        with contextlib.suppress(TenureError, EngineError):
+        with contextlib.suppress(TenureError):
             self._sweep(self._engine())
 
     # --- the engine ---
@@ -79,7 +79,7 @@ class ContainerRuntime(ShimmedRuntime):
         """Return whether an engine answers."""
         try:
             self._engine().call("GET", "/_ping", timeout_s=_PING_S)
-        except (TenureError, EngineError):
+        except TenureError:
             return False
         return True
 
@@ -120,7 +120,7 @@ class ContainerRuntime(ShimmedRuntime):
             info = engine.call("GET", "/info")
             with contextlib.suppress(EngineError):
                 podman = "podman" in str(engine.call("GET", "/version").get("Components", "")).lower()
-        except (TenureError, EngineError) as error:
+        except TenureError as error:
             return f"no container engine: {error}"
         kind = "Podman" if podman else "Docker"
         seccomp = "seccomp" if any("seccomp" in option for option in info.get("SecurityOptions") or []) else "no seccomp"
@@ -137,6 +137,12 @@ class ContainerRuntime(ShimmedRuntime):
         check_container_spec(spec, self._boot_id, sealed=self._sealed)
         engine = self._engine()
         self._sealed_socket(engine, spec)
+        if spec.devices and "nvidia" not in (engine.call("GET", "/info").get("Runtimes") or {}):
+            raise Unsupported(
+                "devices",
+                "the engine has no NVIDIA runtime, so that a container would see no device",
+                "Install the NVIDIA Container Toolkit, or use the process runtime.",
+            )
 
     def _sealed_socket(self, engine: Engine, spec: StartSpec) -> None:
         """Refuse to show the engine's socket: whoever has it has the machine."""
@@ -210,6 +216,9 @@ class ContainerRuntime(ShimmedRuntime):
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
             **limits(spec.envelope),
         }
+        if spec.devices:
+            wanted = [str(device.index) for device in spec.devices]
+            host["DeviceRequests"] = [{"Driver": "nvidia", "DeviceIDs": wanted, "Capabilities": [["gpu"]]}]
         if self._engine_runtime:
             host["Runtime"] = self._engine_runtime
         return {
@@ -297,13 +306,13 @@ class ContainerRuntime(ShimmedRuntime):
         note = read_json(LeaseFiles(self._state_dir, lease_id).root / "container.json")
         left = 0
         if note and last["boot_id"] == self._boot_id and procfs.is_alive(int(note["pid"]), int(note["start_ticks"])):
-            with contextlib.suppress(TenureError, EngineError):
+            with contextlib.suppress(TenureError):
                 Engine(asked["socket"]).call("POST", f"/containers/{asked['name']}/kill", signal="SIGKILL")
             left = Confinement.from_plan(note["groups"]).kill_members()
         return left
 
     def _remove(self, last: Mapping[str, Any]) -> None:
-        with contextlib.suppress(TenureError, EngineError):
+        with contextlib.suppress(TenureError):
             asked = last["container"]
             Engine(asked["socket"]).call("DELETE", f"/containers/{asked['name']}", force=True, v=True)
 

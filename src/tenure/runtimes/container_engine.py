@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
-from tenure.errors import Unavailable
+from tenure.errors import TenureError, Unavailable
 
 VERSION = "v1.40"
 """Of Docker 19.03; Podman 4 answers it."""
@@ -26,7 +26,7 @@ _MAX_HEAD_BYTES = 65536
 _MAX_FRAME_BYTES = 16 << 20
 
 
-class EngineError(Exception):
+class EngineError(TenureError):
     """The engine refused a call."""
 
     def __init__(self, status: int, message: str) -> None:

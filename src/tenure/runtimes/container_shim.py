@@ -115,10 +115,10 @@ class ContainerShim(Shim):
         """Return whether the attendant waits for an engine, which it does for a bounded time of its own."""
         try:
             self._engine.call("GET", "/_ping", timeout_s=ASK_S)
+        except EngineError:
+            return False
         except TenureError:
             return True
-        except EngineError:
-            pass
         return False
 
     def _ended_how(self) -> tuple[int, int, str]:
@@ -149,5 +149,5 @@ class ContainerShim(Shim):
         self._call("DELETE", f"/containers/{self._name}", force=True, v=True)
 
     def _call(self, method: str, path: str, **query: Any) -> None:
-        with contextlib.suppress(EngineError, TenureError):
+        with contextlib.suppress(TenureError):
             self._engine.call(method, path, timeout_s=ASK_S, **query)

@@ -63,6 +63,8 @@ def job_environment(spec: StartSpec) -> dict[str, str]:
 def container_environment(spec: StartSpec) -> dict[str, str]:
     """Return the whole environment of an attempt in a container: nothing of the agent's own but what Tenure says."""
     found = job_environment(spec)
+    if "CUDA_VISIBLE_DEVICES" not in spec.env:  # inside they are counted anew
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(len(spec.devices))))
     own = {name for name in _PASSED_ON if name in found and name not in spec.env}
     kept = {name: value for name, value in found.items() if name not in own}
     path = os.pathsep.join([os.path.dirname(sys.executable), "/usr/local/bin:/usr/bin:/bin"]) if not spec.image else ""
