@@ -73,12 +73,19 @@ class World:
 
 
 @contextlib.contextmanager
+def _can_run(engine: docker_engine.Engine) -> Iterator[None]:
+    if why := docker_engine.why_no_container(engine):
+        raise Skip(why)
+    yield
+
+
+@contextlib.contextmanager
 def world() -> Iterator[World]:
     """Give a world until the end. Raises Skip where no engine can be started."""
     if why := docker_engine.why_absent():
         raise Skip(why)
     try:
-        with docker_engine.running() as engine, tempfile.TemporaryDirectory(prefix="tenure-bench-") as folder:
+        with docker_engine.running() as engine, _can_run(engine), tempfile.TemporaryDirectory(prefix="tenure-bench-") as folder:
             runtime = ContainerRuntime(Path(folder) / "state", socket=str(engine.socket))
             try:
                 yield World(engine, runtime, Path(folder))

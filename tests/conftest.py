@@ -47,6 +47,8 @@ def docker() -> Iterator[docker_engine.Engine]:
         pytest.skip(why)
     try:
         with docker_engine.running() as engine:
+            if why := docker_engine.why_no_container(engine):
+                pytest.skip(why)
             yield engine
     except docker_engine.CannotStart as error:
         pytest.skip(f"a Docker Engine does not start here: {error}")

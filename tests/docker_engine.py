@@ -32,6 +32,21 @@ def why_absent() -> str:
     return ""
 
 
+def why_no_container(engine: Engine) -> str:
+    """Return why an engine that runs cannot run a container here, as inside other containers; empty when it can."""
+    from tenure.runtimes.container_engine import Engine as Client
+    from tenure.runtimes.images import ensure_base_image
+
+    image = ensure_base_image(Client(str(engine.socket)))
+    status, said = engine.ask("POST", "/containers/create?name=probe", {"Image": image, "Cmd": ["true"]})
+    if status == 201:
+        status, said = engine.ask("POST", "/containers/probe/start")
+    engine.ask("DELETE", "/containers/probe?force=1")
+    return (
+        "" if status == 204 else f"a Docker Engine runs here, but no container: {said.decode(errors='replace').strip()[:300]}"
+    )
+
+
 def _find(program: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
 
