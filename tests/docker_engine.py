@@ -209,6 +209,13 @@ def _remove_rules() -> None:
             _iptables(program, "-t", table, "-X", chain)
 
 
+def _remove_bridges() -> None:
+    """Remove bridges of tenants' networks whose engine was killed before it could."""
+    for name in os.listdir("/sys/class/net"):
+        if name.startswith("tn-") and Path(f"/sys/class/net/{name}/bridge").exists():
+            subprocess.run([_find("ip") or "ip", "link", "del", name], capture_output=True, check=False)
+
+
 @contextlib.contextmanager
 def running(*, live_restore: bool = True) -> Iterator[Engine]:
     """Give a new engine until the end. Raises CannotStart."""
@@ -225,6 +232,7 @@ def running(*, live_restore: bool = True) -> Iterator[Engine]:
         engine.close()
         if not others and not _engines():
             _remove_rules()
+            _remove_bridges()
             with contextlib.suppress(OSError):
                 _FORWARD.write_text(forward)
         shutil.rmtree(folder, ignore_errors=True)
