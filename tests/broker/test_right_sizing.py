@@ -52,10 +52,10 @@ def test_use_far_below_the_envelope_is_told_once_and_applied_only_where_agreed(p
         found = figures(world)
         if wanted is RightSize.PROPOSE:
             assert now == lease.envelope
-            assert found["tenure_lease_proposed_memory_bytes", *labels] == 108 * MIB
+            assert found["tenure_lease_proposed_memory_bytes", *labels] == 113 * MIB
             assert found["tenure_lease_proposed_cpus", *labels] == pytest.approx(0.6)
         else:
-            assert now.memory_bytes == 108 * MIB
+            assert now.memory_bytes == 113 * MIB
             assert now.cpus == pytest.approx(0.6)
             assert (now.slot_s, now.disk_bytes) == (lease.envelope.slot_s, lease.envelope.disk_bytes)
             assert ("tenure_lease_proposed_memory_bytes", *labels) not in found, "what fits needs no proposal"
@@ -67,11 +67,11 @@ def test_a_lease_close_to_its_memory_grows_before_it_dies_of_it(play) -> None:
     async def scene(world: World) -> None:
         lease = await ask(world, RightSize.APPLY, mib=128)
         await use(world, lease.id, windows=ENOUGH, mib=100, cpus=1.75)
-        assert world.lease(lease.id).envelope.memory_bytes == 108 * MIB
-        await use(world, lease.id, windows=2, mib=105, cpus=1.75)
-        assert world.lease(lease.id).envelope.memory_bytes == 162 * MIB
-        await use(world, lease.id, windows=ENOUGH - 5, mib=105, cpus=1.75)
-        assert world.lease(lease.id).envelope.memory_bytes == 162 * MIB, "what was seen below the old bound is no reason"
+        assert world.lease(lease.id).envelope.memory_bytes == 113 * MIB
+        await use(world, lease.id, windows=2, mib=108, cpus=1.75)
+        assert world.lease(lease.id).envelope.memory_bytes == 170 * MIB
+        await use(world, lease.id, windows=ENOUGH - 5, mib=108, cpus=1.75)
+        assert world.lease(lease.id).envelope.memory_bytes == 170 * MIB, "what was seen below the old bound is no reason"
 
     play(scene)
 

@@ -25,7 +25,7 @@ def test_memory_shrinks_to_the_highest_seen_and_a_little_once_enough_was_seen() 
     assert right_size(seen[:18], envelope(cpus=0.6)) is None
     found = right_size(seen, envelope(cpus=0.6))
     assert found is not None
-    assert found.envelope.memory_bytes == 216 * MIB
+    assert found.envelope.memory_bytes == 225 * MIB
     assert found.envelope.cpus == 0.6
     assert found.risk == pytest.approx(1 / 22)
     assert "200.0 MiB at most in 21 windows" in found.why

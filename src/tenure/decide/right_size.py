@@ -22,7 +22,7 @@ from tenure.resources import Envelope, show_bytes
 from tenure.usage import Usage
 
 MAX_RISK = 0.05
-HEADROOM = 0.08
+HEADROOM = 0.125
 """Over the highest memory that was seen: the kernel needs a little to work with, and samples miss what is brief."""
 CPU_HEADROOM = 0.15
 GROW = 1.5
@@ -138,7 +138,7 @@ def _memory(windows: Sequence[Window], bound: int, max_risk: float) -> tuple[int
         return bound, ""
     risk = 1 / (len(windows) + 1)
     return wanted, (
-        f"memory came to {show_bytes(highest)} at most in {len(windows)} windows, and {HEADROOM:.0%} is added: "
+        f"memory came to {show_bytes(highest)} at most in {len(windows)} windows, and {HEADROOM:.1%} is added: "
         f"the next window is higher than all of them with a risk of at most {risk:.1%}"
     )
 
