@@ -307,7 +307,7 @@ _REMOVED = {
     "answer_first": {"tenure.broker.book": [("Book", "durable", _at_once)]},
     "no_fence": {
         "tenure.agent.node": [("Agent", "_check_broker", _never)],
-        "tenure.runtimes.process": [("", "_check_fence", _never)],
+        "tenure.runtimes.shimmed": [("", "check_fence", _never)],
     },
 }
 """Control -> module -> what is taken out of it once it is loaded: (class or none, name, what stands there instead)."""
