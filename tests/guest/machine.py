@@ -24,6 +24,8 @@ QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 3072
 """Above what the suite asks for at once: else a reservation is refused before any bound is met. Untouched, it costs nothing."""
 BOOT_MAX_S = 480.0
+FIRST_MAX_S = 120.0
+"""Until the first test inside has ended, 15 s where all is well. Emulation sometimes stands still before it: then once more."""
 SLOWNESS = 3.0
 """How many times longer the suite's bounds in seconds are inside than on real hardware."""
 
@@ -42,6 +44,8 @@ class Boot:
     wall_s: float = 0.0
     worlds: dict[str, dict[str, Any]] = field(default_factory=dict)
     """World -> status, wall_s, tests (name -> outcome, wall_s, why), confinement."""
+    begun: bool = False
+    """Whether a test inside has ended."""
     ended: bool = False
     """Whether the guest came to its own end."""
 
@@ -79,7 +83,8 @@ def boot(
         command += ["-kernel", str(CACHE / "vmlinuz"), "-initrd", str(root)]
         # A file system without blocks of its own (ramfs), so that a program's pages count as those of files, as on a disk.
         command += ["-append", f"console=ttyS0 loglevel=4 panic=-1 rootfstype=ramfs {words}"]
-        return _follow(command, timeout_s)
+        found = _follow(command, worlds, timeout_s)
+        return found if found.begun or found.ended else _follow(command, worlds, timeout_s)
 
 
 def counts(world: dict[str, Any]) -> dict[str, int]:
@@ -101,7 +106,7 @@ def summary(found: Boot, name: str) -> str:
     return f"guest {name}: {numbers} in {world.get('wall_s', 0.0):.0f} s ({booted}); {world.get('confinement', '')}; log {LOG}"
 
 
-def _follow(command: list[str], timeout_s: float) -> Boot:
+def _follow(command: list[str], worlds: Sequence[str], timeout_s: float) -> Boot:
     found, begun_s = Boot(), time.monotonic()
     with (
         LOG.open("w") as log,
@@ -110,17 +115,22 @@ def _follow(command: list[str], timeout_s: float) -> Boot:
         ) as qemu,
     ):
         assert qemu.stdout is not None
-        bound = threading.Timer(timeout_s, qemu.kill)
+        bound, first = threading.Timer(timeout_s, qemu.kill), threading.Timer(min(FIRST_MAX_S, timeout_s), qemu.kill)
         bound.start()
+        first.start()
         try:
             for line in qemu.stdout:
                 now_s = time.monotonic() - begun_s
                 log.write(f"{now_s:7.2f} {line.rstrip()}\n")
                 log.flush()
+                if not found.begun and line.startswith(tuple(f"{world}: " for world in worlds)):
+                    found.begun = True
+                    first.cancel()
                 if line.startswith(MARK):
                     _take(found, json.loads(line.removeprefix(MARK)), now_s)
         finally:
             bound.cancel()
+            first.cancel()
             qemu.kill()
     found.wall_s = time.monotonic() - begun_s
     return found
