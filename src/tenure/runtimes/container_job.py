@@ -102,7 +102,7 @@ class _Attendant:
         found = self._engine.call("GET", f"/containers/{self._name}/json")
         pid = int(found["State"]["Pid"])
         self._init = (pid, procfs.start_ticks(pid) if pid else 0)
-        groups = _groups(pid) if pid else Confinement("rlimit")
+        groups = _groups(pid, str(found["Id"])) if pid else Confinement("rlimit")
         note = {"id": found["Id"], "pid": self._init[0], "start_ticks": self._init[1], "groups": groups.to_plan()}
         write_json(f"{self._folder}/container.json", note)
         if not self._command_runs():
@@ -198,12 +198,22 @@ class _Attendant:
         write_json(f"{self._folder}/engine.json", note)
 
 
-def _groups(pid: int) -> Confinement:
-    """Return the control groups of a process as they lie here: those of its container."""
+def _groups(pid: int, container_id: str) -> Confinement:
+    """Return the control groups of a container's first process as they lie here."""
     try:
-        found = own_groups(procfs.read_text("/proc/self/mountinfo"), procfs.read_text(f"/proc/{pid}/cgroup"))
+        texts = procfs.read_text("/proc/self/mountinfo"), procfs.read_text(f"/proc/{pid}/cgroup")
     except OSError:
         return Confinement("rlimit")
+    return container_groups(*texts, container_id)
+
+
+def container_groups(mountinfo: str, cgroup: str, container_id: str) -> Confinement:
+    """Return a container's own control groups; `rlimit` where these are not all named after it.
+
+    The kernel shows a process that has just ended in the root of each hierarchy: whoever took that for the container's
+    would kill everything on the machine. mountinfo, cgroup: content of /proc/self/mountinfo and /proc/PID/cgroup.
+    """
+    found = {name: path for name, path in own_groups(mountinfo, cgroup).items() if container_id in path}
     if all(name in found for name in _V1):
         return Confinement("v1", {name: found[name] for name in _V1})
     return Confinement("v2", dict.fromkeys(("memory", "cpu", "pids"), found[""])) if "" in found else Confinement("rlimit")
