@@ -129,7 +129,7 @@ def bench_run(*, goal="p99<400ms", p99_s=0.4, trials=None):
             stage="serve",
             worker=0,
             envelope=Envelope(cpus=2.0, memory_bytes=1 << 30, slot_s=120, total_s=600),
-            command=Command(argv=("python", "-m", "tenure.serve.load.node", f"/work/{part}-node.json")),
+            command=Command(argv=("python", "-m", "tenure.serve.load.node", f"{part}-node.json")),
             state=LeaseState.ENDED,
             attempt=1,
             node="local",
