@@ -56,7 +56,8 @@ class HttpDoor:
         )
         self.tick_s = min(1.0, min(times) / 4)
         self._clock = clock
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}
+        """In the order they were opened, which is the order to leave in among those idle equally long."""
         self._heads: dict[bytes, Head] = {}
         self._known: dict[tuple[tuple[str, str], bytes], Known] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,13 +112,13 @@ class HttpDoor:
 
     def joined(self, connection: Connection) -> None:
         """Count a connection that has been made."""
-        self._connections.add(connection)
+        self._connections[connection] = None
         if self.leaving:
             connection.leave()
 
     def left(self, connection: Connection) -> None:
         """Forget a connection that is no more."""
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         if self._acceptor is not None:
             self._acceptor.resume()
         self._changed.set()
