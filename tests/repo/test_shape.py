@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "tenure"
 NOUNS = frozenset(
     {
+        "closures",
         "errors",
+        "forms",
         "resources",
         "retention",
         "jobs",
@@ -29,7 +31,21 @@ NOUNS = frozenset(
     }
 )
 ROOMS = frozenset(
-    ("decide", "meter", "runtimes", "agent", "fleet", "ledger", "broker", "train", "serve", "recommend", "experiments", "cli")
+    (
+        "decide",
+        "meter",
+        "runtimes",
+        "agent",
+        "fleet",
+        "ledger",
+        "broker",
+        "train",
+        "serve",
+        "images",
+        "recommend",
+        "experiments",
+        "cli",
+    )
 )
 EDGES = frozenset({"verbs", "leasing", "app"})
 OTHERS = frozenset({"sockets", "jobfile", "data"})
@@ -139,8 +155,8 @@ def test_deciders_read_no_clock_and_draw_no_numbers():
     assert not wrong
 
 
-@pytest.mark.parametrize("room", ["train", "serve"])
-def test_training_and_serving_import_nouns_decide_and_meter_only(room):
+@pytest.mark.parametrize("room", ["train", "serve", "images"])
+def test_training_serving_and_images_import_nouns_decide_and_meter_only(room):
     allowed = NOUNS | {"decide", "meter", room, "__version__"}
     wrong = {
         f"{path.relative_to(SRC)} imports {name}"
