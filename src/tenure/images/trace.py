@@ -1,0 +1,379 @@
+"""A program run under watch while exercises drive it. Not here: what the trace says (`trace_read`).
+
+Watched by ``strace -f``: every process, every call. The program does not notice, but it is slower, by 2 to 20 times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from tenure.closures import Exercise
+from tenure.errors import MissingExtra, Refused, SpecError, TenureError, Unavailable
+from tenure.images.findings import Finding, Matter
+
+PORT_VARIABLE = "TENURE_PORT"
+"""Environment of an exercise command: the first TCP port on which the program listens."""
+_TICK_S = 0.05
+_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How long and how much; each is an end with a message, never a hang."""
+
+    ready_s: float = 60.0
+    """Until the program listens."""
+    total_s: float = 900.0
+    """Of one life of the program."""
+    exercise_s: float = 300.0
+    grace_s: float = 30.0
+    """From the stop signal to the end."""
+    trace_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """The program as an exercise finds it."""
+
+    pid: int
+    ports: tuple[int, ...]
+    """TCP ports on which it listens, lowest first."""
+    env: Mapping[str, str]
+    workdir: str
+    output: Path
+    """What it has printed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """One exercise. Exactly one of `command` and `call` is given."""
+
+    command: str = ""
+    """For the shell; it finds TENURE_PORT."""
+    call: Callable[[Running], None] | None = None
+    """Raises TenureError when the program did not do what it should."""
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """One run of the program, from start to end, and what drives it meanwhile."""
+
+    argv: tuple[str, ...]
+    drives: tuple[Drive, ...] = ()
+    stop_signal: int = signal.SIGTERM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lived:
+    """How a life went."""
+
+    exercises: tuple[Exercise, ...]
+    exit_code: int
+    """Negative: the signal that ended it."""
+    stopped: bool
+    """By us, since it would not end by itself."""
+    ports: tuple[int, ...]
+    output: str
+    """The end of what it printed."""
+    findings: tuple[Finding, ...]
+
+
+def find_strace() -> str:
+    """Return where strace is. Raises MissingExtra."""
+    found = shutil.which("strace")
+    if not found:
+        raise MissingStrace
+    return found
+
+
+class MissingStrace(MissingExtra):
+    """strace is not installed, or may not watch here."""
+
+    def __init__(self) -> None:
+        TenureError.__init__(
+            self,
+            "watching a program needs strace, which is not installed: apt-get install strace (or dnf, apk, pacman)",
+        )
+        self.package = "strace"
+
+
+def live(
+    life: Life,
+    *,
+    env: Mapping[str, str],
+    workdir: str,
+    trace: Path | None,
+    prefix: Sequence[str] = (),
+    bounds: Bounds | None = None,
+) -> Lived:
+    """Run the program once and drive it; every process is gone when this returns.
+
+    trace: file for what strace writes; None: it is not watched. prefix: what goes before the program, such as chroot.
+    Raises MissingStrace; Refused: it took longer than its bounds, or strace may not watch here; SpecError: it can't be started.
+    """
+    bounds = bounds or Bounds()
+    argv = [*prefix, *life.argv]
+    if trace is not None:
+        argv = [find_strace(), "-f", "-qq", "-y", "-o", str(trace), "--", *argv]
+    output = (trace or Path(workdir)).with_name(f"output.{os.getpid()}.{time.monotonic_ns()}") if trace else None
+    with contextlib.ExitStack() as stack:
+        out: IO[bytes] | int = stack.enter_context(open(output, "wb")) if output else subprocess.DEVNULL
+        try:
+            outer = subprocess.Popen(
+                argv,
+                env=dict(env),
+                cwd=workdir,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SpecError(f"{argv[0]} can't be started in {workdir}: {error.strerror}") from error
+        stack.callback(_end_all, outer)
+        return _Driver(life, outer, trace, output, bounds, env, workdir).run()
+
+
+class _Driver:
+    """Holds what one life needs while it lasts."""
+
+    def __init__(
+        self,
+        life: Life,
+        outer: subprocess.Popen[bytes],
+        trace: Path | None,
+        output: Path | None,
+        bounds: Bounds,
+        env: Mapping[str, str],
+        workdir: str,
+    ) -> None:
+        self.life, self.outer, self.trace, self.output = life, outer, trace, output
+        self.bounds, self.env, self.workdir = bounds, env, workdir
+        self.ends_at_s = time.monotonic() + bounds.total_s
+        self.findings: list[Finding] = []
+        self.exercises: list[Exercise] = []
+        self.ports: tuple[int, ...] = ()
+
+    def run(self) -> Lived:
+        listens = self._wait_listening() if self.life.drives else self._wait_end_or_listening()
+        for drive in self.life.drives:
+            if self.outer.poll() is not None:
+                self.findings.append(self._ended_early(drive))
+                break
+            self.exercises.append(self._drive(drive))
+        stopped = False
+        if self.outer.poll() is None and (self.life.drives or listens):
+            stopped = True
+            self._stop()
+        self._wait_end()
+        if not self.life.drives:
+            self.exercises.append(
+                Exercise(
+                    argv=(),
+                    description="started, then stopped" if stopped else "run to its end",
+                    exit_code=self.outer.returncode,
+                )
+            )
+        text = self._tail()
+        self._check_strace(text)
+        return Lived(
+            exercises=tuple(self.exercises),
+            exit_code=self.outer.returncode,
+            stopped=stopped,
+            ports=self.ports,
+            output=text,
+            findings=tuple(self.findings),
+        )
+
+    def _wait_listening(self) -> bool:
+        ready_at_s = time.monotonic() + self.bounds.ready_s
+        for _ in self._ticks():
+            self.ports = _listening(self.outer.pid)
+            if self.ports:
+                return True
+            if time.monotonic() > ready_at_s:
+                means = "the exercises were begun all the same; if they failed, give them a way to wait for the program"
+                self.findings.append(
+                    Finding(
+                        matter=Matter.EXERCISE,
+                        found=f"it listened on no TCP port within {self.bounds.ready_s:g} s",
+                        means=means,
+                    )
+                )
+                return False
+        return False
+
+    def _wait_end_or_listening(self) -> bool:
+        """Wait for the end of a program that nothing drives; of a server, a moment after it listens."""
+        for _ in self._ticks():
+            self.ports = _listening(self.outer.pid)
+            if self.ports:
+                time.sleep(1.0)  # what it does right after, such as loading a model
+                means = "only its start and its end were watched. Say what drives it: --exercise 'curl ...'"
+                self.findings.append(
+                    Finding(
+                        matter=Matter.EXERCISE, found=f"it listens on port {self.ports[0]}, and nothing drove it", means=means
+                    )
+                )
+                return True
+        return False
+
+    def _drive(self, drive: Drive) -> Exercise:
+        running = Running(
+            pid=self._inner_pid() or 0,
+            ports=self.ports,
+            env=self.env,
+            workdir=self.workdir,
+            output=self.output or Path(os.devnull),
+        )
+        argv = ("sh", "-c", drive.command) if drive.command else ()
+        code, said = self._command(drive.command, running) if drive.command else _called(drive, running)
+        if code:
+            means = f"what it should have driven is not in the closure. It said: {said or 'nothing'}"
+            name = drive.description or drive.command
+            self.findings.append(Finding(matter=Matter.EXERCISE, found=f'exercise "{name}" ended with {code}', means=means))
+        return Exercise(argv=argv, description=drive.description, exit_code=code)
+
+    def _command(self, command: str, running: Running) -> tuple[int, str]:
+        env = {**os.environ, PORT_VARIABLE: str(running.ports[0]) if running.ports else ""}
+        with subprocess.Popen(
+            ["sh", "-c", command],
+            env=env,
+            cwd=self.workdir,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=min(self.bounds.exercise_s, max(1.0, self.ends_at_s - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                return -signal.SIGKILL, f"it took longer than {self.bounds.exercise_s:g} s"
+            finally:
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode, _last_line(said.decode(errors="replace"))
+
+    def _stop(self) -> None:
+        pid = self._inner_pid()
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, self.life.stop_signal)
+        ends_at_s = time.monotonic() + self.bounds.grace_s
+        for _ in self._ticks():
+            if time.monotonic() > ends_at_s:
+                name = signal.Signals(self.life.stop_signal).name
+                means = "it was killed, so what it does at its end was not watched"
+                self.findings.append(
+                    Finding(
+                        matter=Matter.EXERCISE, found=f"it did not end within {self.bounds.grace_s:g} s of {name}", means=means
+                    )
+                )
+                _end_all(self.outer)
+                return
+
+    def _wait_end(self) -> None:
+        for _ in self._ticks():
+            if self.trace is not None and self._inner_pid() is None and not _tree(self.outer.pid):
+                continue  # strace is writing its last lines
+        self.outer.wait(timeout=self.bounds.grace_s)
+
+    def _ticks(self) -> Iterator[None]:
+        """Yield now and then while the program lives. Raises Refused past a bound."""
+        while self.outer.poll() is None:
+            yield
+            if time.monotonic() > self.ends_at_s:
+                raise Refused(
+                    f"{self.life.argv[0]} ran longer than {self.bounds.total_s:g} s under watch, which slows it down. "
+                    "Exercise it with less, or give it more time (--timeout)"
+                )
+            if self.trace is not None and self.trace.exists() and self.trace.stat().st_size > self.bounds.trace_bytes:
+                raise Refused(
+                    f"the trace of {self.life.argv[0]} has outgrown {self.bounds.trace_bytes >> 20} MiB. Exercise it with less"
+                )
+            time.sleep(_TICK_S)
+
+    def _inner_pid(self) -> int | None:
+        """Return the program's own process: strace's child, or, unwatched, the one started."""
+        if self.trace is None:
+            return self.outer.pid if self.outer.poll() is None else None
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(self.outer.pid).children()
+            return int(children[0].pid) if children else None
+        return None
+
+    def _ended_early(self, drive: Drive) -> Finding:
+        name = drive.description or drive.command
+        means = f"it was not driven as it should. It printed last: {_last_line(self._tail()) or 'nothing'}"
+        found = f'the program ended with {self.outer.returncode} before exercise "{name}"'
+        return Finding(matter=Matter.EXERCISE, found=found, means=means)
+
+    def _tail(self) -> str:
+        if self.output is None:
+            return ""
+        with open(self.output, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+    def _check_strace(self, text: str) -> None:
+        if self.trace is not None and (not self.trace.exists() or not self.trace.stat().st_size):
+            raise Refused(
+                f"strace may not watch here: {_last_line(text) or 'it wrote nothing'}. "
+                "In a container it needs --cap-add SYS_PTRACE"
+            )
+
+
+def _called(drive: Drive, running: Running) -> tuple[int, str]:
+    if drive.call is None:
+        raise SpecError("an exercise needs a command or a call; found neither")
+    try:
+        drive.call(running)
+    except (TenureError, OSError) as error:
+        return 1, str(error)
+    return 0, ""
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def _listening(pid: int) -> tuple[int, ...]:
+    """Return the TCP ports on which any process below `pid`, or itself, listens."""
+    ports: set[int] = set()
+    for process in [*_tree(pid), *([psutil.Process(pid)] if psutil.pid_exists(pid) else [])]:
+        with contextlib.suppress(psutil.Error):
+            ports |= {c.laddr.port for c in process.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN}
+    return tuple(sorted(ports))
+
+
+def _end_all(outer: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a life: the watcher last, or what it watches would run on unwatched."""
+    for process in _tree(outer.pid):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(outer.pid, signal.SIGKILL)
+    try:
+        outer.wait(timeout=10.0)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"process {outer.pid} did not end 10 s after it was killed") from error
