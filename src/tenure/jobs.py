@@ -40,7 +40,8 @@ class Command:
     """Names of environment variables handed through from the submitter, never stored."""
     runtime: RuntimeName = "process"
     image: str = ""
-    """Of a container: one that the node's engine has; empty: this machine's Python (`runtimes/images.py`)."""
+    """Folder of an image of Tenure, whose form fits the runtime; or, of a container, one that the node's engine has; empty:
+    this machine's own files (in a container: its Python, `runtimes/images.py`)."""
     mounts: Mapping[str, str] = field(default_factory=dict)
     """What a container sees of the machine: path there -> path inside, with ``:ro`` at its end only to be read."""
 
@@ -228,7 +229,8 @@ class Job:
     name: str
     runtime: RuntimeName = "process"
     image: str = ""
-    """Of a container: one that the node's engine has; empty: this machine's Python."""
+    """Folder of an image of Tenure, whose form fits the runtime; or, of a container, one that the node's engine has; empty:
+    this machine's Python."""
     program: str = ""
     """``file.py:Name`` of a training program."""
     command: tuple[str, ...] = ()
@@ -283,8 +285,11 @@ class Job:
             raise SpecError(f"a {self.kind} stage needs {key!r}")
         if self.kind == "train" and self.runtime != "process":
             raise SpecError(f'runtime must be "process" in a train stage: its workers share a store; found {self.runtime!r}')
-        if self.image and self.runtime != "container":
-            raise SpecError(f'image must be left out with runtime = "{self.runtime}"; write runtime = "container" to use one')
+        if self.image and self.runtime != "container" and not self.image.startswith("/"):
+            raise SpecError(
+                f'image must be left out, or be the folder of an image of Tenure, with runtime = "{self.runtime}"; '
+                f'found {self.image!r}. Write runtime = "container" to use an image of the engine'
+            )
         if self.kind == "train" and self.envelope is None and self.train_goal is None:
             raise SpecError("a train stage needs either [train.goal] or [train.envelope] with workers")
         if self.kind == "serve" and self.envelope is None and not self.serve_goals and self.sweep is None:

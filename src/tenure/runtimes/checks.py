@@ -12,9 +12,15 @@ from tenure.protocols import StartSpec
 def check_spec(spec: StartSpec, boot_id: str) -> None:
     """Raise Unsupported for what a plain process cannot honour, SpecError for what is wrong."""
     remedy = "Use the container runtime."
+    in_image = os.path.isabs(spec.image)  # it has a root of its own, only to be read, and places for mounts (`rooted`)
     for field, empty in (("image", ""), ("mounts", {}), ("read_only_root", False), ("capabilities", ())):
-        if getattr(spec, field) != empty:
-            raise Unsupported(field, "the process runtime runs commands in this machine's own file system and rights", remedy)
+        if getattr(spec, field) == empty or (in_image and field != "capabilities"):
+            continue
+        if field == "image":
+            why = f"the process runtime runs the root form of an image of Tenure, given by its folder; found {spec.image!r}"
+        else:
+            why = "the process runtime runs commands in this machine's own file system and rights"
+        raise Unsupported(field, why, remedy)
     if spec.network != "host":
         kind, _, name = spec.network.partition(":")
         if kind != "netns" or not name or "/" in name:

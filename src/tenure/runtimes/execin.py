@@ -1,6 +1,6 @@
 """One more command inside a lease: join its groups, network and user, then exec.
 
-The process runtime starts it as a program of its own (`python -c "… main()" PLAN`), because the runtime may have threads
+The process runtime starts it as a program of its own (`python -I -c "… main()" PLAN`), because the runtime may have threads
 and must not fork Python code itself. Not for: starting attempts (`shim`).
 """
 
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tenure.errors import Conflict, Unavailable
@@ -22,12 +23,15 @@ from tenure.resources import Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
 from tenure.runtimes.confine import Confinement
+from tenure.runtimes.rooted import join_root
 
 CANNOT_RUN = 127
 """Exit code when the command could not be started, as in a shell."""
 MAX_OUTPUT_BYTES = 1 << 20
 _LOOK_EVERY_S = 0.1
 _EXEC_MAX_S = 0.5
+_PACKAGES = str(Path(__file__).parents[2])
+_PROGRAM = f"import sys; sys.path.insert(0, {_PACKAGES!r}); from tenure.runtimes.execin import main; main()"
 
 
 def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, timeout_s: float) -> tuple[int, bytes]:
@@ -38,7 +42,8 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
     names = {"TENURE_LEASE_ID": handle.lease_id, "TENURE_WORKER_DIR": plan["worker_dir"]}  # by these its processes are found
     environment = _environment(job_pid) or os.environ | names
     process = subprocess.Popen(
-        [sys.executable, "-c", "from tenure.runtimes.execin import main; main()", json.dumps(plan)],
+        # The environment is the job's, whose PYTHONPATH may mean another interpreter's packages.
+        [sys.executable, "-I", "-c", _PROGRAM, json.dumps(plan)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -100,6 +105,8 @@ def main() -> None:
         limit_self(confinement, Envelope(**plan["envelope"]))
         if plan["netns"]:
             enter_network(plan["netns"])
+        if plan.get("root_of"):
+            join_root(plan["root_of"])
         become_user(plan["user"], plan["uid"], plan["gid"])
         die_with_parent()
         os.chdir(plan["workdir"])

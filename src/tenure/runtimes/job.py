@@ -15,6 +15,7 @@ from tenure.resources import Envelope
 from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_job import attend
+from tenure.runtimes.rooted import Root, enter_root
 
 _RESET = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 CANNOT_RUN = 127
@@ -47,13 +48,17 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
         step = "network"
         if plan["netns"]:
             enter_network(plan["netns"])
+        if root := plan.get("root"):
+            step = "root"
+            enter_root(Root(**root))
         step = "user"
         become_user(spec["user"], plan["uid"], plan["gid"])
         step = "prepare"
         die_with_parent()  # a change of user took it back
         if os.getppid() != shim_pid:
             os._exit(CANNOT_RUN)
-        os.chdir(spec["workdir"])
+        if not root:
+            os.chdir(spec["workdir"])
         step = "exec"
         os.execvpe(spec["argv"][0], spec["argv"], plan["env"])
     except BaseException as error:

@@ -1,7 +1,7 @@
 """The process runtime: a lease's command as plain Linux processes, as root or as any user.
 
 For: `protocols.Runtime` on one node. What it shares with other runtimes (files, orders, exits) is `shimmed`; attempts are
-confined by what the machine offers (`confine`).
+confined by what the machine offers (`confine`). With an image's folder for `image` a command has that image's root (`rooted`).
 
 `Usage.memory_bytes` is anonymous + shared memory (cgroup statistics, else RssAnon + RssShmem summed over the tree), never
 page cache; the peak is the highest of the shim's looks (every 100 ms under a cgroup, 50 ms otherwise), and after an
@@ -16,17 +16,20 @@ import pwd
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tenure import wire
+from tenure.errors import TenureError, Unsupported
 from tenure.protocols import Clock, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.checks import check_spec, netns_path
 from tenure.runtimes.confine import Confine, Confinement, find_confiner
-from tenure.runtimes.environment import job_environment
+from tenure.runtimes.environment import container_environment, job_environment
 from tenure.runtimes.execin import run_inside
+from tenure.runtimes.rooted import root_of
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
 from tenure.usage import Usage
@@ -56,9 +59,14 @@ class ProcessRuntime(ShimmedRuntime):
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
         entry = pwd.getpwnam(spec.user) if spec.user and os.geteuid() == 0 else None
         data = wire.to_builtins(spec)
+        root = None
+        if spec.image:
+            binds = {spec.worker_dir: spec.worker_dir, **spec.mounts}
+            root = asdict(root_of(spec.image, binds=binds, memory_bytes=spec.envelope.memory_bytes // 2))
         return {
             "spec": data,
-            "env": job_environment(spec),
+            "env": container_environment(spec) if root else job_environment(spec),
+            "root": root,
             "folder": str(files.root),
             "term_file": str(self._term_file),
             "confinement": self._confiner.for_attempt(f"tenure.{spec.lease_id}.{spec.attempt}").to_plan(),
@@ -115,9 +123,16 @@ class ProcessRuntime(ShimmedRuntime):
             "envelope": control["envelope"],
             "user": last["spec"]["user"],
             "worker_dir": last["spec"]["worker_dir"],
-            "workdir": last["spec"]["workdir"],
+            "workdir": last["root"]["workdir"] if last.get("root") else last["spec"]["workdir"],
+            "root_of": int(shim.get("job_pid", 0)) if last.get("root") else 0,
         }
         return run_inside(plan, handle, job_pid=int(shim.get("job_pid", 0)), timeout_s=timeout_s)
+
+    def _start_error(self, spec: StartSpec, report: Mapping[str, Any]) -> TenureError:
+        if report.get("step") != "root":
+            return super()._start_error(spec, report)
+        why = f"this machine does not give a process another root directory: {report['error']}"
+        return Unsupported("image", why, "Use the container runtime, or run Tenure as root.")
 
     def _end_leftovers(self, last: Mapping[str, Any]) -> int:
         left = Confinement.from_plan(last["confinement"]).kill_members()
