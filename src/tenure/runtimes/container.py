@@ -29,10 +29,12 @@ from tenure.runtimes.confine import CPU_PERIOD_US, Confinement
 from tenure.runtimes.container_checks import check_container_spec, mounts_of, tenant_of, user_of
 from tenure.runtimes.container_engine import Engine, EngineError, find_socket
 from tenure.runtimes.container_exec import run_in_container
+from tenure.runtimes.container_images import ensure_loaded
 from tenure.runtimes.container_network import LABEL, TenantNetworks, close_machine
 from tenure.runtimes.environment import container_environment
 from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.images import USER_ID, ensure_base_image, own_folder, python_mounts
+from tenure.runtimes.rooted import read_image
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
 from tenure.usage import Usage
@@ -159,7 +161,7 @@ class ContainerRuntime(ShimmedRuntime):
         uid, gid = user_of(spec) or ((USER_ID, USER_ID) if os.geteuid() == 0 else (os.geteuid(), os.getegid()))
         tenant = tenant_of(spec)
         network = self._tenant_networks(engine).ensure(tenant) if tenant else "none"
-        body = self._body(spec, image=spec.image or self._base(engine), network=network, user=f"{uid}:{gid}")
+        body = self._body(spec, image=self._image(engine, spec), network=network, user=f"{uid}:{gid}")
         return {
             "spec": wire.to_builtins(spec),
             "env": ({} if spec.image else _own_packages()) | container_environment(spec),
@@ -183,6 +185,10 @@ class ContainerRuntime(ShimmedRuntime):
             if not self._base_image:
                 self._base_image = ensure_base_image(engine)
             return self._base_image
+
+    def _image(self, engine: Engine, spec: StartSpec) -> str:
+        """Return what the engine calls the spec's image: one of Tenure, loaded first; one that it has; the base image."""
+        return ensure_loaded(engine, spec.image) if os.path.isabs(spec.image) else spec.image or self._base(engine)
 
     def forget_base_image(self) -> None:
         """Have the next start look for the base image again, and make it where somebody has removed it."""
@@ -226,7 +232,7 @@ class ContainerRuntime(ShimmedRuntime):
             "Entrypoint": list(spec.argv),
             "Cmd": [],
             "User": user,
-            "WorkingDir": spec.workdir,
+            "WorkingDir": read_image(spec.image)["workdir"] if os.path.isabs(spec.image) else spec.workdir,
             "Hostname": spec.lease_id[:63].strip(".-_").replace("_", "-").replace(".", "-") or "lease",
             "Labels": {LABEL: self._owner, "tenure.lease": spec.lease_id, "tenure.attempt": str(spec.attempt)},
             "ExposedPorts": {name: {} for name in ports},

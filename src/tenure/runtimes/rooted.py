@@ -55,7 +55,7 @@ def read_image(folder: str) -> dict[str, Any]:
     path = Path(folder, MANIFEST_FILE)
     try:
         found = json.loads(path.read_bytes())
-        return dict(found, forms=dict(found["forms"]), entry=list(found["entry"]))
+        return dict(found, forms=dict(found["forms"]), workdir=str(found.get("workdir", "/")))
     except FileNotFoundError as error:
         raise SpecError(
             f'there is no image in {folder}: it has no {MANIFEST_FILE}; "tenure image list" names those there are'
@@ -101,7 +101,7 @@ def root_of(folder: str, *, binds: Mapping[str, str], memory_bytes: int) -> Root
     path = form_path(folder, "root")
     if why := why_no_root():
         raise Unsupported("image", why, "Use the container runtime, or run Tenure as root.")
-    return Root(path=path, workdir=str(read_image(folder).get("workdir", "/")), binds=binds, memory_bytes=memory_bytes)
+    return Root(path=path, workdir=read_image(folder)["workdir"], binds=binds, memory_bytes=memory_bytes)
 
 
 def enter_root(root: Root) -> None:
