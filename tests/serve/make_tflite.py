@@ -16,6 +16,7 @@ _KINDS = {
 def write(path: Path, operators, inputs, outputs, constants=(), inner=(), *, open_rows=False) -> Path:
     """operators: (builtin name, options, names in, names out); tensors: (name, shape, datatype); constants: (name, array).
 
+    options: a table's name, or its name and a dict of its fields.
     open_rows: declare the first dimension of inputs and outputs open.
     """
     import flatbuffers
@@ -45,7 +46,8 @@ def write(path: Path, operators, inputs, outputs, constants=(), inner=(), *, ope
         tensor(name, array.shape, kind, np.ascontiguousarray(array).tobytes())
     graph.inputs = [index[name] for name, *_ in inputs]
     graph.outputs = [index[name] for name, *_ in outputs]
-    for builtin, options, taken, given in operators:
+    for builtin, table, taken, given in operators:
+        options, fields = table if isinstance(table, tuple) else (table, {})
         code = s.OperatorCodeT()
         code.builtinCode = getattr(s.BuiltinOperator, builtin)
         code.deprecatedBuiltinCode, code.version = min(code.builtinCode, 127), 1
@@ -57,6 +59,9 @@ def write(path: Path, operators, inputs, outputs, constants=(), inner=(), *, ope
         made.builtinOptionsType = getattr(s.BuiltinOptions, options)
         if options == "SoftmaxOptions":
             made.builtinOptions.beta = 1.0
+        for field, value in fields.items():
+            assert hasattr(made.builtinOptions, field), f"{options} has no field {field}"
+            setattr(made.builtinOptions, field, value)
         graph.operators.append(made)
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), b"TFL3")
