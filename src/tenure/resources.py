@@ -16,6 +16,9 @@ from tenure.errors import SpecError
 Bound = Literal["exact", "upper", "advisory"]
 """How a runtime holds one bound: `exact`; `upper` (held, but coarser or later); `advisory` (watched, can be overrun)."""
 
+GpuParts = Literal["", "mps", "polled", "declared"]
+"""How a part of a device is held: by CUDA's Multi-Process Service; by looking at who holds how much; not at all."""
+
 BYTE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _DECIMAL_BYTE_UNITS = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DURATION_UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -146,11 +149,18 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One device of a node."""
+    """One device of a node, or one instance of a device that its owner has divided (MIG)."""
 
     index: int
+    """Among the node's devices; what CUDA counts may differ."""
     model: str = ""
     memory_bytes: int = 0
+    uuid: str = ""
+    """The driver's name of it, ``GPU-…`` or ``MIG-…``; empty for one that was only declared."""
+    instance: bool = False
+    """Whether it is an instance, which is leased whole."""
+    parts: GpuParts = ""
+    """How a part of it is held; empty where nobody has looked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

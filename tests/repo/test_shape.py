@@ -13,6 +13,7 @@ NOUNS = frozenset(
     {
         "closures",
         "errors",
+        "devices",
         "forms",
         "resources",
         "retention",

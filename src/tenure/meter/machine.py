@@ -11,16 +11,16 @@ import re
 import shutil
 from pathlib import Path
 
-from tenure.meter import cgroups
+from tenure.meter import cgroups, nvml
 from tenure.meter.cpu import cpu
 from tenure.nodes import Machine
-from tenure.resources import Capacity, Gpu
+from tenure.resources import Capacity
 
 
 def machine() -> Machine:
     """Return what a measurement made here runs on."""
     model, features = cpu()
-    gpus = _gpus()
+    gpus = nvml.gpus()
     return Machine(
         cpu_model=model,
         cpu_features=features,
@@ -39,7 +39,7 @@ def capacity(path: Path | None = None) -> Capacity:
     cpus: cores of the CPU affinity, cut by the cgroup CPU quota. memory_bytes: RAM, cut by the cgroup limit.
     disk_bytes: free for us on the file system of `path` (default: the home directory), 0 when it can't be read.
     """
-    return Capacity(cpus=_cpus(), memory_bytes=_memory_bytes(), disk_bytes=_disk_free_bytes(path), gpus=_gpus())
+    return Capacity(cpus=_cpus(), memory_bytes=_memory_bytes(), disk_bytes=_disk_free_bytes(path), gpus=nvml.gpus())
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -76,32 +76,6 @@ def _disk_free_bytes(path: Path | None) -> int:
         except OSError:
             continue
     return 0
-
-
-def _gpus() -> tuple[Gpu, ...]:
-    """Return the NVIDIA devices; none where driver, library or right is missing."""
-    if not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")):
-        return ()
-    import pynvml  # late: only where there is a device
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        return tuple(_gpu(pynvml.nvmlDeviceGetHandleByIndex(i), i) for i in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError:
-        return ()
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _gpu(handle: object, index: int) -> Gpu:
-    import pynvml
-
-    name = pynvml.nvmlDeviceGetName(handle)
-    text = name.decode() if isinstance(name, bytes) else str(name)
-    return Gpu(index=index, model=text, memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
 
 
 def _read(path: str) -> str:

@@ -33,6 +33,7 @@ from tenure.runtimes.container_images import ensure_loaded
 from tenure.runtimes.container_network import LABEL, TenantNetworks, close_machine
 from tenure.runtimes.environment import container_environment
 from tenure.runtimes.forkserver import ForkServer
+from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.images import USER_ID, ensure_base_image, own_folder, python_mounts
 from tenure.runtimes.rooted import read_image
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
@@ -60,12 +61,13 @@ class ContainerRuntime(ShimmedRuntime):
         socket: str = "",
         engine_runtime: str = "",
         sealed: Sequence[str] = (),
+        gpus: Gpus | None = None,
     ) -> None:
         """socket: of the engine; empty: found. engine_runtime: what the engine runs containers with, e.g. ``runsc``.
 
         sealed: folders of this machine of which no container may see anything, besides those that none ever does.
         """
-        super().__init__(state_dir, clock=clock, fork_server=fork_server, term_dir=term_dir)
+        super().__init__(state_dir, clock=clock, fork_server=fork_server, term_dir=term_dir, gpus=gpus)
         self._owner = hashlib.sha256(str(self._state_dir).encode()).hexdigest()[:8]
         self._socket, self._engine_runtime = socket, engine_runtime
         self._sealed = (*sealed, str(self._state_dir))
@@ -139,10 +141,10 @@ class ContainerRuntime(ShimmedRuntime):
         check_container_spec(spec, self._boot_id, sealed=self._sealed)
         engine = self._engine()
         self._sealed_socket(engine, spec)
-        if spec.devices and "nvidia" not in (engine.call("GET", "/info").get("Runtimes") or {}):
+        if self._gpus.grant(spec.devices, runtime=self.name).uuids and not _device_driver(engine):
             raise Unsupported(
                 "devices",
-                "the engine has no NVIDIA runtime, so that a container would see no device",
+                "the engine has neither NVIDIA's runtime nor a CDI description of its devices: a container would see none",
                 "Install the NVIDIA Container Toolkit, or use the process runtime.",
             )
 
@@ -159,12 +161,16 @@ class ContainerRuntime(ShimmedRuntime):
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
         engine = self._engine()
         uid, gid = user_of(spec) or ((USER_ID, USER_ID) if os.geteuid() == 0 else (os.geteuid(), os.getegid()))
+        gpu = self._gpus.grant(spec.devices, runtime=self.name)
         tenant = tenant_of(spec)
         network = self._tenant_networks(engine).ensure(tenant) if tenant else "none"
         body = self._body(spec, image=self._image(engine, spec), network=network, user=f"{uid}:{gid}")
+        if gpu.uuids:
+            body["HostConfig"]["DeviceRequests"] = [_device_request(_device_driver(engine), gpu.uuids)]
         return {
             "spec": wire.to_builtins(spec),
-            "env": ({} if spec.image else _own_packages()) | container_environment(spec),
+            "env": ({} if spec.image else _own_packages()) | container_environment(spec) | dict(gpu.environment),
+            "gpu": gpu.to_plan(),
             "folder": str(files.root),
             "term_file": str(self._term_file),
             "confinement": Confinement("rlimit").to_plan(),
@@ -222,9 +228,6 @@ class ContainerRuntime(ShimmedRuntime):
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
             **limits(spec.envelope),
         }
-        if spec.devices:
-            wanted = [str(device.index) for device in spec.devices]
-            host["DeviceRequests"] = [{"Driver": "nvidia", "DeviceIDs": wanted, "Capabilities": [["gpu"]]}]
         if self._engine_runtime:
             host["Runtime"] = self._engine_runtime
         return {
@@ -272,6 +275,12 @@ class ContainerRuntime(ShimmedRuntime):
             write_bytes=tree.write_bytes,
             processes=tree.processes,
         )
+
+    def pids(self, handle: RuntimeHandle) -> frozenset[int]:
+        """Return the container's processes; none of one that has ended. Raises NotFound."""
+        files, _ = self._last(handle.lease_id)
+        note = read_json(files.root / "container.json") or {}
+        return frozenset(Confinement.from_plan(note["groups"]).members() if note else ())
 
     # --- orders ---
 
@@ -321,6 +330,21 @@ class ContainerRuntime(ShimmedRuntime):
         with contextlib.suppress(TenureError):
             asked = last["container"]
             Engine(asked["socket"]).call("DELETE", f"/containers/{asked['name']}", force=True, v=True)
+
+
+def _device_driver(engine: Engine) -> str:
+    """Return by which of its ways an engine gives containers NVIDIA's devices: ``nvidia``, ``cdi``, or empty for none."""
+    info = engine.call("GET", "/info")
+    if "nvidia" in (info.get("Runtimes") or {}):
+        return "nvidia"
+    found = info.get("DiscoveredDevices") or []  # Docker since 28.2
+    return "cdi" if any(str(each.get("ID", "")).startswith("nvidia.com/gpu=") for each in found) else ""
+
+
+def _device_request(driver: str, uuids: Sequence[str]) -> dict[str, Any]:
+    if driver == "cdi":
+        return {"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={uuid}" for uuid in uuids]}
+    return {"Driver": "nvidia", "DeviceIDs": list(uuids), "Capabilities": [["gpu"]]}
 
 
 def _own_packages() -> dict[str, str]:

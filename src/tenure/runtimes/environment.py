@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tenure.protocols import StartSpec
+from tenure.resources import Bound
 
 _PASSED_ON = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "TMPDIR", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE"),
@@ -71,8 +72,11 @@ def container_environment(spec: StartSpec) -> dict[str, str]:
     return ({"PATH": path} if path and "PATH" not in kept else {}) | {"HOME": spec.worker_dir} | kept
 
 
-def lease_file(lease_id: str, spec: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of TENURE_LEASE_FILE. spec, control: as kept by the runtime."""
+def lease_file(
+    lease_id: str, kept: Mapping[str, Any], control: Mapping[str, Any], *, bounds: Mapping[str, Bound]
+) -> dict[str, Any]:
+    """Return the content of TENURE_LEASE_FILE. kept, control: as the runtime keeps them. bounds: how it holds each bound."""
+    spec, gpu = kept["spec"], kept.get("gpu") or {}
     return {
         "lease_id": lease_id,
         "fence": control["fence"],
@@ -81,4 +85,6 @@ def lease_file(lease_id: str, spec: Mapping[str, Any], control: Mapping[str, Any
         "deadline_boot_s": control["deadline_boot_s"],
         "boot_id": spec["boot_id"],
         "threads": threads_of(float(control["envelope"]["cpus"])),
+        "bounds": {**bounds, **gpu.get("bounds", {})},
+        "gpus": {"uuids": gpu.get("uuids", []), "held_by": gpu.get("means", "")},
     }

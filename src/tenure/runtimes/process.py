@@ -29,6 +29,7 @@ from tenure.runtimes.checks import check_spec, netns_path
 from tenure.runtimes.confine import Confine, Confinement, find_confiner
 from tenure.runtimes.environment import container_environment, job_environment
 from tenure.runtimes.execin import run_inside
+from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.rooted import root_of
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
@@ -40,10 +41,12 @@ class ProcessRuntime(ShimmedRuntime):
 
     name = "process"
 
-    def __init__(self, state_dir: Path | str, *, confine: Confine = "auto", clock: Clock | None = None) -> None:
-        """state_dir: absolute or relative; made when missing."""
+    def __init__(
+        self, state_dir: Path | str, *, confine: Confine = "auto", clock: Clock | None = None, gpus: Gpus | None = None
+    ) -> None:
+        """state_dir: absolute or relative; made when missing. gpus: the node's; None: it has none."""
         self._confiner = find_confiner(confine)
-        super().__init__(state_dir, clock=clock)
+        super().__init__(state_dir, clock=clock, gpus=gpus)
 
     def bounds(self) -> Mapping[str, Bound]:
         """Return how each envelope field is held here."""
@@ -51,7 +54,7 @@ class ProcessRuntime(ShimmedRuntime):
 
     def confinement(self) -> str:
         """Return one sentence on the means."""
-        return self._confiner.describe()
+        return "; ".join(filter(None, (self._confiner.describe(), self._gpus.describe())))
 
     def _check(self, spec: StartSpec) -> None:
         check_spec(spec, self._boot_id)
@@ -59,13 +62,17 @@ class ProcessRuntime(ShimmedRuntime):
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
         entry = pwd.getpwnam(spec.user) if spec.user and os.geteuid() == 0 else None
         data = wire.to_builtins(spec)
+        gpu = self._gpus.grant(spec.devices, runtime=self.name, uid=entry.pw_uid if entry else None)
+        if spec.image and gpu.uuids:
+            raise Unsupported("devices", "the root of an image shows no device files", "Leave the image out, or the devices.")
         root = None
         if spec.image:
             binds = {spec.worker_dir: spec.worker_dir, **spec.mounts}
             root = asdict(root_of(spec.image, binds=binds, memory_bytes=spec.envelope.memory_bytes // 2))
         return {
             "spec": data,
-            "env": container_environment(spec) if root else job_environment(spec),
+            "env": (container_environment(spec) if root else job_environment(spec)) | dict(gpu.environment),
+            "gpu": gpu.to_plan(),
             "root": root,
             "folder": str(files.root),
             "term_file": str(self._term_file),
@@ -97,6 +104,12 @@ class ProcessRuntime(ShimmedRuntime):
             write_bytes=written + tree.write_bytes,
             processes=tree.processes,
         )
+
+    def pids(self, handle: RuntimeHandle) -> frozenset[int]:
+        """Return the attempt's processes; none of one that has ended. Raises NotFound."""
+        _, last = self._last(handle.lease_id)
+        inside = Confinement.from_plan(last["confinement"]).members()
+        return frozenset({*procfs.descendants(handle.pid), *inside} if procfs.is_alive(handle.pid, handle.start_ticks) else ())
 
     def resize(self, handle: RuntimeHandle, envelope: Envelope, *, fence: int) -> None:
         """Change CPU, memory and disk bounds live.

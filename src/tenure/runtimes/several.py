@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tenure.errors import TenureError, Unsupported
 from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope
 from tenure.runtimes.confine import Confine
 from tenure.runtimes.container import ContainerRuntime
+from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.process import ProcessRuntime
 from tenure.runtimes.shimmed import ShimmedRuntime
 from tenure.usage import Usage
@@ -22,14 +24,17 @@ from tenure.usage import Usage
 class Runtimes:
     """All runtimes of a node. `state_dir` is private to it. Raises Unsupported when `confine` can't be had."""
 
-    def __init__(self, state_dir: Path, *, confine: Confine = "auto", clock: Clock | None = None) -> None:
-        self._process = ProcessRuntime(state_dir, confine=confine, clock=clock)
+    def __init__(
+        self, state_dir: Path, *, confine: Confine = "auto", clock: Clock | None = None, gpus: Gpus | None = None
+    ) -> None:
+        self._process = ProcessRuntime(state_dir, confine=confine, clock=clock, gpus=gpus)
         self._container = ContainerRuntime(
             state_dir / "containers",
             clock=clock,
             fork_server=self._process.fork_server,
             term_dir=state_dir,
             sealed=(str(state_dir.parent),),
+            gpus=gpus,
         )
         self._all: tuple[ShimmedRuntime, ...] = (self._process, self._container)
 
@@ -85,6 +90,14 @@ class Runtimes:
                 runtime = self._of(handle.lease_id)
                 found.append((handle, runtime.sample(handle) or runtime.usage(handle)))
         return found
+
+    def pids(self, handle: RuntimeHandle) -> frozenset[int]:
+        """Return the processes of an attempt, as this machine numbers them."""
+        return self._of(handle.lease_id).pids(handle)
+
+    def gpu(self, lease_id: str) -> Mapping[str, Any]:
+        """Return what a lease's last attempt was given of the node's GPUs. Raises NotFound."""
+        return self._of(lease_id).gpu(lease_id)
 
     def renew(self, handle: RuntimeHandle, *, deadline_boot_s: float, fence: int) -> None:
         """Move the deadline."""

@@ -25,6 +25,7 @@ from tenure.resources import Bound, Envelope
 from tenure.runtimes import pidfds, procfs
 from tenure.runtimes.environment import lease_file
 from tenure.runtimes.forkserver import ForkServer
+from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.state import LeaseFiles, read_json, term_file, write_json
 from tenure.usage import Usage
 
@@ -41,11 +42,13 @@ class ShimmedRuntime(ABC):
         clock: Clock | None = None,
         fork_server: ForkServer | None = None,
         term_dir: Path | str | None = None,
+        gpus: Gpus | None = None,
     ) -> None:
         """state_dir: absolute or relative; made when missing. fork_server: of another runtime, which ends it; None: an own one.
 
-        term_dir: where the node's term lies; None: in `state_dir`.
+        term_dir: where the node's term lies; None: in `state_dir`. gpus: the node's; None: it has none.
         """
+        self._gpus = gpus or Gpus()
         self._state_dir = Path(state_dir).absolute()
         self._term_file = term_file(Path(term_dir).absolute() if term_dir else self._state_dir)
         (self._state_dir / "leases").mkdir(parents=True, exist_ok=True)
@@ -102,12 +105,16 @@ class ShimmedRuntime(ABC):
         """Run a command inside the lease's bounds; return exit code and output (its first MiB)."""
 
     @abstractmethod
+    def pids(self, handle: RuntimeHandle) -> frozenset[int]:
+        """Return the attempt's processes, as this machine numbers them; none of one that has ended. Raises NotFound."""
+
+    @abstractmethod
     def _check(self, spec: StartSpec) -> None:
         """Raise Unsupported for what this runtime cannot honour, SpecError for what is wrong."""
 
     @abstractmethod
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
-        """Return what the shim needs: spec, env, folder, term_file, confinement, uid, gid, and what is the runtime's own."""
+        """Return what the shim needs: spec, env, folder, term_file, confinement, uid, gid, gpu, and the runtime's own."""
 
     @abstractmethod
     def _end_leftovers(self, last: Mapping[str, Any]) -> int:
@@ -194,7 +201,8 @@ class ShimmedRuntime(ABC):
     def _tell_job(self, lease_id: str, kept: Mapping[str, Any], control: Mapping[str, Any]) -> None:
         """Rewrite the job's own copy, `lease.json` in its worker folder. A folder the job removed is its own loss."""
         with contextlib.suppress(FileNotFoundError):
-            write_json(f"{kept['spec']['worker_dir']}/lease.json", lease_file(lease_id, kept["spec"], control), mode=0o644)
+            told = lease_file(lease_id, kept, control, bounds=self.bounds())
+            write_json(f"{kept['spec']['worker_dir']}/lease.json", told, mode=0o644)
 
     # --- find ---
 
@@ -221,6 +229,11 @@ class ShimmedRuntime(ABC):
     def has(self, lease_id: str) -> bool:
         """Return whether the runtime keeps something of a lease."""
         return LeaseFiles(self._state_dir, lease_id).spec.exists()
+
+    def gpu(self, lease_id: str) -> Mapping[str, Any]:
+        """Return what a lease's last attempt was given of the node's GPUs (`GpuGrant.to_plan`). Raises NotFound."""
+        found: Mapping[str, Any] = self._last(lease_id)[1].get("gpu") or {}
+        return found
 
     def newest_fence(self, lease_id: str) -> int:
         """Return the newest fence seen for a lease. Raises NotFound."""
