@@ -108,7 +108,8 @@ class StartSpec:
     grace_s: float = 5.0
     network: str = "host"
     user: str = ""
-    """Empty: the agent's own."""
+    """Empty: the agent's own. Of another user the attempt's folders are made, and files in them touched, with that user's
+    rights: they lie where that user may write."""
     image: str = ""
     mounts: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, int] = field(default_factory=dict)

@@ -7,11 +7,13 @@ import os
 import pwd
 import subprocess
 import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tests.contracts.runtime_contract import LONG_S, SLOWNESS, Bench, RuntimeContract, gone, until
 
-from tenure.errors import SpecError, Unsupported
+from tenure.errors import SpecError, Unavailable, Unsupported
 from tenure.protocols import ExitKind, SystemClock
 from tenure.resources import Envelope
 from tenure.runtimes.process import ProcessRuntime
@@ -168,11 +170,48 @@ class AsRoot:
 
     def test_a_job_of_a_user_runs_with_that_users_rights_only(self, make_runtime):
         with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-            os.chmod(folder, 0o755)
+            os.chmod(folder, 0o777)
             bench = Bench(make_runtime(), folder)
             handle = bench.start("sh", "-c", "id -un; touch mine && ls -n mine | cut -d' ' -f3", user="nobody")
             assert bench.end(handle).kind is ExitKind.COMPLETED
             assert bench.log(handle).split() == ["nobody", str(pwd.getpwnam("nobody").pw_uid)]
+
+    def test_a_users_links_lead_the_root_that_writes_for_it_nowhere(self, make_runtime):
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            os.chmod(folder, 0o777)
+            secret = Path(folder, "secret")
+            secret.write_text("of root")
+            secret.chmod(0o600)
+            bench = Bench(make_runtime(), folder)
+            spec = bench.spec("sh", "-c", "rm -f lease.json; ln -s $SECRET result.json; ln -s $SECRET lease.json; sleep 60",
+                              user="nobody", env={"SECRET": str(secret)})  # fmt: skip
+            handle = bench.runtime.start(spec)
+            until(lambda: os.path.islink(f"{spec.worker_dir}/lease.json"), "the links are there")
+            bench.runtime.renew(handle, deadline_boot_s=spec.deadline_boot_s + 5, fence=spec.fence)
+            bench.runtime.stop(handle, grace_s=0.1, fence=spec.fence)
+            ended = bench.end(handle)
+            assert ended.result is None
+            assert "of root" not in ended.log_tail
+            assert secret.read_text() == "of root"
+            os.unlink(spec.log_path)
+            os.symlink(secret, spec.log_path)
+            with pytest.raises((SpecError, Unavailable)):
+                bench.runtime.start(replace(spec, attempt=2, argv=("echo", "overwritten")))
+            assert secret.read_text() == "of root"
+
+    def test_a_command_inside_takes_nothing_of_the_jobs_environment_before_it_is_the_jobs_user(self, make_runtime):
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            os.chmod(folder, 0o777)
+            mark = Path(folder, "mark")
+            Path(folder, "sitecustomize.py").write_text(f"import os; open({str(mark)!r}, 'a').write(str(os.getuid()) + ' ')")
+            Path(folder, "json.py").write_text("raise SystemExit('taken')")
+            bench = Bench(make_runtime(), folder)
+            handle = bench.start("sleep", "60", user="nobody", env={"PYTHONPATH": folder, "PYTHONSTARTUP": f"{folder}/json.py"})
+            code, output = bench.runtime.exec(handle, ["sh", "-c", "id -un; echo $PYTHONPATH"], timeout_s=30)
+            assert (code, output.decode().split()) == (0, ["nobody", folder])
+            assert not mark.exists()
+            bench.runtime.stop(handle, grace_s=0.1, fence=1)
+            bench.end(handle)
 
     def test_the_nodes_term_ends_a_lease_although_nobody_watches(self, bench, state_dir):
         clock = SystemClock()

@@ -25,6 +25,7 @@ from tenure.errors import Refused, SpecError, TenureError, Unavailable, Unsuppor
 from tenure.protocols import Clock, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import procfs
+from tenure.runtimes.acting import acting_as, actor_of
 from tenure.runtimes.confine import CPU_PERIOD_US, Confinement
 from tenure.runtimes.container_checks import check_container_spec, mounts_of, tenant_of, user_of
 from tenure.runtimes.container_engine import Engine, EngineError, find_socket
@@ -138,7 +139,9 @@ class ContainerRuntime(ShimmedRuntime):
     # --- start ---
 
     def _check(self, spec: StartSpec) -> None:
-        check_container_spec(spec, self._boot_id, sealed=self._sealed)
+        user_of(spec)
+        with acting_as(actor_of(spec.user)):  # what it may not reach itself is not there for it
+            check_container_spec(spec, self._boot_id, sealed=self._sealed)
         engine = self._engine()
         self._sealed_socket(engine, spec)
         if self._gpus.grant(spec.devices, runtime=self.name).uuids and not _device_driver(engine):
@@ -177,7 +180,12 @@ class ContainerRuntime(ShimmedRuntime):
             "uid": uid if os.geteuid() == 0 else None,
             "gid": gid if os.geteuid() == 0 else None,
             "netns": "",
-            "container": {"socket": engine.path, "name": self._container(spec.lease_id, spec.attempt), "body": body},
+            "container": {
+                "socket": engine.path,
+                "name": self._container(spec.lease_id, spec.attempt),
+                "body": body,
+                "named": [os.path.realpath(source) for source in (spec.worker_dir, spec.workdir, *spec.mounts)],
+            },
         }
 
     def _tenant_networks(self, engine: Engine) -> TenantNetworks:

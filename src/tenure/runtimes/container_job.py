@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from tenure.errors import Unavailable
 from tenure.runtimes import procfs
+from tenure.runtimes.acting import acting_as, actor_from, open_regular
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_engine import Engine, EngineError, frames
 from tenure.runtimes.groups import own_groups
@@ -76,7 +77,9 @@ class _Attendant:
         self._asked = plan["container"]
         self._engine = Engine(self._asked["socket"])
         self._name = self._asked["name"]
-        self._log = os.open(plan["spec"]["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._actor = actor_from(plan.get("acting"))
+        with acting_as(self._actor):
+            self._log = open_regular(plan["spec"]["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._init = (0, 0)
         self._last = ""
         """Time stamp of the last piece copied, as the engine writes it."""
@@ -87,6 +90,7 @@ class _Attendant:
     def create(self) -> None:
         """Have the engine make the container. Raises EngineError, Unavailable."""
         body = dict(self._asked["body"], Env=[f"{name}={value}" for name, value in self._plan["env"].items()])
+        self._pin(body["HostConfig"]["Mounts"])
         try:
             self._engine.call("POST", "/containers/create", body, name=self._name)
         except EngineError as error:
@@ -95,6 +99,21 @@ class _Attendant:
             # One of this very attempt, whose shim died before it could note anything: it has run nothing that counts.
             self._engine.call("DELETE", f"/containers/{self._name}", force=True, v=True)
             self._engine.call("POST", "/containers/create", body, name=self._name)
+
+    def _pin(self, mounts: list[dict[str, Any]]) -> None:
+        """Have the engine mount what another user named as it was checked: opened with that user's rights, by descriptor.
+
+        Between a look at a path and its mounting its owner could put a link in its place. Raises OSError.
+        """
+        if self._actor is None:
+            return
+        for mount in mounts:
+            if (source := mount["Source"]) in self._asked["named"]:
+                with acting_as(self._actor):
+                    descriptor = os.open(source, os.O_PATH | os.O_CLOEXEC)  # ours until the container has ended
+                mount["Source"] = f"/proc/{os.getpid()}/fd/{descriptor}"
+                if (found := os.readlink(mount["Source"])) != source:
+                    raise OSError(f"{source} has become {found} since it was checked; start it again")
 
     def start(self) -> None:
         """Start it, and return once its command runs or has run. Raises EngineError, Unavailable, _NotStarted."""

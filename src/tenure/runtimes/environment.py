@@ -46,6 +46,9 @@ def job_environment(spec: StartSpec) -> dict[str, str]:
     if spec.user:
         entry = pwd.getpwnam(spec.user)
         base.update(HOME=entry.pw_dir, USER=spec.user, LOGNAME=spec.user)
+        if os.geteuid() != entry.pw_uid:
+            base.pop("TMPDIR", None)  # the agent's own, which that user may not write
+            base["SHELL"] = entry.pw_shell or "/bin/sh"
     base.update(dict.fromkeys(_POOLS, threads))
     base.update(OMP_WAIT_POLICY="PASSIVE", CUDA_VISIBLE_DEVICES=",".join(str(device.index) for device in spec.devices))
     base.update(spec.env)

@@ -1,7 +1,7 @@
 """One more command inside a lease: join its groups, network and user, then exec.
 
-The process runtime starts it as a program of its own (`python -I -c "… main()" PLAN`), because the runtime may have threads
-and must not fork Python code itself. Not for: starting attempts (`shim`).
+The process runtime starts it as a program of its own (`python -I -c "… main()" DESCRIPTOR`), because the runtime may have
+threads and must not fork Python code itself. Not for: starting attempts (`shim`).
 """
 
 from __future__ import annotations
@@ -40,16 +40,21 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
     Raises Unavailable when it did not end within `timeout_s`, Conflict when the lease ended before it. It is ended then.
     """
     names = {"TENURE_LEASE_ID": handle.lease_id, "TENURE_WORKER_DIR": plan["worker_dir"]}  # by these its processes are found
-    environment = _environment(job_pid) or os.environ | names
-    process = subprocess.Popen(
-        # The environment is the job's, whose PYTHONPATH may mean another interpreter's packages.
-        [sys.executable, "-I", "-c", _PROGRAM, json.dumps(plan)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=environment,
-    )
+    plan = plan | {"env": _environment(job_pid) or os.environ | names}
+    # The program starts with our own environment: the job's is in the job's hands, and this one may still be root. The plan
+    # goes by descriptor: arguments can be read by every user of the machine.
+    with open(os.memfd_create("exec"), "w+b") as stream:
+        stream.write(json.dumps(plan).encode())
+        stream.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _PROGRAM, str(stream.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | names,
+            pass_fds=(stream.fileno(),),
+        )
     with process:
         assert process.stdout is not None
         try:
@@ -97,8 +102,9 @@ def _collect(process: subprocess.Popen[bytes], fd: int, handle: RuntimeHandle, d
 
 
 def main() -> None:
-    """Become the command that the plan in the first argument describes. Never returns."""
-    plan = json.loads(sys.argv[1])
+    """Become the command that the plan on the descriptor in the first argument describes. Never returns."""
+    with open(int(sys.argv[1]), "rb") as stream:
+        plan = json.loads(stream.read())
     try:
         confinement = Confinement.from_plan(plan["confinement"])
         confinement.join()
@@ -110,7 +116,7 @@ def main() -> None:
         become_user(plan["user"], plan["uid"], plan["gid"])
         die_with_parent()
         os.chdir(plan["workdir"])
-        os.execvp(plan["argv"][0], plan["argv"])
+        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
     except OSError as error:
         os.write(2, f"cannot run {plan['argv'][0]!r} inside the lease: {error}\n".encode())
     os._exit(CANNOT_RUN)

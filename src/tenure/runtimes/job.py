@@ -12,6 +12,7 @@ import signal
 from typing import Any
 
 from tenure.resources import Envelope
+from tenure.runtimes.acting import acting_as, actor_from, open_regular
 from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_job import attend
@@ -38,7 +39,8 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
         spec = plan["spec"]
         if "container" in plan:
             attend(plan, failure)
-        log = os.open(spec["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with acting_as(actor_from(plan.get("acting"))):
+            log = open_regular(spec["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
         step = "confine"

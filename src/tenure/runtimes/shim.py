@@ -30,6 +30,7 @@ from tenure.errors import TenureError
 from tenure.nodes import TERM_GRACE_S
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
+from tenure.runtimes.acting import acting_as, actor_from
 from tenure.runtimes.become import adopt_orphans, own_memory
 from tenure.runtimes.confine import Confinement, data_limit_bytes
 from tenure.runtimes.job import wait_and_become
@@ -124,6 +125,8 @@ class Shim:
         self._spec = plan["spec"]
         self._plan = plan
         self._folder = Path(plan["folder"])
+        self._actor = actor_from(plan.get("acting"))
+        """Whose rights count where the job may write, when that is another user."""
         self._channel = channel
         self._confinement = Confinement.from_plan(plan["confinement"])
         self._envelope = Envelope(**self._spec["envelope"])
@@ -165,7 +168,7 @@ class Shim:
 
     def _start(self) -> dict[str, Any] | None:
         """Let the job go; return None once it runs, or why it does not as {"error", "errno", "step"}."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), acting_as(self._actor):
             self._log_start_bytes = os.stat(self._spec["log_path"]).st_blocks * 512
         try:
             self._make()
@@ -327,9 +330,10 @@ class Shim:
         return True
 
     def _over_disk(self) -> bool:
-        used = procfs.disk_use(self._spec["worker_dir"])
-        with contextlib.suppress(OSError):
-            used += max(0, os.stat(self._spec["log_path"]).st_blocks * 512 - self._log_start_bytes)
+        with acting_as(self._actor):
+            used = procfs.disk_use(self._spec["worker_dir"])
+            with contextlib.suppress(OSError):
+                used += max(0, os.stat(self._spec["log_path"]).st_blocks * 512 - self._log_start_bytes)
         if used <= self._envelope.disk_bytes:
             return False
         self._kind = "out_of_disk"
@@ -387,7 +391,8 @@ class Shim:
 
     def _record(self, left: int) -> dict[str, Any]:
         """Return the exit record. Who ended it goes before how it ended: memory, disk, deadline, order, then its own status."""
-        result = read_result(self._spec["worker_dir"])
+        with acting_as(self._actor):
+            result, log_tail = read_result(self._spec["worker_dir"]), read_tail(self._spec["log_path"])
         usage = dict(self._ended_usage, at_s=time.time(), memory_bytes=0, processes=0)
         code, number, said_by = self._ended_how()
         kind, witness = self._kind, self._witness
@@ -415,5 +420,5 @@ class Shim:
             "ended_at_s": time.time(),
             "usage": usage,
             "result": result,
-            "log_tail": read_tail(self._spec["log_path"]),
+            "log_tail": log_tail,
         }

@@ -23,6 +23,7 @@ from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError
 from tenure.protocols import MACHINE_RESTARTED, Clock, Exit, ExitKind, RuntimeHandle, StartSpec, SystemClock
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import pidfds, procfs
+from tenure.runtimes.acting import acting_as, actor_from, actor_of, open_regular
 from tenure.runtimes.environment import lease_file
 from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.gpus import Gpus
@@ -135,7 +136,8 @@ class ShimmedRuntime(ABC):
         with self._lock(spec.lease_id):
             files = LeaseFiles(self._state_dir, spec.lease_id)
             self._make_room(files, spec)
-            plan = self._plan(files, spec)
+            actor = actor_of(spec.user)
+            plan = self._plan(files, spec) | {"acting": actor.to_plan() if actor else None}
             self._prepare(files, spec, plan)
             report = self._fork(files, plan)
             if "error" in report:
@@ -171,10 +173,12 @@ class ShimmedRuntime(ABC):
         files.set_aside(int(last["attempt"]))
 
     def _prepare(self, files: LeaseFiles, spec: StartSpec, plan: dict[str, Any]) -> None:
+        actor = actor_from(plan.get("acting"))
         try:
-            for folder in (spec.worker_dir, spec.workdir, os.path.dirname(spec.log_path)):
-                os.makedirs(folder, exist_ok=True)
-            if plan["uid"] is not None:
+            with acting_as(actor):
+                for folder in (spec.worker_dir, spec.workdir, os.path.dirname(spec.log_path)):
+                    os.makedirs(folder, exist_ok=True)
+            if actor is None and plan["uid"] is not None:
                 os.chown(spec.worker_dir, plan["uid"], plan["gid"])
         except OSError as error:
             raise SpecError(f"lease {spec.lease_id}: its folders cannot be made: {error}") from error
@@ -200,7 +204,8 @@ class ShimmedRuntime(ABC):
 
     def _tell_job(self, lease_id: str, kept: Mapping[str, Any], control: Mapping[str, Any]) -> None:
         """Rewrite the job's own copy, `lease.json` in its worker folder. A folder the job removed is its own loss."""
-        with contextlib.suppress(FileNotFoundError):
+        actor = actor_from(kept.get("acting"))
+        with contextlib.suppress(FileNotFoundError if actor is None else OSError), acting_as(actor):
             told = lease_file(lease_id, kept, control, bounds=self.bounds())
             write_json(f"{kept['spec']['worker_dir']}/lease.json", told, mode=0o644)
 
@@ -244,7 +249,9 @@ class ShimmedRuntime(ABC):
         """Return the end of the attempt's output. Raises NotFound."""
         _, last = self._last(handle.lease_id)
         try:
-            with open(last["spec"]["log_path"], "rb") as stream:
+            with acting_as(actor_from(last.get("acting"))):
+                descriptor = open_regular(last["spec"]["log_path"], os.O_RDONLY)
+            with os.fdopen(descriptor, "rb") as stream:
                 stream.seek(max(0, stream.seek(0, os.SEEK_END) - max_bytes))
                 return stream.read(max_bytes)
         except FileNotFoundError:

@@ -32,7 +32,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def write_json(path: str | Path, data: Any, *, sync: bool = False, mode: int = 0o600) -> None:
     """Replace a file by data as JSON, at once or not at all. sync: also survive a power cut. Raises OSError."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    # In a folder that a job may write, neither a link nor a FIFO of that name is to lead or hold us anywhere.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(temporary, flags, mode)
     try:
         try:
             left = memoryview(json.dumps(data).encode())
