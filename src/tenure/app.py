@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from tenure.broker.client import BrokerClient, connect
 from tenure.data import price_table
 from tenure.errors import SpecError, Unavailable
+from tenure.homes import SYSTEM_HOME, check_own_run, check_user, is_shared
 from tenure.meter.machine import versions
 from tenure.nodes import Node, NodeState
 from tenure.protocols import SystemClock
 from tenure.runs import Run, RunFiles
-from tenure.sockets import check_owner
 
 if TYPE_CHECKING:
     from tenure.experiments.bench import BenchSpec
@@ -29,11 +29,14 @@ LIBRARIES = ("tenure", "numpy", "scipy", "scikit-learn", "onnxruntime", "onnx")
 
 
 def find_home(home: str | Path | None = None) -> Path:
-    """Return the absolute folder of all state: the argument, else $TENURE_HOME, else the platform's data directory.
+    """Return the absolute folder of all state: the argument, else $TENURE_HOME, else the home that root shares with all users
+    of this machine, else the platform's data directory.
 
-    Made when missing. Raises SpecError when it cannot be made or written, or belongs to another user.
+    Made when missing. Raises SpecError when it cannot be made or written, or serves another user alone.
     """
     if home is None and not (home := os.environ.get("TENURE_HOME")):
+        if is_shared(SYSTEM_HOME):
+            return SYSTEM_HOME
         import platformdirs  # a few ms that a given home saves
 
         home = platformdirs.user_data_path("tenure")
@@ -44,8 +47,8 @@ def find_home(home: str | Path | None = None) -> Path:
         raise SpecError(
             f"the home {path} cannot be made: {error.strerror}. Set TENURE_HOME to a folder you may write."
         ) from error
-    check_owner(path)
-    if not os.access(path, os.W_OK):
+    check_user(path)
+    if not is_shared(path) and not os.access(path, os.W_OK):
         raise SpecError(f"the home {path} cannot be written. Set TENURE_HOME to a folder you may write.")
     return path
 
@@ -85,6 +88,7 @@ def run_job_file(
         check_workers(jobs, workers)
     with broker(home) as client:
         if resume:
+            check_own_run(RunFiles(home, resume).root)
             run, jobs = resumed_run(client.runs(run_id=resume), resume, text=text, source=source)
             check_workers(jobs, workers)
         context = _context(client, home, run, display=display)

@@ -6,9 +6,11 @@ leases (`tenure.experiments`).
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,13 +20,15 @@ from tenure import app
 from tenure.broker.client import BrokerClient, connect
 from tenure.broker.workspace_setup import URL_MAX_S, Setup, has_jupyter, jupyter_url, set_up
 from tenure.errors import JobFailed, NotFound, Refused, SpecError, Unavailable
+from tenure.homes import is_guest
 from tenure.jobfile import JobFile, format_job_file
 from tenure.jobs import Command, Job
 from tenure.leases import EndReason, Lease, LeaseState, RightSize
 from tenure.protocols import SystemClock
 from tenure.resources import Envelope, format_duration
 from tenure.runs import Run, RunFiles, RunState, Stage
-from tenure.tenants import Policy, check_name
+from tenure.runtimes.acting import open_regular
+from tenure.tenants import Policy, Role, TenantView, check_name
 from tenure.usage import Usage
 from tenure.wire import ExecResult, GangMember, RequestGang
 
@@ -103,6 +107,7 @@ def lease(
             tenant=tenant,
             live=client.leases(live=True),
             grace_s=grace_s,
+            volume=Path(client.home_volume()) if is_guest(found_home) else None,
             told=told,
         )
         run = _submit(client, name, tenant, made, envelope)
@@ -150,6 +155,29 @@ def workspace_url(held: Lease, *, home: Home = None, wait_s: float = URL_MAX_S) 
                     f"JupyterLab of lease {held.id} does not answer within {wait_s:g} s; the lease goes on. "
                     f'"tenure logs {held.id}" has what it says, and its URL once it answers.'
                 )
+
+
+def tenants(*, home: Home = None) -> tuple[TenantView, ...]:
+    """Return who has what in a home that all users of a machine share; to a tenant, itself alone."""
+    with app.broker(app.find_home(home)) as client:
+        return client.tenants()
+
+
+def set_role(tenant: str, role: str, *, home: Home = None) -> None:
+    """Have a user of this machine be an ``admin`` of a shared home, or a ``tenant`` as any other. For admins.
+
+    Raises NotFound for no such user, Conflict in a home that is not shared, Refused, SpecError.
+    """
+    if role not in tuple(Role):
+        raise SpecError(f"a role is {' or '.join(Role)}; found {role!r}")
+    with app.broker(app.find_home(home)) as client:
+        client.set_role(check_name("tenant", tenant), Role(role))
+
+
+def remove_tenant(tenant: str, *, home: Home = None) -> None:
+    """Have the name of a user who is gone be free for another. Raises NotFound, Conflict while something of it is kept."""
+    with app.broker(app.find_home(home)) as client:
+        client.remove_tenant(check_name("tenant", tenant))
 
 
 def policies(*, home: Home = None) -> dict[str, Policy]:
@@ -259,16 +287,13 @@ def follow(lease_id: str, *, home: Home = None, from_end_bytes: int = 65536) -> 
         while True:
             path = log_path(found_home, view.lease)
             if path != place:
-                size_bytes = path.stat().st_size if path.exists() else 0
+                size_bytes = _size(path)
                 seen_bytes = max(0, size_bytes - from_end_bytes) if place is None else 0
                 place = path
             over = view.lease.state is LeaseState.ENDED  # looked at before the last read: nothing is written after it
-            if path.exists():
-                with path.open("rb") as file:
-                    file.seek(seen_bytes)
-                    while part := file.read(1 << 20):
-                        seen_bytes += len(part)
-                        yield part.decode(errors="replace")
+            for part in _output(path, seen_bytes):
+                seen_bytes += len(part)
+                yield part.decode(errors="replace")
             if over:
                 return
             (view,) = client.wait_leases((lease_id,), until="ended", timeout_s=FOLLOW_EVERY_S)
@@ -284,11 +309,27 @@ def logs(lease_id: str, *, home: Home = None, max_bytes: int = 65536) -> str:
     found_home = app.find_home(home)
     with app.broker(found_home) as client:
         path = log_path(found_home, client.lease(lease_id).lease)
+    from_bytes = max(0, _size(path) - max_bytes)
     if not path.exists():
         raise NotFound(f"lease {lease_id} has no log in {path.parent}: it wrote none yet, or it was removed for its age")
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - max_bytes))
-        return file.read().decode(errors="replace")
+    return b"".join(_output(path, from_bytes)).decode(errors="replace")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    except PermissionError as error:
+        raise Refused(f"the output in {path.parent} is its tenant's own: that one can read it, and root") from error
+
+
+def _output(path: Path, from_bytes: int) -> Iterator[bytes]:
+    """Yield what a log holds from there on; nothing while there is none, or for what a job put in its place."""
+    with suppress(OSError), os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+        file.seek(from_bytes)
+        while part := file.read(1 << 20):
+            yield part
 
 
 def parse_moment(text: str, *, now_s: float) -> float:

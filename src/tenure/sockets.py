@@ -4,7 +4,8 @@ Not here: what the operations mean (`wire` declares them, `agent` and `broker` d
 
 Every line is bounded (`wire.MAX_LINE_BYTES`), every wait has a time limit, and a peer that does not read its notes is cut
 off rather than buffered for. Sockets lie in a short folder, because a Unix socket's path may have 107 bytes and a home may
-be deeper than that; `socket_dir` finds the folder through a file in the home.
+be deeper than that; `homes.socket_dir` finds the folder through a file in the home. Both ends see by the kernel's word who
+is at the other (SO_PEERCRED): a server who calls, a client that who answers is who may.
 """
 
 from __future__ import annotations
@@ -14,77 +15,25 @@ import contextlib
 import itertools
 import json
 import os
-import pwd
 import socket
 import struct
-import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from tenure import wire
-from tenure.errors import CorruptData, InternalError, SpecError, TenureError, Unavailable
+from tenure.errors import CorruptData, InternalError, Refused, SpecError, TenureError, Unavailable
+from tenure.homes import check_owner as check_owner
+from tenure.homes import socket_dir as socket_dir
+from tenure.homes import user_name
 
 Handler = Callable[[Any, "Connection"], Awaitable[Any]]
 MAX_UNSENT_BYTES = 32 << 20
-
-
-def check_owner(home: Path) -> None:
-    """Raise SpecError when a home exists and belongs to another user, for root as for everybody.
-
-    Whatever runs in a home runs with the rights of whoever started its broker (docs/decisions/0008).
-    """
-    try:
-        owner = home.stat().st_uid
-    except FileNotFoundError:
-        return
-    if owner != os.geteuid():
-        raise SpecError(
-            f"the home {home} belongs to user {_user_name(owner)}; this is user {_user_name(os.geteuid())}. A home serves its "
-            "owner alone: what runs there runs with its owner's rights, and what you wrote there the owner could not change. "
-            "Set TENURE_HOME, or --home, to a folder of your own; the machine is shared out between homes all the same."
-        )
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
-    except KeyError:
-        return str(uid)
-
-
-def socket_dir(home: Path) -> Path:
-    """Return the folder of this home's sockets; made, private to its owner, and noted in the home when there is none.
-
-    Two processes that ask at once get the same folder: the note is published create-exclusively. A folder that vanished
-    (a reboot emptied it) is made again under its old name.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    note = home / "socket-dir"
-    for _ in range(10):
-        try:
-            folder = Path(note.read_text().strip())
-        except FileNotFoundError:
-            base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-            made = tempfile.mkdtemp(prefix="tenure-", dir=base if os.access(base, os.W_OK) else tempfile.gettempdir())
-            draft = home / f".socket-dir.{os.getpid()}.{threading.get_ident()}"
-            draft.write_text(made)
-            try:
-                os.link(draft, note)
-            except FileExistsError:
-                os.rmdir(made)
-            finally:
-                draft.unlink()
-            continue
-        if not folder.is_absolute():
-            raise CorruptData(f"{note} should hold an absolute folder; found {str(folder)!r}. Remove the file and try again.")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700, parents=True)
-        if folder.stat().st_uid != os.geteuid() and os.geteuid() != 0:
-            raise Unavailable(f"the socket folder {folder} of home {home} belongs to another user")
-        return folder
-    raise Unavailable(f"could not agree on a socket folder for {home}")
+MAX_CONNECTIONS = 64
+"""Of one user other than the server's own at the same time; another is hung up on with the reason."""
+MAX_CALLS = 64
+"""Under way on one connection at the same time; the next is read when one of them is through."""
 
 
 def _decode(line: bytes) -> dict[str, Any]:
@@ -127,16 +76,19 @@ def _checked_welcome(welcome: wire.Welcome) -> wire.Welcome:
     return welcome
 
 
+def peer_of(connected: socket.socket) -> tuple[int, int]:
+    """Return pid and uid at the other end of a Unix socket, as the kernel says: of who connected, or of who listens."""
+    pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid), int(uid)
+
+
 class Connection:
     """One client of a server, as its handlers see it."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.who = ""
         """What the client called itself in its hello."""
-        peer = writer.get_extra_info("socket")
-        pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        self.pid: int = pid
-        self.uid: int = uid
+        self.pid, self.uid = peer_of(writer.get_extra_info("socket"))
         """The client's process and user, as the kernel says (SO_PEERCRED)."""
         self._writer = writer
 
@@ -202,7 +154,12 @@ class LineServer:
         self.connections.add(connection)
         calls: set[asyncio.Task[None]] = set()
         try:
+            if connection.uid != os.geteuid() and sum(c.uid == connection.uid for c in self.connections) > MAX_CONNECTIONS:
+                connection.send(_error_line(None, Refused(f"{self._who} answers {MAX_CONNECTIONS} connections of one user")))
+                return
             while True:
+                if len(calls) >= MAX_CALLS:
+                    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
                 try:
                     line = await reader.readuntil(b"\n")
                 except (asyncio.IncompleteReadError, ConnectionError):
@@ -251,7 +208,16 @@ class LineServer:
 class LineClient:
     """A blocking client, safe to share between threads (calls then wait for one another). Notes are ignored."""
 
-    def __init__(self, path: Path, ops: Mapping[str, wire.Op], *, who: str, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        ops: Mapping[str, wire.Op],
+        *,
+        who: str,
+        timeout_s: float = 30.0,
+        server_uids: Collection[int] | None = None,
+    ) -> None:
+        """server_uids: users who may answer; anybody else who does is told nothing (Unavailable). None: whoever does."""
         self._ops, self._timeout_s, self._path = ops, timeout_s, path
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
@@ -262,6 +228,11 @@ class LineClient:
         except OSError as error:
             self._socket.close()
             raise Unavailable(f"nothing answers on {path}: {error.strerror}") from error
+        if server_uids is not None and (uid := peer_of(self._socket)[1]) not in server_uids:
+            self._socket.close()
+            raise Unavailable(
+                f"on {path} answers {user_name(uid)}, who has no say there: tell whoever looks after this machine"
+            )
         self._file = self._socket.makefile("rb")
         try:
             self.welcome = _checked_welcome(self.call("hello", wire.Hello(who=who)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from enum import StrEnum
 
 from tenure.errors import SpecError
 
@@ -22,6 +23,51 @@ class Tenant:
 
     def __post_init__(self) -> None:
         check_name("tenant", self.name)
+
+
+class Role(StrEnum):
+    """What a user may do in a home that all users of a machine share; its owner, root, may do everything."""
+
+    TENANT = "tenant"
+    """See and touch its own."""
+    ADMIN = "admin"
+    """See and end everybody's leases, renew and resize them, set policies and roles, add and remove nodes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A user of the machine as a tenant of a shared home."""
+
+    tenant: str
+    uid: int
+    """Of whom the name was when it was first seen: another user of that name is not let in."""
+    role: Role = Role.TENANT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantView:
+    """A tenant and what it holds now."""
+
+    member: Member
+    leases: int = 0
+    """Live; waiting ones and reservations among them, as for the two below."""
+    cpus: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetRole:
+    """Have a user of this machine be an admin of a shared home, or a tenant as any other. Raises NotFound, Conflict."""
+
+    tenant: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveTenant:
+    """Have a name be free for another user of the machine. Raises NotFound, Conflict while it has live leases or runs."""
+
+    tenant: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

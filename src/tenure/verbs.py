@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenure import app
+from tenure.broker import sharing
 from tenure.broker.client import connect, start_broker
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable
 from tenure.events import Event
+from tenure.homes import check_own_run
 from tenure.leases import EndReason, Lease
 from tenure.leasing import execute as execute
 from tenure.leasing import follow as follow
 from tenure.leasing import lease as lease
 from tenure.leasing import logs as logs
 from tenure.leasing import policies as policies
+from tenure.leasing import remove_tenant as remove_tenant
 from tenure.leasing import renew as renew
 from tenure.leasing import resize as resize
 from tenure.leasing import set_policy as set_policy
+from tenure.leasing import set_role as set_role
+from tenure.leasing import tenants as tenants
 from tenure.leasing import top as top
 from tenure.leasing import workspace_url as workspace_url
 from tenure.meter.doctor import Finding, diagnose
@@ -245,6 +250,7 @@ def report(run_id: str, *, home: Home = None, folder: str | Path | None = None) 
     found_home = app.find_home(home)
     with app.broker(found_home) as client:
         files = RunFiles(found_home, run_id)
+        check_own_run(files.root)
         return report_run(client, files, run_id, now_s=SystemClock().utc_s(), folder=Path(folder) if folder else None)
 
 
@@ -257,6 +263,7 @@ def up(
     ledger: str = "",
     order: str = "",
     metrics_port: int = 0,
+    shared: bool = False,
 ) -> Node:
     """Have a broker and a node of this machine that stay until `down`; return the node. Doing it again changes nothing.
 
@@ -265,10 +272,12 @@ def up(
     agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
     else as before. order: by which order of the queue to grant from now on; default: as before, at first ``fifo``.
     metrics_port: where Prometheus reads metrics from now on, ``http://127.0.0.1:PORT/metrics``; 0: as before, at first nowhere.
+    shared: have the home serve all users of this machine, each as a tenant of its own, from now on (root alone can); by default
+    one that everybody finds. See docs/tenants.md.
     Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
     another part or the home has another ledger.
     """
-    found_home = app.find_home(home)
+    found_home = sharing.share(home) if shared else app.find_home(home)
     check_name("node", node)
     if ledger := ledger or os.environ.get("TENURE_LEDGER", ""):
         from tenure.broker import ledgers  # SQL comes with it
@@ -277,7 +286,10 @@ def up(
     start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
         try:
-            return client.add_node(node, cpus=cpus, memory_bytes=memory, order=order, metrics_port=metrics_port)
+            made = client.add_node(node, cpus=cpus, memory_bytes=memory, order=order, metrics_port=metrics_port)
+            if shared:
+                sharing.settle(client)
+            return made
         except TenureError:
             left = client.status()
             if not (left.nodes or left.unreached or left.leases):  # it was started for this node alone

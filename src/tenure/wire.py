@@ -32,7 +32,7 @@ from tenure.protocols import Exit, ExitKind, RuntimeHandle, StartSpec
 from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunState, Stage
-from tenure.tenants import Policy, SetPolicy
+from tenure.tenants import Policy, RemoveTenant, Role, SetPolicy, SetRole, TenantView
 from tenure.trials import Recommendation, Trial
 from tenure.usage import Usage
 
@@ -170,6 +170,8 @@ class RequestGang:
     starts_at_s: float = 0.0
     """UTC; 0 for now."""
     right_size: RightSize = RightSize.OFF
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    """Values of the secrets that commands name, of a tenant of a shared home; kept in the broker's memory alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +253,7 @@ class ListEvents:
     after_seq: int = 0
     run_id: str = ""
     max_events: int = 1000
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +262,7 @@ class ListRuns:
 
     run_id: str = ""
     max_runs: int = 100
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +279,7 @@ class ListTrials:
     fingerprint: str = ""
     run_id: str = ""
     max_trials: int = 10_000
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +294,7 @@ class ListRecommendations:
     """Recommendations of a run, oldest first."""
 
     run_id: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +362,9 @@ class Status:
     """Node -> why it can't be used now, e.g. who holds the machine."""
     order: str = "fifo"
     """By which order of the queue it grants."""
+    tenant: str = ""
+    """Who asks, in a shared home; empty in a home of one's own."""
+    role: Role = Role.ADMIN
 
 
 BROKER_OPS: Mapping[str, Op] = {
@@ -378,6 +387,10 @@ BROKER_OPS: Mapping[str, Op] = {
     "live": Op(args=Nothing, result=tuple[LeaseView, ...]),
     "set_policy": Op(args=SetPolicy, result=Nothing),
     "policies": Op(args=Nothing, result=dict[str, Policy]),
+    "tenants": Op(args=Nothing, result=tuple[TenantView, ...]),
+    "set_role": Op(args=SetRole, result=Nothing),
+    "remove_tenant": Op(args=RemoveTenant, result=Nothing),
+    "home_volume": Op(args=Nothing, result=str),
     "nudge": Op(args=Nudge, result=Nothing),
     "events": Op(args=ListEvents, result=tuple[Event, ...]),
     "usage": Op(args=LeaseRef, result=tuple[UsagePoint, ...]),

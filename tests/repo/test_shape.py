@@ -49,8 +49,8 @@ ROOMS = frozenset(
     )
 )
 EDGES = frozenset({"verbs", "leasing", "app"})
-OTHERS = frozenset({"sockets", "jobfile", "data"})
-"""`sockets` sits beside meter; `jobfile` and `data` turn files' text into nouns."""
+OTHERS = frozenset({"sockets", "homes", "jobfile", "data"})
+"""`sockets` sits beside meter; `homes` says whose a home is; `jobfile` and `data` turn files' text into nouns."""
 
 IMPURE = frozenset(
     {

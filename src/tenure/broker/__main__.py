@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from tenure.broker.note import Note, read_note, remove_note, write_note
 from tenure.errors import TenureError
 from tenure.fleet.contract import Part
 from tenure.fleet.local import LocalFleet
-from tenure.sockets import check_owner
+from tenure.homes import check_owner, is_shared
 
 
 def _told(home: Path, options: argparse.Namespace) -> Note:
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         home = options.home.resolve()
         check_owner(home)
+        if is_shared(home):
+            os.umask(0o077)  # of what lies beside the tenants' own folders, nobody reads a name
         with home_lock(home):
             told = _told(home, options)
             fleet = LocalFleet(home, told.parts, confine=told.confine)

@@ -17,6 +17,8 @@ from typing import Any
 from tenure import wire
 from tenure.broker.book import LOG, Book
 from tenure.broker.nodes import Nodes
+from tenure.broker.secrets import Secrets
+from tenure.broker.tenancy import Tenancy
 from tenure.errors import Conflict, NotFound, Refused, StaleFence, TenureError, Unavailable
 from tenure.fleet.contract import Fleet
 from tenure.jobs import Command
@@ -33,6 +35,8 @@ MAX_FAILURES = 3
 STOP_AGAIN_S = 5.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 """What a job gets of the broker's own environment."""
+PERSONAL = ("HOME", "USER", "TMPDIR")
+"""What is left out of it for a job of another user."""
 PASSED_INTO = ("LANG", "LC_ALL", "TZ")
 """What a job in a container gets of it: it has folders of its own, and its runtime says where its programs are."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
@@ -55,8 +59,12 @@ def _argv(command: Command) -> tuple[str, ...]:
 class Attempts:
     """Starts and ends what runs inside leases."""
 
-    def __init__(self, book: Book, fleet: Fleet, *, home: Path, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, book: Book, fleet: Fleet, *, home: Path, tenancy: Tenancy, environ: Mapping[str, str] = os.environ
+    ) -> None:
         self._book, self._fleet, self._home, self._environ = book, fleet, home, environ
+        self._tenancy = tenancy
+        self.secrets = Secrets(book)
         self.nodes: Nodes
         self._starting: set[str] = set()
         self._stopped_s: dict[str, float] = {}
@@ -145,7 +153,10 @@ class Attempts:
         files = RunFiles(self._home, lease.run_id)
         worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
         deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
-        passed_on = PASSED_ON if lease.command.runtime == "process" else PASSED_INTO
+        user = self._tenancy.user_of(lease.tenant)
+        passed_on: tuple[str, ...] = PASSED_ON if lease.command.runtime == "process" else PASSED_INTO
+        if user:  # its runtime says where that user's own things are
+            passed_on = tuple(name for name in passed_on if name not in PERSONAL)
         env = {name: self._environ[name] for name in passed_on if name in self._environ}
         # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.
         if lease.command.runtime == "process":
@@ -165,13 +176,13 @@ class Attempts:
         }
         if event_file:
             env["TENURE_EVENT_FILE"] = event_file
+        secrets = self.secrets.of(lease) if user else self._environ
         for name in lease.command.secrets:
-            if name not in self._environ:
-                raise Refused(
-                    f"lease {lease.id}: the secret {name} is not in the broker's environment. "
-                    'Stop it with "tenure down" and start it again from a shell that has the variable.'
-                )
-            env[name] = self._environ[name]
+            if name not in secrets:
+                where = "was in the memory of a broker that has ended" if user else "is not in the broker's environment"
+                again = 'Stop it with "tenure down" and start it again from a shell that has the variable.'
+                raise Refused(f"lease {lease.id}: the secret {name} {where}. {'Ask for the lease again.' if user else again}")
+            env[name] = secrets[name]
         return StartSpec(
             lease_id=lease.id,
             fence=lease.fence,
@@ -188,6 +199,7 @@ class Attempts:
             grace_s=lease.command.grace_s,
             network=lease.command.network if lease.command.runtime == "process" else f"tenant:{lease.tenant}",
             ports=lease.command.ports,
+            user=user,
             image=lease.command.image,
             mounts=lease.command.mounts,
         )

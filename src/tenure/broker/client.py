@@ -13,19 +13,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tenure import wire
 from tenure.errors import Conflict, CorruptData, TenureError, Unavailable
 from tenure.events import Event
+from tenure.homes import check_owner, check_user, is_guest, socket_dir
 from tenure.leases import EndReason, Lease
 from tenure.nodes import Node
 from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run, RunState, Stage
-from tenure.sockets import LineClient, check_owner, socket_dir
-from tenure.tenants import Policy, SetPolicy
+from tenure.sockets import LineClient
+from tenure.tenants import Policy, RemoveTenant, Role, SetPolicy, SetRole, TenantView
 from tenure.trials import Recommendation, Trial
 
 START_MAX_S = 15.0
@@ -54,6 +56,10 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
+    if is_guest(home):
+        if _answers(home):
+            return
+        raise Unavailable(f"no broker is up in {home}, which all users of this machine share: have root say tenure up --shared")
     check_owner(home)
     end_s = time.monotonic() + START_MAX_S
     with _start_lock(home, end_s):
@@ -88,7 +94,7 @@ def start_broker(home: Path, *, persistent: bool = False, nodes: Sequence[str] =
 
 
 def _spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as stream:
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags | os.O_CLOEXEC, 0o600)) as stream:
         return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True, cwd="/")
 
 
@@ -126,8 +132,9 @@ def _lock_held(home: Path) -> bool:
 
 
 def _open(home: Path, who: str) -> LineClient:
-    check_owner(home)
-    return LineClient(socket_dir(home) / "broker.sock", wire.BROKER_OPS, who=who, timeout_s=30.0)
+    check_user(home)
+    path = socket_dir(home) / "broker.sock"
+    return LineClient(path, wire.BROKER_OPS, who=who, timeout_s=30.0, server_uids={os.geteuid(), home.stat().st_uid})
 
 
 def _answers(home: Path) -> bool:
@@ -266,6 +273,9 @@ class BrokerClient:
 
     def request_gang(self, request: wire.RequestGang) -> tuple[Lease, ...]:
         """Ask for leases, all or none. Raises NoPlacement, Refused."""
+        if is_guest(self.home):  # that broker has none of our environment
+            names = {name for member in request.members for name in member.command.secrets}
+            request = replace(request, secrets={name: os.environ[name] for name in sorted(names) if name in os.environ})
         return self._call("request_gang", request)  # type: ignore[no-any-return]
 
     def wait_leases(
@@ -314,6 +324,22 @@ class BrokerClient:
     def policies(self) -> dict[str, Policy]:
         """Return the policies that were set, by tenant; `tenants.EVERYBODY` for who has none of their own."""
         return self._call("policies", wire.Nothing())  # type: ignore[no-any-return]
+
+    def tenants(self) -> tuple[TenantView, ...]:
+        """Return the tenants with what they hold; to a tenant itself alone."""
+        return self._call("tenants", wire.Nothing())  # type: ignore[no-any-return]
+
+    def set_role(self, tenant: str, role: Role) -> None:
+        """Have a user be an admin, or a tenant as any other. Raises NotFound, Conflict, Refused."""
+        self._call("set_role", SetRole(tenant=tenant, role=role))
+
+    def remove_tenant(self, tenant: str) -> None:
+        """Have a tenant's name be free. Raises NotFound, Conflict, Refused."""
+        self._call("remove_tenant", RemoveTenant(tenant=tenant))
+
+    def home_volume(self) -> str:
+        """Return where the caller's home volume lies, made when missing."""
+        return self._call("home_volume", wire.Nothing())  # type: ignore[no-any-return]
 
     def nudge(self, run_id: str, stage: str) -> None:
         """Have the broker look into a stage's events now."""

@@ -31,14 +31,16 @@ from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
 from tenure.broker.right_sizing import RightSizing
 from tenure.broker.steady import SteadyClock
+from tenure.broker.tenancy import Tenancy
 from tenure.broker.workspaces import Workspaces
 from tenure.decide.queueing import FIFO
 from tenure.errors import Conflict, TenureError
 from tenure.fleet.contract import Fleet
+from tenure.homes import is_shared, socket_dir
 from tenure.ledger import address, queries
 from tenure.ledger.store import Ledger, Transaction
 from tenure.protocols import Clock, SystemClock
-from tenure.sockets import LineServer, socket_dir
+from tenure.sockets import LineServer
 
 P = ParamSpec("P")
 Remember = Callable[[bool, str, int], None]
@@ -110,7 +112,9 @@ class Broker:
         new_lease_id: Callable[[], str] = _new_lease_id,
         order: str = FIFO.name,
         remember: Remember = _forget,
+        shared: bool = False,
     ) -> None:
+        """shared: it serves all users of the machine, each as a tenant (`homes.share`)."""
         self.persistent, self._remember = persistent, remember
         self._clock = SteadyClock(clock)
         ledger.now_s = self._clock.utc_s
@@ -120,19 +124,20 @@ class Broker:
             self.fence = tx.next_fence()
             tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
         fleet = self.fleet = Outbox(self.book, fleet)
-        self.attempts = Attempts(self.book, fleet, home=home)
+        self.tenancy = Tenancy(self.book, home=home, shared=shared)
+        self.attempts = Attempts(self.book, fleet, home=home, tenancy=self.tenancy)
         self.nodes = Nodes(
             self.book, fleet, fence=self.fence, term_s=term_s, on_up=self.attempts.compare, on_lost=self.attempts.lost
         )
         self.attempts.nodes = self.nodes
         self.policies = Policies(self.book)
         self.queue = Queue(self.book, self.attempts, self.policies, new_id=new_lease_id)
-        self.giving_way = GivingWay(self.book, self.attempts, self.policies)
-        self.invocations = Invocations(self.book, self.attempts, home=home)
-        self.quotas = Quotas(self.book, self.attempts, home=home)
+        self.giving_way = GivingWay(self.book, self.attempts, self.policies, quiet=shared)
+        self.invocations = Invocations(self.book, self.attempts, self.tenancy, home=home)
+        self.quotas = Quotas(self.book, self.attempts, self.tenancy, home=home)
         self.retention = Retention(self.book, fleet, home=home)
         self.workspaces = Workspaces(self.book)
-        self.expiry = Expiry(self.book, home=home)
+        self.expiry = Expiry(self.book, self.tenancy, home=home)
         self.clients: Callable[[], int] = lambda: 0
         self.leaving = False
         self.metrics = Metrics(
@@ -142,7 +147,7 @@ class Broker:
             clients=lambda: self.clients(),
             proposed=lambda: self.right_sizing.proposed(),
         )
-        self.metrics_door = MetricsDoor(self.metrics.text)
+        self.metrics_door = MetricsDoor(self.metrics.text, may_read=self.tenancy.may_read_metrics)
         self.handlers = Handlers(
             self.book,
             fleet=fleet,
@@ -154,6 +159,7 @@ class Broker:
             quotas=self.quotas,
             policies=self.policies,
             giving_way=self.giving_way,
+            tenancy=self.tenancy,
             fence=self.fence,
             persistent=lambda: self.persistent,
             clients=lambda: self.clients(),
@@ -162,7 +168,7 @@ class Broker:
             on_nodes=self._note,
             on_shutdown=self.leave,
         )
-        self.idling = Idling(self.book, self.attempts, self.policies, home=home, resize=self.handlers.resize)
+        self.idling = Idling(self.book, self.attempts, self.policies, self.tenancy, home=home, resize=self.handlers.resize)
         self.right_sizing = RightSizing(self.book, resize=self.handlers.resize)
         self._flushed_s = self._busy_s = clock.boot_s()
         fleet.listen(_logged(self.attempts.heard), _logged(self.nodes.cut))
@@ -278,7 +284,15 @@ async def serve(
         check_not_older(ledger, home)
         term_s = PERSISTENT_TERM_S if persistent else TERM_S
         broker = Broker(
-            ledger, fleet, home=home, clock=clock, persistent=persistent, term_s=term_s, order=order, remember=remember
+            ledger,
+            fleet,
+            home=home,
+            clock=clock,
+            persistent=persistent,
+            term_s=term_s,
+            order=order,
+            remember=remember,
+            shared=is_shared(home),
         )
         return await answer(broker, home, metrics_port=metrics_port)
     finally:
@@ -293,7 +307,14 @@ async def answer(broker: Broker, home: Path, *, metrics_port: int = 0) -> int:
     # Requests queue when a node can't be reached, and the loop goes on trying: a broker that only answers is better than none.
     await broker.nodes.reach_all()
     path = socket_dir(home) / "broker.sock"
-    server = LineServer(path, wire.BROKER_OPS, broker.handlers.table(), who="broker", fence=lambda: broker.fence)
+    server = LineServer(
+        path,
+        wire.BROKER_OPS,
+        broker.handlers.table(),
+        who="broker",
+        fence=lambda: broker.fence,
+        mode=0o666 if broker.tenancy.shared else 0o600,
+    )
     broker.clients = lambda: len(server.connections)
     await server.start()
     if metrics_port:

@@ -15,9 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from tenure.broker.book import LOG, Book
+from tenure.broker.tenancy import Tenancy
+from tenure.errors import TenureError
 from tenure.leases import Lease, LeaseState
 from tenure.resources import format_duration
 from tenure.runs import RunFiles
+from tenure.runtimes.acting import acting_as, open_regular
 
 WARN_S = (60.0, 300.0, 900.0)
 """Seconds before the end."""
@@ -28,8 +31,8 @@ SLOT_SHARE = 0.5
 class Expiry:
     """Tells holders that their lease is about to end."""
 
-    def __init__(self, book: Book, *, home: Path) -> None:
-        self._book, self._home = book, home
+    def __init__(self, book: Book, tenancy: Tenancy, *, home: Path) -> None:
+        self._book, self._tenancy, self._home = book, tenancy, home
         self._told: dict[str, tuple[float, float]] = {}
         """Lease -> (slot end, seconds before it) of the last warning."""
 
@@ -59,13 +62,14 @@ class Expiry:
             text = f"ends in {format_duration(max(1, round(left_s)))}, at {ends} UTC: {remedy}"
         with self._book.transaction() as tx:
             tx.put_lease(lease, kind="lease.expiring", who="broker", why=text)
-        tell_inside(self._home, lease, text, now_s=self._book.clock.utc_s())
+        tell_inside(self._home, self._tenancy, lease, text, now_s=self._book.clock.utc_s())
 
 
-def tell_inside(home: Path, lease: Lease, text: str, *, now_s: float) -> None:
+def tell_inside(home: Path, tenancy: Tenancy, lease: Lease, text: str, *, now_s: float) -> None:
     """Leave a message where the holder looks: the log, and ``notice.json`` in the worker folder. A full disk keeps it from it.
 
-    The folder is the job's own: nothing is followed out of it, whatever links the job has put there.
+    The folder is the job's own: nothing is followed out of it, whatever links the job has put there, and where it is another
+    user's, only that one's rights count.
     """
     files = RunFiles(home, lease.run_id)
     notice = {"lease_id": lease.id, "at_s": now_s, "ends_at_s": lease.ends_at_s, "text": text}
@@ -76,15 +80,16 @@ def tell_inside(home: Path, lease: Lease, text: str, *, now_s: float) -> None:
         partial(_replace, folder, "notice.json", json.dumps(notice).encode()),
     ):
         try:
-            tell()
-        except OSError as error:
+            with acting_as(tenancy.actor_of(lease.tenant)):
+                tell()
+        except (OSError, TenureError) as error:
             LOG.warning("lease %s: its holder could not be told inside: %s", lease.id, error)
 
 
 def _append(log: Path, content: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):  # its job has written nothing yet
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "ab") as stream:
+        stream = os.fdopen(open_regular(log, os.O_WRONLY | os.O_APPEND), "ab")
+        with stream:
             stream.write(content)
 
 

@@ -27,8 +27,9 @@ LOOK_EVERY_S = 1.0
 class GivingWay:
     """Asks gangs to leave when it is others' turn."""
 
-    def __init__(self, book: Book, attempts: Attempts, policies: Policies) -> None:
-        self._book, self._attempts, self._policies = book, attempts, policies
+    def __init__(self, book: Book, attempts: Attempts, policies: Policies, *, quiet: bool = False) -> None:
+        """quiet: those who give way are not told to whom."""
+        self._book, self._attempts, self._policies, self._quiet = book, attempts, policies, quiet
         self._looked_s = float("-inf")
 
     def tick(self) -> None:
@@ -90,6 +91,8 @@ class GivingWay:
         return lease.starts_at_s + guaranteed_s
 
     def _why(self, plan: Plan) -> str:
+        if self._quiet:
+            return f"gives way to others, whose turn it is by the order {self._book.order}"
         gangs: Sequence[str] = list(dict.fromkeys(_gang(self._book.live[grant.lease_id]) for grant in plan.grants))
         others = f" and {len(gangs) - 1} more" if len(gangs) > 1 else ""
         return f"gives way to {gangs[0]}{others}, whose turn it is by the order {self._book.order}" if gangs else "gives way"

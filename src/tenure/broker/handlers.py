@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from tenure.broker.policies import Policies
 from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
 from tenure.broker.retention import Retention
+from tenure.broker.roles import Roles
+from tenure.broker.tenancy import Tenancy
 from tenure.errors import Conflict, IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
 from tenure.fleet.contract import Fleet, Part
@@ -30,7 +31,7 @@ from tenure.resources import Envelope
 from tenure.retention import CollectGarbage, Freed
 from tenure.runs import Run
 from tenure.sockets import Connection, Handler
-from tenure.tenants import Policy, SetPolicy
+from tenure.tenants import Policy, RemoveTenant, SetPolicy, SetRole, TenantView
 from tenure.trials import Recommendation, Trial
 
 UNWRITABLE_MAX_S = 5.0
@@ -58,6 +59,7 @@ class Handlers:
         quotas: Quotas,
         policies: Policies,
         giving_way: GivingWay,
+        tenancy: Tenancy,
         metrics_door: MetricsDoor,
         fence: int,
         persistent: Callable[[], bool],
@@ -69,14 +71,19 @@ class Handlers:
         self._book, self._fleet, self._nodes, self._queue = book, fleet, nodes, queue
         self._attempts, self._invocations, self._retention, self._quotas = attempts, invocations, retention, quotas
         self._policies, self._giving_way, self._metrics_door = policies, giving_way, metrics_door
+        self._tenancy, self._roles = tenancy, Roles(book, tenancy)
         self._backing_up = False
         self._fence, self._persistent, self._clients, self._on_shutdown = fence, persistent, clients, on_shutdown
         self._on_stay, self._on_nodes = on_stay, on_nodes
         self._one_change = asyncio.Lock()
 
     def table(self) -> dict[str, Handler]:
-        """Return operation -> handler."""
-        return {name: answering(self._book, getattr(self, f"op_{name}")) for name in wire.BROKER_OPS if name != "hello"}
+        """Return operation -> handler, each for those who may ask for it."""
+        return {
+            name: self._roles.guarded(name, answering(self._book, getattr(self, f"op_{name}")))
+            for name in wire.BROKER_OPS
+            if name != "hello"
+        }
 
     async def op_status(self, args: wire.Nothing, client: Connection) -> wire.Status:
         """See wire.Status."""
@@ -152,14 +159,15 @@ class Handlers:
     async def op_runs(self, args: wire.ListRuns, client: Connection) -> tuple[Run, ...]:
         """See wire.ListRuns."""
         with self._book.ledger.reading() as connection:
-            return queries.list_runs(connection, run_id=args.run_id, max_runs=min(args.max_runs, MAX_ROWS))
+            return queries.list_runs(connection, run_id=args.run_id, tenant=args.tenant, max_runs=min(args.max_runs, MAX_ROWS))
 
     # --- leases ---
 
     async def op_request_gang(self, args: wire.RequestGang, client: Connection) -> tuple[Lease, ...]:
         """See wire.RequestGang."""
         await self._quotas.admit(args.run_id)
-        return await self._queue.request(args)
+        self._attempts.secrets.put(args.gang_id, args.secrets)
+        return await self._queue.request(replace(args, secrets={}))
 
     async def op_wait_leases(self, args: wire.WaitLeases, client: Connection) -> tuple[wire.LeaseView, ...]:
         """See wire.WaitLeases."""
@@ -203,7 +211,7 @@ class Handlers:
             if lease.ends_at_s <= before.ends_at_s:
                 raise Refused(f"lease {lease.id} cannot be renewed: {why}. Release it and request a new one, or wait.")
         with self._book.transaction() as tx:
-            tx.put_lease(lease, kind="lease.renewed", who=f"tenant:{lease.tenant}", why=why)
+            tx.put_lease(lease, kind="lease.renewed", who=self._tenancy.who(client, lease.tenant), why=why)
         if lease.id in self._book.busy:
             await self._attempts.renew(lease)
         return lease
@@ -214,10 +222,10 @@ class Handlers:
         Raises Unavailable when the node did not answer: it then holds the larger of both until the node is heard of again, or
         until it is resized once more.
         """
-        return await self.resize(args, "")
+        return await self.resize(args, self._tenancy.who(client, self._book.lease(args.lease_id).tenant))
 
     async def resize(self, args: wire.Resize, who: str) -> Lease:
-        """Do as `op_resize` says. who: who wants it; by default the lease's tenant."""
+        """Do as `op_resize` says. who: who wants it."""
         lease = self._book.lease(args.lease_id)
         old = lease.envelope
         new = replace(args.envelope, slot_s=old.slot_s, total_s=old.total_s)
@@ -238,7 +246,6 @@ class Handlers:
             memory_bytes=max(old.memory_bytes, new.memory_bytes),
             disk_bytes=max(old.disk_bytes, new.disk_bytes),
         )
-        who = who or f"tenant:{lease.tenant}"
         with self._book.transaction() as tx:
             begun = replace(lease, envelope=held) if half_done else changed(lease, LeaseState.RESIZING, envelope=held)
             begun = replace(begun, full_cpus=0.0)  # whoever cuts it for idleness says so afterwards
@@ -268,7 +275,8 @@ class Handlers:
     async def op_release(self, args: wire.Release, client: Connection) -> None:
         """See wire.Release. Leases that have ended are left as they are."""
         for lease in [self._book.lease(lease_id) for lease_id in args.lease_ids]:
-            self._attempts.drain(lease, args.reason, args.why or f"{args.reason} on request", who=f"tenant:{lease.tenant}")
+            who = self._tenancy.who(client, lease.tenant)
+            self._attempts.drain(lease, args.reason, args.why or f"{args.reason} on request", who=who)
 
     async def op_exec(self, args: wire.Exec, client: Connection) -> wire.ExecResult:
         """See wire.Exec."""
@@ -283,14 +291,30 @@ class Handlers:
         return tuple(wire.LeaseView(lease=lease, usage=self._book.usage.get(lease.id)) for lease in live)
 
     async def op_set_policy(self, args: SetPolicy, client: Connection) -> None:
-        """See SetPolicy. Only for the broker's own user."""
-        if client is not None and client.uid not in (os.geteuid(), 0):
-            raise Refused("policies are set by the user whose broker this is")
+        """See SetPolicy."""
         self._policies.set(args, who="broker" if client is None else f"uid:{client.uid}")
 
     async def op_policies(self, args: wire.Nothing, client: Connection) -> dict[str, Policy]:
         """Return the policies that were set, by tenant."""
         return dict(self._policies.known())
+
+    # --- tenants ---
+
+    async def op_tenants(self, args: wire.Nothing, client: Connection) -> tuple[TenantView, ...]:
+        """Return the tenants with what they hold."""
+        return self._tenancy.views()
+
+    async def op_set_role(self, args: SetRole, client: Connection) -> None:
+        """See SetRole."""
+        self._tenancy.set_role(args, who=self._tenancy.who(client, ""))
+
+    async def op_remove_tenant(self, args: RemoveTenant, client: Connection) -> None:
+        """See RemoveTenant."""
+        self._tenancy.remove(args, who=self._tenancy.who(client, ""))
+
+    async def op_home_volume(self, args: wire.Nothing, client: Connection) -> str:
+        """Return where the caller's home volume lies, made when missing."""
+        return str(self._tenancy.make_volume(self._tenancy.caller(client).tenant or "default"))
 
     async def op_nudge(self, args: wire.Nudge, client: Connection) -> None:
         """See wire.Nudge."""
@@ -302,7 +326,11 @@ class Handlers:
         """See wire.ListEvents."""
         with self._book.ledger.reading() as connection:
             return queries.events_after(
-                connection, args.after_seq, run_id=args.run_id, max_events=min(args.max_events, MAX_ROWS)
+                connection,
+                args.after_seq,
+                run_id=args.run_id,
+                max_events=min(args.max_events, MAX_ROWS),
+                tenant=args.tenant,
             )
 
     async def op_usage(self, args: wire.LeaseRef, client: Connection) -> tuple[wire.UsagePoint, ...]:
@@ -336,7 +364,7 @@ class Handlers:
     async def op_recommendations(self, args: wire.ListRecommendations, client: Connection) -> tuple[Recommendation, ...]:
         """See wire.ListRecommendations."""
         with self._book.ledger.reading() as connection:
-            return queries.list_recommendations(connection, args.run_id)
+            return queries.list_recommendations(connection, args.run_id, args.tenant)
 
     async def op_collect_garbage(self, args: CollectGarbage, client: Connection) -> tuple[Freed, ...]:
         """See CollectGarbage."""
@@ -344,8 +372,6 @@ class Handlers:
 
     async def op_backup(self, args: wire.MakeBackup, client: Connection) -> wire.Backup:
         """See wire.MakeBackup. It reads beside the broker, which goes on meanwhile; one at a time."""
-        if client.uid not in (os.geteuid(), 0):
-            raise Refused("a backup holds everybody's leases: only the user whose broker this is may have one made")
         if self._backing_up:
             raise Conflict("another backup is being made; try again when it is through")
         self._backing_up = True

@@ -16,6 +16,7 @@ from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
 from tenure.broker.expiry import tell_inside
 from tenure.broker.policies import Policies
+from tenure.broker.tenancy import Tenancy
 from tenure.decide.idle import Chances, Past, Step, due, is_busy
 from tenure.leases import EndReason, Lease, LeaseState
 from tenure.resources import format_duration
@@ -44,8 +45,11 @@ class _Seen:
 class Idling:
     """Applies what tenants' policies say of idle leases."""
 
-    def __init__(self, book: Book, attempts: Attempts, policies: Policies, *, home: Path, resize: Resize) -> None:
+    def __init__(
+        self, book: Book, attempts: Attempts, policies: Policies, tenancy: Tenancy, *, home: Path, resize: Resize
+    ) -> None:
         self._book, self._attempts, self._policies, self._home, self._resize = book, attempts, policies, home, resize
+        self._tenancy = tenancy
         self._seen: dict[str, _Seen] = {}
         self._chances = Chances()
         self._looked_s = self._minute_s = book.clock.boot_s()
@@ -112,7 +116,7 @@ class Idling:
             text += f"; it ends in {format_duration(max(1, round(reclaim_s - idle_s)))} unless something computes"
         with self._book.transaction() as tx:
             tx.put_lease(lease, kind="lease.idle", who="broker", why=text)
-        tell_inside(self._home, lease, text, now_s=self._book.clock.utc_s())
+        tell_inside(self._home, self._tenancy, lease, text, now_s=self._book.clock.utc_s())
 
     async def _set_cpus(self, lease: Lease, seen: _Seen, cpus: float, full_cpus: float, why: str) -> None:
         """Resize a lease and keep what it had before; refused for want of room, it is tried again by a later look."""

@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import LOG, Book
+from tenure.broker.tenancy import Tenancy
+from tenure.errors import Refused
 from tenure.leases import Lease, LeaseState, renewed
 from tenure.ledger import queries
 from tenure.ledger.queries import Invocation
 from tenure.runs import RunFiles
+from tenure.runtimes.acting import acting_as, open_regular
 
 SCAN_EVERY_S = 1.0
 EAGER_S = 3.0
 """How long every tick looks after a start: a role that has just begun is the likeliest to call others."""
 MAX_EVENT_BYTES = 1 << 20
+MAX_EVENTS = 20_000
+"""Of a stage; those beyond are not seen."""
 MAX_BAD_READS = 10
 """Looks at a file that is no event yet, after which it never will be."""
 
@@ -39,8 +45,8 @@ class _Found:
 class _Events:
     """What is known of one stage's events."""
 
-    def __init__(self, folder: Path, made: tuple[Invocation, ...]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tenant: str, made: tuple[Invocation, ...]) -> None:
+        self.folder, self.tenant = folder, tenant
         self.made = {invocation.name: invocation for invocation in made}
         self.found: dict[str, _Found] = {}
         self.bad: dict[str, int] = {}
@@ -48,7 +54,8 @@ class _Events:
     def scan(self) -> None:
         """Read what is new. A file that is not (yet) an event is looked at again, MAX_BAD_READS times."""
         try:
-            entries = list(os.scandir(self.folder))
+            with os.scandir(self.folder) as listed:
+                entries = list(islice(listed, MAX_EVENTS))
         except FileNotFoundError:
             return
         for entry in entries:
@@ -58,8 +65,8 @@ class _Events:
             if self.bad.get(name, 0) >= MAX_BAD_READS:
                 continue
             try:
-                status = entry.stat()
-                with open(entry.path, "rb") as stream:
+                with os.fdopen(open_regular(entry.path, os.O_RDONLY), "rb") as stream:
+                    status = os.fstat(stream.fileno())
                     worker = json.loads(stream.read(MAX_EVENT_BYTES))["worker"]
                 if isinstance(worker, bool) or not isinstance(worker, int):
                     raise ValueError(f"worker must be a whole number; found {worker!r}")
@@ -84,8 +91,8 @@ class _Events:
 class Invocations:
     """Starts event-driven leases."""
 
-    def __init__(self, book: Book, attempts: Attempts, *, home: Path) -> None:
-        self._book, self._attempts, self._home = book, attempts, home
+    def __init__(self, book: Book, attempts: Attempts, tenancy: Tenancy, *, home: Path) -> None:
+        self._book, self._attempts, self._tenancy, self._home = book, attempts, tenancy, home
         self._stages: dict[Stage, _Events] = {}
         self._reloads = 0
         self._scanned_s = self._eager_until_s = float("-inf")
@@ -102,27 +109,35 @@ class Invocations:
         if scan:
             self._scanned_s = boot_s
         driven = [lease for lease in self._book.live.values() if lease.command.on_event]
-        stages = {(lease.run_id, lease.stage) for lease in driven}
+        stages = {(lease.run_id, lease.stage): lease.tenant for lease in driven}
         while self._book.invocations:
             run_id, name, made = self._book.invocations.pop()
             if (run_id, name) in self._stages:
                 self._stages[run_id, name].made[made.name] = made
-        for stage in stages | set(self._stages):
-            events = self._events(stage)
+        for stage in {*stages, *self._stages}:
+            events = self._events(stage, stages.get(stage, ""))
             if scan or stage not in stages:
-                events.scan()
+                self._scan(events)
             if stage not in stages:
                 self._close(stage, events)
         for lease in driven:
             # Decided on the lease as it now is: an earlier start in this loop may have changed others of its gang.
             self._go_on(self._book.live.get(lease.id))
 
-    def _events(self, stage: Stage) -> _Events:
+    def _events(self, stage: Stage, tenant: str) -> _Events:
         if stage not in self._stages:
             with self._book.ledger.reading() as connection:
                 made = queries.list_invocations(connection, *stage)
-            self._stages[stage] = _Events(RunFiles(self._home, stage[0]).store(stage[1]) / "events", made)
+            self._stages[stage] = _Events(RunFiles(self._home, stage[0]).store(stage[1]) / "events", tenant, made)
         return self._stages[stage]
+
+    def _scan(self, events: _Events) -> None:
+        """Read what is new, in a tenant's own folder with its rights alone; of one who is no more nothing is read."""
+        try:
+            with acting_as(self._tenancy.actor_of(events.tenant)):
+                events.scan()
+        except Refused as error:
+            LOG.warning("%s is not looked into: %s", events.folder, error)
 
     def _close(self, stage: Stage, events: _Events) -> None:
         """Mark what an ended gang left as finished: the next gang of this stage begins with events of its own."""

@@ -1,7 +1,8 @@
 """The door at which Prometheus reads the broker's metrics: ``GET /metrics`` over HTTP/1.1, on this machine's loopback address.
 
-It is open to whoever may connect to the port: names of tenants and what their leases use can be read there, nothing can be
-changed. Who wants it from elsewhere puts a reverse proxy in front, with TLS and a password. Not here: what is said (`metrics`).
+In a home of one's own it is open to whoever may connect to the port: names of tenants and what their leases use can be read
+there, nothing can be changed. In one that all users share, who connects is looked up with the kernel (`uid_of`). Who wants it
+from elsewhere puts a reverse proxy in front, with TLS and a password. Not here: what is said (`metrics`).
 Bounded: connections (one too many is hung up on at once), the size of a request, how long it may take; one answer each.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import sys
 from collections.abc import Callable
 
 from tenure.broker.book import LOG
@@ -24,8 +27,9 @@ REQUEST_MAX_S = 5.0
 class MetricsDoor:
     """Opens on a port, closes again. `text` is asked once per reading."""
 
-    def __init__(self, text: Callable[[], bytes]) -> None:
-        self._text = text
+    def __init__(self, text: Callable[[], bytes], *, may_read: Callable[[int], bool] = lambda uid: True) -> None:
+        """may_read: whether a user of this machine, by its number, is told."""
+        self._text, self._may_read = text, may_read
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self.port = 0
@@ -60,7 +64,8 @@ class MetricsDoor:
         self._open.add(writer)
         try:
             async with asyncio.timeout(REQUEST_MAX_S):
-                writer.write(await self._response(reader))
+                uid = uid_of(writer.get_extra_info("peername"), writer.get_extra_info("sockname"))
+                writer.write(await self._response(reader, may_read=self._may_read(uid)))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # it went away, or never said what it wants
@@ -70,7 +75,7 @@ class MetricsDoor:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _response(self, reader: asyncio.StreamReader) -> bytes:
+    async def _response(self, reader: asyncio.StreamReader, *, may_read: bool) -> bytes:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.LimitOverrunError:
@@ -81,8 +86,24 @@ class MetricsDoor:
             return _response("404 Not Found", b"metrics are at /metrics\n")
         if method not in (b"GET", b"HEAD"):
             return _response("405 Method Not Allowed", b"metrics can only be read\n", "Allow: GET, HEAD\r\n")
+        if not may_read:
+            return _response("403 Forbidden", b"metrics are for root, admins of this home and the user prometheus\n")
         text = self._text()
         return _response("200 OK", text, f"Content-Type: {CONTENT_TYPE}\r\n", empty=method == b"HEAD")
+
+
+def uid_of(peer: tuple[str, int], own: tuple[str, int]) -> int:
+    """Return the user at the other end of a connection within this machine, as the kernel lists it (proc(5), /proc/net/tcp).
+
+    peer, own: IPv4 address and port of either end. Returns -1 for one that is listed no more.
+    """
+    wanted = [f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}" for host, port in (peer, own)]
+    with open("/proc/net/tcp") as listed:
+        for line in listed:
+            words = line.split()
+            if words[1:3] == wanted:
+                return int(words[7])
+    return -1
 
 
 def _response(status: str, body: bytes, fields: str = "", *, empty: bool = False) -> bytes:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
+from tenure.broker.tenancy import Tenancy
 from tenure.errors import Refused
 from tenure.leases import EndReason
 from tenure.ledger import queries
 from tenure.resources import format_bytes, show_bytes
 from tenure.runs import RunFiles
 from tenure.runtimes import procfs
+from tenure.runtimes.acting import Actor, acting_as
 
 LOOK_EVERY_S = 2.0
 SHARE = 20
@@ -30,6 +32,7 @@ MAX_ENTRIES = 2_000_000
 @dataclass(slots=True)
 class _Seen:
     bound_bytes: int
+    tenant: str = ""
     used_bytes: int = 0
     next_s: float = float("-inf")
 
@@ -41,8 +44,8 @@ class _Seen:
 class Quotas:
     """Holds every run with live leases below what it may occupy."""
 
-    def __init__(self, book: Book, attempts: Attempts, *, home: Path) -> None:
-        self._book, self._attempts, self._home = book, attempts, home
+    def __init__(self, book: Book, attempts: Attempts, tenancy: Tenancy, *, home: Path) -> None:
+        self._book, self._attempts, self._tenancy, self._home = book, attempts, tenancy, home
         self._seen: dict[str, _Seen] = {}
         self._one = asyncio.Lock()
 
@@ -75,7 +78,9 @@ class Quotas:
             with self._book.ledger.reading() as connection:
                 found = queries.list_runs(connection, run_id=run_id)
             bound = found[0].disk_bytes if found else 0
-            self._seen[run_id] = _Seen(bound_bytes=bound, next_s=float("-inf") if bound else float("inf"))
+            self._seen[run_id] = _Seen(
+                bound_bytes=bound, tenant=found[0].tenant if found else "", next_s=float("-inf") if bound else float("inf")
+            )
         return self._seen[run_id]
 
     async def _look(self, run_id: str) -> None:
@@ -83,7 +88,7 @@ class Quotas:
             seen = self._run(run_id)
             begun_s = self._book.clock.boot_s()
             root = RunFiles(self._home, run_id).root
-            seen.used_bytes = await asyncio.to_thread(procfs.disk_use, str(root), max_entries=MAX_ENTRIES)
+            seen.used_bytes = await asyncio.to_thread(_use, str(root), self._tenancy.actor_of(seen.tenant))
             took_s = self._book.clock.boot_s() - begun_s
             seen.next_s = self._book.clock.boot_s() + max(LOOK_EVERY_S, SHARE * took_s)
         if seen.is_over:
@@ -96,3 +101,8 @@ class Quotas:
             f"the folder of run {run_id} occupies {show_bytes(seen.used_bytes)} ({seen.used_bytes} bytes); "
             f"the run's bound is {format_bytes(seen.bound_bytes)} ([run] disk)"
         )
+
+
+def _use(folder: str, actor: Actor | None) -> int:
+    with acting_as(actor):
+        return procfs.disk_use(folder, max_entries=MAX_ENTRIES)

@@ -32,6 +32,7 @@ from tenure.ledger.retention import KnownRun, Rows
 from tenure.ledger.store import Transaction
 from tenure.retention import CollectGarbage, Freed
 from tenure.runtimes import procfs
+from tenure.runtimes.acting import Actor, acting_as, owner_of
 
 FIRST_S = 10.0
 EVERY_S = 3600.0
@@ -160,7 +161,9 @@ class Retention:
             size = sum([await asyncio.to_thread(_size, folder) for folder in folders])
             if not folders or (not dry_run and self._is_live(run.id)):
                 continue
-            if not dry_run:
+            if not dry_run and (actor := owner_of(self._home / "runs" / run.id)):
+                await asyncio.to_thread(_delete_as, actor, folders)  # where they are: its owner could have them lead elsewhere
+            elif not dry_run:
                 for folder in folders:
                     self._discard(folder)
             freed = _more(freed, size, run.id)
@@ -168,8 +171,9 @@ class Retention:
 
     def _bulk_of(self, run_id: str) -> list[Path]:
         root = self._home / "runs" / run_id
-        stages = [root / name for name in _names(root) if not (root / name).is_symlink()]
-        return [stage / name for stage in stages for name in BULK if os.path.lexists(stage / name)]
+        with acting_as(owner_of(root)):
+            stages = [root / name for name in _names(root) if not (root / name).is_symlink()]
+            return [stage / name for stage in stages for name in BULK if os.path.lexists(stage / name)]
 
     async def _nodes(self, before_s: float, dry_run: bool) -> Freed:
         """Remove the folders of nodes that are of this home no more, once nothing has been written there for long."""
@@ -197,12 +201,18 @@ class Retention:
         """Have a file or folder be gone, at once; the trash is emptied later."""
         files = self._trash / "files"
         files.mkdir(parents=True, exist_ok=True)
+        files.chmod(0o711)  # what was a tenant's is deleted with that one's rights, by its name
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, files / secrets.token_hex(16))
 
     def _empty_trash(self) -> None:
         for name in _names(self._trash / "files"):
-            delete_tree(self._trash / "files" / name)
+            path = self._trash / "files" / name
+            if actor := owner_of(path):
+                with acting_as(actor):
+                    below = [path / each for each in _names(path)] if path.is_dir() and not path.is_symlink() else []
+                _delete_as(actor, below)
+            delete_tree(path) if actor is None else _remove_emptied(path)
 
     # --- rows ---
 
@@ -258,7 +268,22 @@ def _size(path: Path) -> int:
         info = path.lstat()
     except OSError:
         return 0
-    return procfs.disk_use(str(path), max_entries=MAX_ENTRIES) if stat.S_ISDIR(info.st_mode) else info.st_blocks * 512
+    with acting_as(owner_of(path)):
+        return procfs.disk_use(str(path), max_entries=MAX_ENTRIES) if stat.S_ISDIR(info.st_mode) else info.st_blocks * 512
+
+
+def _delete_as(actor: Actor, paths: list[Path]) -> None:
+    """Delete what is another user's with that user's rights: what it has open there it could move under our hands."""
+    with acting_as(actor):
+        for path in paths:
+            delete_tree(path)
+
+
+def _remove_emptied(path: Path) -> None:
+    try:
+        os.rmdir(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        LOG.warning("retention: %s could not be deleted yet: %s", path, error)
 
 
 def _changed_s(folder: Path) -> float:

@@ -62,9 +62,9 @@ class Setup:
         return self.runtime or ("container" if self.image else "process")
 
 
-def environments_root(home: Path) -> Path:
-    """Return where a home's environments lie."""
-    return home / "environments"
+def environments_root(home: Path, volume: Path | None = None) -> Path:
+    """Return where environments lie: a home's own, or those of one tenant of a shared home, in its volume."""
+    return home / "environments" if volume is None else volume / ".environments"
 
 
 def home_volume(home: Path, tenant: str, *, contained: bool = False) -> Path:
@@ -97,20 +97,22 @@ def set_up(
     tenant: str,
     live: Sequence[Lease] = (),
     grace_s: float,
+    volume: Path | None = None,
     told: Callable[[str], None] = lambda _: None,
 ) -> Command:
     """Return the command of a workspace; its environment is built when it is not there yet.
 
     argv: what the holder wants run; empty: JupyterLab when the environment has it, else nothing but waiting. live: all live
-    leases, whose environments stay. Raises what `ensure_environment` raises, SpecError.
+    leases, whose environments stay. volume: in a shared home, the tenant's own. Raises what `ensure_environment`
+    raises, SpecError.
     """
     contained = setup.runs_in == "container"
-    volume = home_volume(home, tenant, contained=contained)
+    root = environments_root(home, volume)
+    volume = volume or home_volume(home, tenant, contained=contained)
     env = {"HOME": str(volume)}
     mounts: dict[str, str] = {}
     made: Environment | None = None
     if setup.requirements is not None:
-        root = environments_root(home)
         made = ensure_environment(root, setup.requirements, told=told)
         sweep(root, in_use={Path(lease.command.env.get("VIRTUAL_ENV", "")).name for lease in live}, now_s=time.time())
         told(_summary(made))

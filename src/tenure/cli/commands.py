@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tenure import __version__
-from tenure.cli import exits, leasing, output
+from tenure.cli import exits, leasing, output, tenants
 from tenure.cli.bench_loading import bench_load
 from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
@@ -202,6 +202,7 @@ def release(
 
 
 app.command()(leasing.quota)
+app.add_typer(tenants.app)
 app.command("exec")(leasing.execute)
 app.command()(leasing.top)
 
@@ -300,6 +301,14 @@ def up(
             help="Have Prometheus read metrics at http://127.0.0.1:PORT/metrics from now on. At first: nowhere.",
         ),
     ] = None,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared",
+            help="As root: serve all users of this machine, each as a tenant that sees and touches only its own "
+            "[home: $TENURE_HOME, else /var/lib/tenure].",
+        ),
+    ] = False,
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -319,6 +328,7 @@ def up(
         ledger=_url(ledger),
         order=order,
         metrics_port=metrics or 0,
+        shared=shared,
     )
     _show((started,), output.nodes_table, json)
 

@@ -15,6 +15,7 @@ from tenure.broker.client import BrokerClient
 from tenure.broker.launch import BrokerLaunch
 from tenure.errors import JobFailed, SpecError
 from tenure.experiments.manifest import Hasher, job_fingerprint
+from tenure.homes import is_guest
 from tenure.jobs import Job
 from tenure.leases import EndReason, Lease
 from tenure.nodes import Node
@@ -137,7 +138,7 @@ class RunContext:
             inputs=inputs,
             versions=self.versions,
             machine=self.node.machine,
-            hasher=Hasher(self.files.home / "hashes.json"),
+            hasher=Hasher(_hashes(self.files.home, self.run.tenant)),
         )
 
     def set_stage(self, name: str, **changes: object) -> Stage:
@@ -203,3 +204,8 @@ class RunContext:
             self.client.release(ids, reason=EndReason.CANCELLED, why=why)
             self.client.wait_leases(ids, until="ended", timeout_s=20.0)
         return live
+
+
+def _hashes(home: Path, tenant: str) -> Path:
+    """Return where hashes of inputs are kept: of a user of a shared home, in its own volume."""
+    return home / "homes" / tenant / ".hashes.json" if is_guest(home) else home / "hashes.json"

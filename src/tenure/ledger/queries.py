@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, bindparam, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, bindparam, func, insert, select
 
 from tenure import wire
 from tenure.errors import NotFound
@@ -74,11 +74,15 @@ def insert_event(connection: Connection, event: Event) -> Event:
     return replace(event, seq=int(key[0]) if key else 0)
 
 
-def events_after(connection: Connection, after_seq: int, *, run_id: str, max_events: int) -> tuple[Event, ...]:
-    """Return events with a higher `seq`, oldest first."""
+def events_after(
+    connection: Connection, after_seq: int, *, run_id: str, max_events: int, tenant: str = ""
+) -> tuple[Event, ...]:
+    """Return events with a higher `seq`, oldest first. tenant: only those of its runs."""
     query = select(t.events).where(t.events.c.seq > after_seq).order_by(t.events.c.seq).limit(max_events)
     if run_id:
         query = query.where(t.events.c.run_id == run_id)
+    if tenant:
+        query = query.where(t.events.c.run_id.in_(_runs_of(tenant)))
     return tuple(Event(**{**row, "data": json.loads(row["data"])}) for row in connection.execute(query).mappings())
 
 
@@ -171,13 +175,21 @@ def set_run_state(connection: Connection, run_id: str, state: RunState) -> None:
     put_run(connection, replace(get_run(connection, run_id), state=state))
 
 
-def list_runs(connection: Connection, *, run_id: str = "", state: str = "", max_runs: int = 100) -> tuple[Run, ...]:
+def _runs_of(tenant: str) -> Select[Any]:
+    return select(t.runs.c.id).where(t.runs.c.tenant == tenant)
+
+
+def list_runs(
+    connection: Connection, *, run_id: str = "", state: str = "", tenant: str = "", max_runs: int = 100
+) -> tuple[Run, ...]:
     """Return runs with their stages, newest first; empty fields select all."""
     query = select(t.runs.c.body).order_by(t.runs.c.created_at_s.desc(), t.runs.c.id).limit(max_runs)
     if run_id:
         query = query.where(t.runs.c.id == run_id)
     if state:
         query = query.where(t.runs.c.state == state)
+    if tenant:
+        query = query.where(t.runs.c.tenant == tenant)
     return tuple(_with_stages(connection, run) for run in _nouns(connection.execute(query), Run))
 
 
@@ -368,6 +380,8 @@ def list_trials(connection: Connection, query: wire.ListTrials) -> tuple[Trial, 
     for name in ("fingerprint", "run_id"):
         if value := getattr(query, name):
             rows = rows.where(t.trials.c[name] == value)
+    if query.tenant:
+        rows = rows.where(t.trials.c.run_id.in_(_runs_of(query.tenant)))
     return _nouns(connection.execute(rows.limit(query.max_trials)), Trial)
 
 
@@ -381,12 +395,14 @@ def insert_recommendation(connection: Connection, made: Recommendation) -> bool:
     return True
 
 
-def list_recommendations(connection: Connection, run_id: str) -> tuple[Recommendation, ...]:
-    """Return a run's recommendations, oldest first; of all runs when empty (at most 1000)."""
+def list_recommendations(connection: Connection, run_id: str, tenant: str = "") -> tuple[Recommendation, ...]:
+    """Return a run's recommendations, oldest first; of all runs, or of a tenant's, when empty (at most 1000)."""
     table = t.recommendations
     query = select(table.c.body).order_by(table.c.position).limit(1000)
     if run_id:
         query = query.where(table.c.run_id == run_id)
+    if tenant:
+        query = query.where(table.c.run_id.in_(_runs_of(tenant)))
     return _nouns(connection.execute(query), Recommendation)
 
 

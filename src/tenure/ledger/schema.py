@@ -27,7 +27,8 @@ meta = Table(
     Column("value", Text, nullable=False),
 )
 """Single values: ``fence``, the highest number ever handed out; ``events_floor``, the `seq` up to which events may go;
-``utc_offset``, boot id and UTC minus CLOCK_BOOTTIME; ``policies``, tenant -> Policy as JSON."""
+``utc_offset``, boot id and UTC minus CLOCK_BOOTTIME; ``policies``, tenant -> Policy as JSON; ``members``,
+tenant -> Member as JSON."""
 
 events = Table(
     "events",

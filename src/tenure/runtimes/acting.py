@@ -57,6 +57,15 @@ def actor_from(plan: Mapping[str, Any] | None) -> Actor | None:
     return Actor(uid=int(plan["uid"]), gid=int(plan["gid"]), groups=tuple(int(group) for group in plan["groups"]))
 
 
+def owner_of(path: str | os.PathLike[str]) -> Actor | None:
+    """Return the owner of a folder that lies in one of ours; None when it is ours, or gone."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return None if info.st_uid == os.geteuid() or os.geteuid() != 0 else Actor(uid=info.st_uid, gid=info.st_gid)
+
+
 @contextlib.contextmanager
 def acting_as(actor: Actor | None) -> Iterator[None]:
     """Have the calling thread touch files with an actor's rights within; nothing changes for None.

@@ -205,8 +205,8 @@ class ShimmedRuntime(ABC):
     def _tell_job(self, lease_id: str, kept: Mapping[str, Any], control: Mapping[str, Any]) -> None:
         """Rewrite the job's own copy, `lease.json` in its worker folder. A folder the job removed is its own loss."""
         actor = actor_from(kept.get("acting"))
+        told = lease_file(lease_id, kept, control, bounds=self.bounds())
         with contextlib.suppress(FileNotFoundError if actor is None else OSError), acting_as(actor):
-            told = lease_file(lease_id, kept, control, bounds=self.bounds())
             write_json(f"{kept['spec']['worker_dir']}/lease.json", told, mode=0o644)
 
     # --- find ---
