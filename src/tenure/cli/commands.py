@@ -17,6 +17,7 @@ from tenure.cli import exits, leasing, output, tenants
 from tenure.cli.bench_loading import bench_load
 from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
+from tenure.cli.imaging import image
 from tenure.cli.replaying import replay
 from tenure.cli.serving import serve
 from tenure.errors import SpecError
@@ -142,6 +143,7 @@ bench = typer.Typer(name="bench", help="Measure how models are served.", no_args
 bench.command("serve")(bench_serve)
 bench.command("load")(bench_load)
 app.add_typer(bench)
+app.add_typer(image)
 
 
 @app.command()

@@ -1,14 +1,21 @@
-"""The files of a closure compared with those on disk: this machine's, or those of a tree that was made of it."""
+"""What was locked compared with what is on disk: a closure with this machine, an image with what was built."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tenure.closures import ClosureFile, FileKind
+from tenure.closures import ClosureFile, FileKind, files_hash
+from tenure.errors import CorruptData, NotFound
+from tenure.forms import LOCK_FILE, Form, ImageManifest
 from tenure.images.closure_tree import content_hash
+from tenure.images.lock import read_lock
+from tenure.images.tree import scan, walk
+
+ROOT_LOCK_FILE = "root.lock.json"
 
 
 def differences(files: Sequence[ClosureFile], root: Path | None = None) -> Iterator[tuple[str, str]]:
@@ -50,3 +57,59 @@ def _content(path: str, size: int, file: ClosureFile) -> str:
         return "" if content_hash(path)[1] == file.sha256 else "has other content of the same length"
     except OSError as error:
         return f"can't be read: {error.strerror}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that is not as it was built."""
+
+    what: str
+    """A form, the lock file, the manifest."""
+    path: str
+    """Inside the form, or of the file that is meant."""
+    how: str
+
+
+def verify_image(folder: Path, manifest: ImageManifest) -> list[Damage]:
+    """Return all that is damaged in an image's folder; nothing when every form is as it was built."""
+    found = _verify_lock(folder, manifest)
+    for form, record in manifest.forms.items():
+        place = folder / record.path
+        if not place.exists():
+            found.append(Damage(what=form, path=str(place), how="missing"))
+        elif form is Form.ROOT and (folder / ROOT_LOCK_FILE).exists():
+            found += _verify_root(folder, place, manifest)
+        elif _digest(place) != record.sha256:
+            found.append(Damage(what=form, path=str(place), how="its content is not what was built"))
+    return found
+
+
+def _verify_lock(folder: Path, manifest: ImageManifest) -> list[Damage]:
+    path = folder / LOCK_FILE
+    try:
+        found = read_lock(path).hash
+    except (NotFound, CorruptData) as error:
+        return [Damage(what="lock file", path=str(path), how=str(error))]
+    if found == manifest.closure_hash:
+        return []
+    return [Damage(what="lock file", path=str(path), how=f"it is of closure {found[:12]}, not of {manifest.closure_hash[:12]}")]
+
+
+def _verify_root(folder: Path, place: Path, manifest: ImageManifest) -> list[Damage]:
+    """Return what differs in a tree, file by file: its own lock file has what each was."""
+    try:
+        lock = read_lock(folder / ROOT_LOCK_FILE)
+    except CorruptData as error:
+        return [Damage(what="root", path=str(folder / ROOT_LOCK_FILE), how=str(error))]
+    if lock.hash != manifest.id:
+        return [Damage(what="root", path=str(folder / ROOT_LOCK_FILE), how="it is of another image")]
+    found = [Damage(what="root", path=path, how=how) for path, how in differences(lock.files, place)]
+    known = {file.path for file in lock.files}
+    return found + [Damage(what="root", path=path, how="was not there") for path, _ in walk(place) if path not in known]
+
+
+def _digest(place: Path) -> str:
+    try:
+        return files_hash(scan(place)) if place.is_dir() else content_hash(str(place))[1]
+    except OSError as error:
+        return str(error)
