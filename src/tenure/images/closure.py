@@ -217,16 +217,18 @@ def _own(program: Program, argv: Sequence[str], interpreter: Interpreter | None)
     return own_folders(paths)
 
 
-def add_all(tree: Tree, path: str, why: Why, detail: str = "") -> None:
-    """Add a file, or a folder with all that is in it. Raises NotFound."""
-    reason = Reason(kind=why, detail=detail)
+def add_all(tree: Tree, path: str, why: Why) -> None:
+    """Add a file, or a folder with all that is in it. The reason says where each lies here, as an image may move it.
+
+    Raises NotFound.
+    """
     if not os.path.lexists(path):
         raise NotFound(f"there is nothing at {path} to add")
-    found = tree.add(path, reason)
+    found = tree.add(path, Reason(kind=why, detail=os.path.realpath(path)))
     if found is not None and os.path.isdir(found):
         for folder, folders, files in os.walk(found):
-            for name in (*folders, *files):
-                tree.add(os.path.join(folder, name), reason, follows=False)
+            for inside in (os.path.join(folder, name) for name in (*folders, *files)):
+                tree.add(inside, Reason(kind=why, detail=inside), follows=False)
 
 
 def _add_script_interpreters(tree: Tree, path: str) -> None:

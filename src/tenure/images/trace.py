@@ -179,13 +179,7 @@ class _Driver:
             self._stop()
         self._wait_end()
         if not self.life.drives:
-            self.exercises.append(
-                Exercise(
-                    argv=(),
-                    description="started, then stopped" if stopped else "run to its end",
-                    exit_code=self.outer.returncode,
-                )
-            )
+            self._note_undriven(stopped)
         text = self._tail()
         self._check_strace(text)
         return Lived(
@@ -196,6 +190,14 @@ class _Driver:
             output=text,
             findings=tuple(self.findings),
         )
+
+    def _note_undriven(self, stopped: bool) -> None:
+        code = 0 if stopped else self.outer.returncode
+        how = "started, then stopped" if stopped else "run to its end"
+        self.exercises.append(Exercise(argv=(), description=how, exit_code=code))
+        if code:
+            means = f"what it does when it succeeds was not watched. It printed last: {_last_line(self._tail()) or 'nothing'}"
+            self.findings.append(Finding(matter=Matter.EXERCISE, found=f"the program ended with {code}", means=means))
 
     def _wait_listening(self) -> bool:
         ready_at_s = time.monotonic() + self.bounds.ready_s
