@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tenure.decide.serve_search import MAX_TRIALS, Aim, advise
+from tenure.decide.serve_search import MAX_TRIALS, Aim, advise, outlook
 from tenure.errors import SpecError
 from tenure.nodes import Machine
 from tenure.trials import Trial
@@ -160,3 +160,29 @@ def test_trials_without_anything_but_a_rate_are_enough():
 def test_impossible_settings_are_refused():
     with pytest.raises(SpecError, match="instances of a setting"):
         advise([{**SPACE[0], "instances": 0}], [], Aim(), cores=CORES)
+
+
+def test_the_outlook_says_what_is_known_of_every_setting_and_how():
+    aim = Aim(p99_s=0.06)
+    advice, trials = searched(aim)
+    found = outlook(SPACE, trials, aim, choice=advice.choice, cores=CORES)
+    assert [one.configuration for one in found] == SPACE
+    assert sum(one.trials for one in found) == len(trials)
+    chosen = next(one for one in found if one.configuration == advice.choice)
+    assert (chosen.trials > 0, chosen.better) == (True, 0.0)
+    hopeless = next(one for one in found if truth(one.configuration)["p99_s"] > 0.3)
+    assert hopeless.meets < 0.2
+    assert hopeless.breaks["p99_s"] > 0.8
+    for one in found:
+        low, middle, high = one.metrics["images_per_s"]
+        true = truth(one.configuration)["images_per_s"]
+        assert low < middle < high
+        assert 0.5 < middle / true < 2
+        if one.trials:
+            assert 0.97 * low <= true <= 1.03 * high
+
+
+def test_the_outlook_of_a_search_for_the_least_cost_has_that_too():
+    aim = Aim(cost=usd)
+    (first, *_) = outlook(SPACE, [], aim, choice=None, cores=CORES)
+    assert first.metrics["cost"][0] < first.metrics["cost"][2]

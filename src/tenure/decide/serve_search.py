@@ -11,7 +11,7 @@ optimisation without the laws (ten trials hardly cover the levels once; the laws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,23 @@ class Advice:
     """What a trial of `next` is expected to better the choice by, relative."""
     why: str
     """Both in one sentence, for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is plausible of one setting, measured or not."""
+
+    configuration: Configuration
+    trials: int
+    """How often it was measured; 0: what follows is what the laws make of the others."""
+    metrics: Mapping[str, tuple[float, float, float]]
+    """By name, in the units of a trial's metrics: 5 %, 50 % and 95 % of what is plausible; with `cost` where that is aimed at."""
+    meets: float
+    """Chance that it meets all bounds."""
+    breaks: Mapping[str, float]
+    """By bounded metric, the chance that it breaks that bound."""
+    better: float
+    """Chance that it meets the bounds and is better than the choice by more than `within`."""
 
 
 def advise(
@@ -114,6 +131,42 @@ def advise(
     )
 
 
+def outlook(
+    settings: Sequence[Configuration],
+    trials: Sequence[Trial],
+    aim: Aim,
+    *,
+    choice: Configuration | None,
+    cores: float,
+    context: Sequence[Configuration] = (),
+    within: float = WITHIN,
+    seed: int = 0,
+) -> tuple[Outlook, ...]:
+    """Return what is plausible of each setting, in their order; arguments as of `advise`, `choice` as it gave it."""
+    posterior = fit([*settings, *context], trials, cores=cores, seed=seed)
+    metrics = {name: values[:, : len(settings)] for name, values in posterior.metrics().items()}
+    values = _values(metrics, aim)
+    excesses = {name: excess > 0 for name, excess in _excesses(metrics, aim).items()}
+    if aim.cost is not None:
+        metrics["cost"] = aim.cost(metrics)
+    quantiles = {name: np.quantile(found, (0.05, 0.5, 0.95), axis=0) for name, found in metrics.items()}
+    held = np.zeros(len(values)) if choice is None else values[:, [dict(s) for s in settings].index(dict(choice))]
+    found = []
+    for n, setting in enumerate(settings):
+        low, middle, high = ({name: float(rows[part, n]) for name, rows in quantiles.items()} for part in range(3))
+        found.append(
+            Outlook(
+                configuration=setting,
+                trials=posterior.measured.count(n),
+                metrics={name: (low[name], middle[name], high[name]) for name in quantiles},
+                meets=float(np.mean(values[:, n] > 0)),
+                breaks={name: float(np.mean(broken[:, n])) for name, broken in excesses.items()},
+                better=float(np.mean((values[:, n] > 0) & (values[:, n] * (1 - within) > held))),
+            )
+        )
+    return tuple(found)
+
+
 def _why(found: bool, chance: float, within: float, count: int) -> str:
     if not found:
         return f"none of {count} trials showed a setting that may meet the bounds"
@@ -124,14 +177,19 @@ def _values(metrics: Metrics, aim: Aim, *, below: bool = False) -> Floats:
     """Return what each setting is worth in each draw; 0 where a bound is broken, or with `below` less the further."""
     worth = metrics["images_per_s"] if aim.cost is None else 1 / aim.cost(metrics)
     excess = np.zeros(worth.shape)
-    for bound, found, least in (
-        (aim.p99_s * (1 + aim.tolerance), metrics["p99_s"], False),
-        (aim.images_per_s, metrics["images_per_s"], True),
-        (aim.memory_bytes, metrics["memory_bytes"], False),
-    ):
-        if bound:
-            excess = np.maximum(excess, (bound / found if least else found / bound) - 1)
+    for over in _excesses(metrics, aim).values():
+        excess = np.maximum(excess, over)
     return np.where(excess > 0, -excess if below else 0.0, worth)
+
+
+def _excesses(metrics: Metrics, aim: Aim) -> dict[str, Floats]:
+    """Return by metric that is bounded by which share each setting breaks the bound in each draw; below 0: it does not."""
+    bounds = (
+        ("p99_s", aim.p99_s * (1 + aim.tolerance), False),
+        ("images_per_s", aim.images_per_s, True),
+        ("memory_bytes", aim.memory_bytes, False),
+    )
+    return {name: (bound / metrics[name] if least else metrics[name] / bound) - 1 for name, bound, least in bounds if bound}
 
 
 def _gains(values: Floats, shown: Floats, measured: Sequence[int]) -> Floats:
