@@ -19,8 +19,9 @@ from tenure.experiments.flow import new_run
 from tenure.experiments.stage_sweep import assemble
 from tenure.experiments.sweep import Setting
 from tenure.experiments.sweep_nodes import Bench
-from tenure.jobs import Job, Sweep
+from tenure.jobs import Job
 from tenure.protocols import SystemClock
+from tenure.sweeps import Sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,9 +36,9 @@ from benchmarks.serving_experiment import experiment
 from tenure.experiments.sweep import Setting, in_flight, order
 from tenure.experiments.sweep_nodes import Asked, Nodes, standing
 from tenure.experiments.sweep_parties import CellUse, PartyMeter
-from tenure.jobs import Sweep
 from tenure.meter import cgroups
 from tenure.meter.process import ProcessSampler, shared_memory_bytes
+from tenure.sweeps import Sweep
 
 NAME = "stage_sum"
 BAR = "stages sum to wall time within 2 %, CPU and memory to the cgroup's within 3 %, probes < 1 %"

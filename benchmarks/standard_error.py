@@ -29,8 +29,8 @@ from dataclasses import replace
 from benchmarks.harness import Control, Options, Result, judge
 from benchmarks.serving_experiment import experiment
 from tenure.experiments.sweep_run import measure_sweep
-from tenure.jobs import Sweep
 from tenure.recommend.tune import quiet
+from tenure.sweeps import Sweep
 from tenure.trials import Trial
 
 NAME = "standard_error"

@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from typing import Any
 
 from tenure.errors import JobFileError, SpecError
-from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, ServerOptions, Sweep, TrainGoal
+from tenure.jobs import JOB_KINDS, Job, JobKind, Probe, Retry, ServeGoal, ServerOptions, TrainGoal
 from tenure.resources import Envelope, format_bytes, format_duration, parse_bytes, parse_duration
 from tenure.runs import DEFAULT_DISK_BYTES
+from tenure.sweeps import Search, Sweep
 from tenure.tenants import check_name
 
 MAX_JOB_FILE_BYTES = 1 << 20
@@ -124,19 +125,23 @@ class _Reader:
         return self.guard(lambda: cls(**values), *path)
 
     def scalar(self, field: Field[Any], value: Any, *path: str | int) -> Any:
+        if str(field.type).startswith("tuple["):
+            return self.levels(field, value, *path)
         if field.name not in _PLAIN_S:
             for suffix, (parse, _) in _UNITS.items():
                 if field.name.endswith(suffix):
                     return self.guard(partial(parse, value), *path)
-        if str(field.type).startswith("tuple["):
-            return self.levels(field, value, *path)
         wanted: type | tuple[type, ...] = {"float": (int, float), "int": int, "str": str, "bool": bool}[str(field.type)]  # type: ignore[assignment]
         if not isinstance(value, wanted) or (isinstance(value, bool) and field.type != "bool"):
             raise self.fail(f"{path[-1]} must be {_A_TYPE[str(field.type)]}; found {value!r}", *path)
         return float(str(value)) if field.type == "float" else value
 
     def levels(self, field: Field[Any], value: Any, *path: str | int) -> tuple[Any, ...]:
-        """Return a list of whole numbers or of texts, whichever the field holds."""
+        """Return a list of whole numbers, times or texts, whichever the field holds."""
+        if field.name.endswith("_s"):
+            if not isinstance(value, list):
+                raise self.fail(f'{path[-1]} must be a list of times, such as ["0ms", "3ms"]; found {value!r}', *path)
+            return self.guard(lambda: tuple(parse_duration(item) for item in value), *path)  # type: ignore[no-any-return]
         kind = int if "int" in str(field.type) else str
         if not isinstance(value, list) or not all(isinstance(item, kind) and not isinstance(item, bool) for item in value):
             raise self.fail(f"{path[-1]} must be a list of {_MANY[kind]}; found {value!r}", *path)
@@ -174,9 +179,13 @@ _KEYS: Mapping[JobKind, tuple[str, ...]] = {
         *(*_COMMON, "program", "goal", "workers", "shards", "batch", "max_rounds", "evaluate_every"),
         *("seed", "options", "probe", *_EXCHANGE),
     ),
-    "serve": (*_COMMON, "image", "model", "goals", "ports", "server", "sweep", "probe", "seed"),
+    "serve": (*_COMMON, "image", "model", "goals", "ports", "server", "sweep", "search", "probe", "seed"),
 }
 """Only what a kind of stage honours: a worker of a training stage is always started again, so it takes no `retry`."""
+_TABLES: Sequence[tuple[str, type]] = (
+    *(("envelope", Envelope), ("server", ServerOptions), ("sweep", Sweep), ("search", Search)),
+    *(("retry", Retry), ("probe", Probe)),
+)
 _SCALARS = ("image", "program", "model", "workers", "shards", "batch", "max_rounds", "evaluate_every", "seed")
 
 
@@ -251,7 +260,7 @@ def _job(reader: _Reader, kind: JobKind, table: dict[str, Any], path: tuple[str 
                 f"option {option} must be a text, a number, true or false; found {value!r}", *path, "options", option
             )
     values["options"] = options
-    for key, cls in (("envelope", Envelope), ("server", ServerOptions), ("sweep", Sweep), ("retry", Retry), ("probe", Probe)):
+    for key, cls in _TABLES:
         if key in table:
             values[key] = reader.noun(cls, table[key], *path, key)
     if "goal" in table:
@@ -314,5 +323,8 @@ def _toml(value: Any) -> str:
     for field in fields(value):
         item = getattr(value, field.name)
         suffix = next((s for s in _UNITS if field.name.endswith(s) and field.name not in _PLAIN_S), "")
-        pairs.append(f"{_key(field.name)} = {_toml(_UNITS[suffix][1](item) if suffix else item)}")
+        if suffix:
+            say = _UNITS[suffix][1]
+            item = [say(one) for one in item] if isinstance(item, tuple) else say(item)
+        pairs.append(f"{_key(field.name)} = {_toml(item)}")
     return "{ " + ", ".join(pairs) + " }"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tenure.errors import SpecError
-from tenure.links import parse_link
 from tenure.resources import Envelope
+from tenure.sweeps import Search, Sweep
 
 JobKind = Literal["workspace", "train", "serve", "task"]
 JOB_KINDS: tuple[JobKind, ...] = ("workspace", "train", "serve", "task")
@@ -139,88 +139,6 @@ class ServerOptions:
             raise SpecError(f"server.host must be an address to listen on, such as 127.0.0.1; found {self.host!r}")
 
 
-ARCHITECTURES = ("simple", "microservice", "distributed")
-INTERACTIONS = ("sync", "async")
-TRANSPORTS = ("http", "grpc", "shm")
-DATA = ("memory", "files")
-NORMALISATIONS = ("", "none", "unit", "signed", "imagenet")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
-    """An experiment of a serving stage: every combination of these, in one random order, again and again."""
-
-    architectures: tuple[str, ...] = ARCHITECTURES
-    interactions: tuple[str, ...] = INTERACTIONS
-    transports: tuple[str, ...] = TRANSPORTS
-    """Shared memory is for the microservice alone."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    """Images of one request; those that the model's shape does not take are left out, and the report says so."""
-    data: tuple[str, ...] = DATA
-    """`files`: each request's pictures are read and decoded by the application; needs inputs.images."""
-    repeats: int = 20
-    max_s: float = 0.0
-    """No repeat begins that would end later than this, counted from the first; two are measured at least. 0: no bound."""
-    cell_s: float = 0.5
-    """How long one visit to a setting takes at least."""
-    visits: int = 1
-    """To each setting in each repeat, added up: more and shorter ones meet a restless machine more alike."""
-    in_flight: int = 8
-    """Requests of an asynchronous application that are on their way at once."""
-    images_in_flight: int = 64
-    """Fewer requests are on their way when their images would be more than this, two at least."""
-    images: int = 64
-    """Pictures used, the first by name."""
-    twins: bool = True
-    """Measure the first setting of each batch twice in every repeat: what the machine does to a ratio whose truth is 1."""
-    undisturbed: bool = False
-    """Both leases go before everything else on this machine, as far as their own cores go: others get what is left."""
-    fresh: bool = True
-    """Measure memory by a server and an application that have run nothing else, once per setting, before the repeats."""
-    client_cpus: float = 0.0
-    """Cores of the distributed application's node; 0: half of what is free. The rest is the server's node."""
-    against: tuple[str, ...] = ()
-    """Servers of others that already run, ``http://`` or ``grpc://HOST:PORT``, measured in the same order and table."""
-    link: str = ""
-    """Between the two nodes, such as ``rate=1Gbit,delay=20ms``; empty: as fast as the machine."""
-    normalise: str = ""
-    """What a model that takes floats was trained on: none, unit, signed or imagenet."""
-    crop: float = 0.875
-    size: int = 0
-    """Height and width, for a model that takes any."""
-
-    def __post_init__(self) -> None:
-        for name, known in (("architectures", ARCHITECTURES), ("interactions", INTERACTIONS), ("transports", TRANSPORTS)):
-            _check_levels(name, getattr(self, name), known)
-        _check_levels("data", self.data, DATA)
-        if (
-            not self.batches
-            or len(set(self.batches)) < len(self.batches)
-            or not 1 <= min(self.batches) <= max(self.batches) <= 4096
-        ):
-            raise SpecError(f"sweep.batches must be different sizes from 1 to 4096; found {list(self.batches)}")
-        if not 1 <= self.repeats <= 1000:
-            raise SpecError(f"sweep.repeats must lie between 1 and 1000; found {self.repeats!r}")
-        if not 0.05 <= self.cell_s <= 600:
-            raise SpecError(f"sweep.cell must lie between 50 ms and 600 s; found {self.cell_s!r} s")
-        if not 1 <= self.visits <= 1000:
-            raise SpecError(f"sweep.visits must lie between 1 and 1000; found {self.visits!r}")
-        if not 1 <= self.in_flight <= 256 or not 1 <= self.images_in_flight <= 65536:
-            raise SpecError("sweep.in_flight must lie between 1 and 256, sweep.images_in_flight between 1 and 65,536")
-        if not 1 <= self.images <= 100_000:
-            raise SpecError(f"sweep.images must lie between 1 and 100,000; found {self.images!r}")
-        if self.client_cpus < 0:
-            raise SpecError(f"sweep.client_cpus must not be negative; found {self.client_cpus!r}")
-        if self.normalise not in NORMALISATIONS:
-            raise SpecError(f"sweep.normalise must be one of {', '.join(NORMALISATIONS[1:])}; found {self.normalise!r}")
-        parse_link(self.link)
-
-
-def _check_levels(name: str, found: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not found or len(set(found)) < len(found) or not set(found) <= set(known):
-        raise SpecError(f"sweep.{name} must be one or more of {', '.join(known)}; found {list(found)}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One thing to run: a stage of a job file. Raises SpecError when its parts contradict each other."""
@@ -261,6 +179,8 @@ class Job:
     """Of a serve stage's server."""
     sweep: Sweep | None = None
     """A serve stage that is an experiment."""
+    search: Search | None = None
+    """A serve stage whose goals are answered by a search over settings, of which only some are measured."""
     retry: Retry = field(default_factory=Retry)
     probe: Probe = field(default_factory=Probe)
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -292,10 +212,14 @@ class Job:
             )
         if self.kind == "train" and self.envelope is None and self.train_goal is None:
             raise SpecError("a train stage needs either [train.goal] or [train.envelope] with workers")
-        if self.kind == "serve" and self.envelope is None and not self.serve_goals and self.sweep is None:
-            raise SpecError("a serve stage needs either [[serve.goals]], [serve.envelope] or [serve.sweep]")
-        if self.sweep is not None and self.envelope is not None:
-            raise SpecError("a serve stage is either served ([serve.envelope]) or an experiment ([serve.sweep])")
+        ways = [name for name in ("envelope", "sweep", "search") if getattr(self, name) is not None]
+        if self.kind == "serve" and not ways and not self.serve_goals:
+            raise SpecError("a serve stage needs [[serve.goals]], [serve.search], [serve.sweep] or [serve.envelope]")
+        if self.kind == "serve" and len(ways) > 1:
+            raise SpecError(
+                "a serve stage is served ([serve.envelope]), an experiment ([serve.sweep]) or searched ([serve.search]), one "
+                f"of them; found {' and '.join(ways)}"
+            )
         if not 1 <= self.shards <= 4096:
             raise SpecError(f"shards must lie between 1 and 4096; found {self.shards!r}")
         if self.workers < 0 or self.workers > self.shards:

@@ -154,7 +154,7 @@ def bench_serve(
     `BenchSpec`. Returns the outcome, also of a run that failed (`outcome.failed`). Raises NotFound, SpecError.
     """
     from tenure.experiments.bench import BenchSpec  # SciPy and the client come with it
-    from tenure.jobs import Sweep
+    from tenure.sweeps import Sweep
 
     own = {name: options.pop(name) for name in ("goal", "options", "seed") if name in options}
     if unknown := set(options) - set(Sweep.__dataclass_fields__):

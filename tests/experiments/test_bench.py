@@ -6,7 +6,8 @@ import pytest
 from tenure.errors import NotFound, SpecError
 from tenure.experiments.bench import BenchSpec, bench_job_file, parse_goal
 from tenure.jobfile import parse_job_file
-from tenure.jobs import ServeGoal, Sweep
+from tenure.jobs import ServeGoal
+from tenure.sweeps import Sweep
 
 
 def test_the_experiment_is_an_ordinary_job(tmp_path):

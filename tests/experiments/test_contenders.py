@@ -22,11 +22,11 @@ from tenure.experiments.stage_sweep import prepare
 from tenure.experiments.sweep import settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import measure_sweep
-from tenure.jobs import Sweep
 from tenure.links import parse_link
 from tenure.resources import Envelope
 from tenure.serve.client import Model
 from tenure.serve.tensors import ModelMetadata, TensorMetadata
+from tenure.sweeps import Sweep
 from tenure.trials import Trial
 
 from .fake_launch import PlainLaunch

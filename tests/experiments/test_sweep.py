@@ -7,7 +7,7 @@ import pytest
 
 from tenure.errors import SpecError
 from tenure.experiments.sweep import Contender, fresh, in_flight, order, settings
-from tenure.jobs import Sweep
+from tenure.sweeps import Sweep
 
 SWEEP = Sweep(batches=(1, 8), repeats=5)
 

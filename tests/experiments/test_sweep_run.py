@@ -13,10 +13,10 @@ from tenure.experiments.stage_sweep import prepare
 from tenure.experiments.sweep import order, settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import RAW, cells, measure_sweep
-from tenure.jobs import Sweep
 from tenure.links import parse_link
 from tenure.resources import Envelope
 from tenure.serve.load.orders import STAGES
+from tenure.sweeps import Sweep
 from tenure.trials import Trial
 
 from .fake_launch import PlainLaunch

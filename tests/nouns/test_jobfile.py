@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from tenure.errors import JobFileError
 from tenure.jobfile import JobFile, format_job_file, parse_job_file
-from tenure.jobs import Job, ServeGoal, Sweep, TrainGoal
+from tenure.jobs import Job, ServeGoal, TrainGoal
 from tenure.resources import Envelope
+from tenure.sweeps import Search, Sweep
 
 GOOD = """
 [run]
@@ -197,9 +198,47 @@ def test_a_wrong_level_of_an_experiment_is_refused_with_its_line(line, says):
     assert refused.value.line == 6
 
 
-def test_a_serving_stage_is_served_or_an_experiment():
-    with pytest.raises(JobFileError, match="either served"):
+def test_a_serving_stage_is_served_or_an_experiment_or_searched():
+    with pytest.raises(JobFileError, match="one of them; found envelope and sweep"):
         parse_job_file(EXPERIMENT.replace("inputs =", "envelope = { cpus = 1 }\ninputs ="))
+    with pytest.raises(JobFileError, match="one of them; found sweep and search"):
+        parse_job_file(EXPERIMENT + "\n[serve.search]\n")
+
+
+SEARCH = """
+[serve]
+model = "m.onnx"
+[serve.search]
+instances = [1, 2]
+max_delays = ["0ms", "2.5ms"]
+max = "3min"
+"""
+
+
+def test_a_search_is_a_table_of_its_serving_stage_and_needs_no_goal():
+    parsed = parse_job_file(SEARCH)
+    assert parsed.stages[0].search == Search(instances=(1, 2), max_delays_s=(0.0, 0.0025), max_s=180.0)
+    assert parse_job_file(format_job_file(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('max_delays = "3ms"', "max_delays must be a list of times"),
+        ('max_delays = ["soon"]', "soon"),
+        ('max_delays = ["11s"]', "search.max_delays must be different times from 0 to 10 s"),
+        ("instances = [0]", "search.instances must be different numbers from 1 to 64"),
+        ("threads = [1, 1]", "search.threads must be different numbers"),
+        ('architectures = ["distributed"]', "one or more of simple, microservice"),
+        ('best = "beauty"', "search.best must be one of rate, cost"),
+        ("trials = 0", "search.trials must lie between"),
+        ("images = 0", "search.images must lie between"),
+    ],
+)
+def test_a_wrong_level_of_a_search_is_refused_with_its_line(line, says):
+    with pytest.raises(JobFileError, match=says) as refused:
+        parse_job_file(f'[serve]\nmodel = "m.onnx"\n[serve.search]\n{line}\n')
+    assert refused.value.line == 4
 
 
 @given(st.text(max_size=200))

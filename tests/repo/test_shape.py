@@ -19,6 +19,7 @@ NOUNS = frozenset(
         "retention",
         "jobs",
         "runs",
+        "sweeps",
         "leases",
         "links",
         "nodes",

@@ -67,7 +67,7 @@ class Outlook:
     trials: int
     """How often it was measured; 0: what follows is what the laws make of the others."""
     metrics: Mapping[str, tuple[float, float, float]]
-    """By name, in the units of a trial's metrics: 5 %, 50 % and 95 % of what is plausible; with `cost` where that is aimed at."""
+    """By name, in a trial's units: 5 %, 50 % and 95 % of what is plausible; with `cost` where that is aimed at."""
     meets: float
     """Chance that it meets all bounds."""
     breaks: Mapping[str, float]

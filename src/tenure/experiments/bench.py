@@ -10,8 +10,9 @@ from typing import Any
 
 from tenure.errors import NotFound, SpecError
 from tenure.jobfile import JobFile, format_job_file
-from tenure.jobs import Job, ServeGoal, ServerOptions, Sweep
+from tenure.jobs import Job, ServeGoal, ServerOptions
 from tenure.resources import parse_bytes, parse_duration
+from tenure.sweeps import Sweep
 
 STAGE = "serve"
 

@@ -20,7 +20,7 @@ from tenure.experiments.following import show_time
 from tenure.experiments.sweep import Contender, Setting, settings
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import measure_sweep
-from tenure.jobs import Job, Sweep
+from tenure.jobs import Job
 from tenure.links import parse_link
 from tenure.nodes import Node
 from tenure.protocols import Launched
@@ -29,6 +29,7 @@ from tenure.serve.client import Model
 from tenure.serve.load.orders import Examples
 from tenure.serve.pixels import BadImage, Preparation, pictures_in, preparation_for, read_into
 from tenure.serve.tensors import ModelMetadata
+from tenure.sweeps import Sweep
 from tenure.trials import Trial
 
 SLOT_S = 120.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenure.errors import SpecError
-from tenure.jobs import Sweep
+from tenure.sweeps import Sweep
 
 OURS = "tenure"
 

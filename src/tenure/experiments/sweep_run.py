@@ -16,9 +16,9 @@ from tenure.experiments.sweep_nodes import Asked, Bench, Nodes, standing
 from tenure.experiments.sweep_parties import PartyMeter
 from tenure.experiments.sweep_raw import kept, raw_line
 from tenure.experiments.sweep_trials import Fresh, trials_of
-from tenure.jobs import Sweep
 from tenure.meter.sample import NvmlSampler
 from tenure.protocols import Progress
+from tenure.sweeps import Sweep
 from tenure.trials import Trial
 
 RAW = "cells.jsonl"
