@@ -67,7 +67,7 @@ class Outlook:
     trials: int
     """How often it was measured; 0: what follows is what the laws make of the others."""
     metrics: Mapping[str, tuple[float, float, float]]
-    """By name, in a trial's units: 5 %, 50 % and 95 % of what is plausible; with `cost` where that is aimed at."""
+    """By name, in a trial's units: 5 %, 50 % and 95 % of what is plausible."""
     meets: float
     """Chance that it meets all bounds."""
     breaks: Mapping[str, float]
@@ -139,17 +139,20 @@ def outlook(
     choice: Configuration | None,
     cores: float,
     context: Sequence[Configuration] = (),
+    more: Mapping[str, Callable[[Metrics], Floats]] | None = None,
     within: float = WITHIN,
     seed: int = 0,
 ) -> tuple[Outlook, ...]:
-    """Return what is plausible of each setting, in their order; arguments as of `advise`, `choice` as it gave it."""
+    """Return what is plausible of each setting, in their order; arguments as of `advise`, `choice` as it gave it.
+
+    more: metrics that follow from the others, by name.
+    """
     posterior = fit([*settings, *context], trials, cores=cores, seed=seed)
     metrics = {name: values[:, : len(settings)] for name, values in posterior.metrics().items()}
     values = _values(metrics, aim)
     excesses = {name: excess > 0 for name, excess in _excesses(metrics, aim).items()}
-    if aim.cost is not None:
-        metrics["cost"] = aim.cost(metrics)
-    quantiles = {name: np.quantile(found, (0.05, 0.5, 0.95), axis=0) for name, found in metrics.items()}
+    told = metrics | {name: follows(metrics) for name, follows in (more or {}).items()}
+    quantiles = {name: np.quantile(found, (0.05, 0.5, 0.95), axis=0) for name, found in told.items()}
     held = np.zeros(len(values)) if choice is None else values[:, [dict(s) for s in settings].index(dict(choice))]
     found = []
     for n, setting in enumerate(settings):

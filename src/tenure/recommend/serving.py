@@ -22,13 +22,10 @@ from tenure.trials import Broken, Candidate, Configuration, Prediction, Recommen
 from tenure.usage import Summary
 
 from .choose import Limit, capacity_broken, choose, show
-from .probing import CPU_HEADROOM, HOLDER_CPUS, LEAST_CPUS, comparable, search
+from .probing import CPU_HEADROOM, CPU_PERIOD_S, HOLDER_CPUS, LEAST_CPUS, comparable, holder_cpus, search
 
 FACTORS = ("architecture", "transport", "interaction", "batch", "link", "instances", "threads", "max_delay_s")
 """What is chosen between; `clients` comes from the goal."""
-CPU_PERIOD_S = 0.1
-"""Period over which a CPU share is enforced (kernel documentation, CFS bandwidth control: 100 ms): the burst of one request
-must fit into a client's share of it."""
 SLOT_S, TOTAL_S = 900.0, 3600.0
 DISK_BYTES = 256 << 20
 MEMORY_STEP_BYTES = 32 << 20
@@ -80,7 +77,7 @@ class ServeTunable:
         if missing and (len(missing) == len(alone) or len(alone) <= MAX_TRIALS):
             return missing[0]
         if missing:
-            asked = (search(goal, self._bases, trials, self.prices, cores=self.capacity.cpus) for goal in self.job.serve_goals)
+            asked = (search(goal, self._bases, trials, self.prices, capacity=self.capacity) for goal in self.job.serve_goals)
             return next((advice.next for advice in asked if advice.next is not None), None)
         for goal in self.job.serve_goals:
             found = self.recommend(goal, trials, id="", run_id="", stage="", now_s=0.0)
@@ -174,11 +171,13 @@ class ServeModel:
         factor = max(1.0, min(CPU_HEADROOM, self.capacity.cpus / busy)) if busy > 0 else 1.0
         memory = self._memory(near, memory_with_margin)
         used = rate * app_s / clients * factor
+        holder = holder_cpus(configuration, self.capacity)
         if configuration["architecture"] == "simple":
-            cpus = _twentieths(max(HOLDER_CPUS, used), self.capacity.cpus / clients)
+            cpus = _twentieths(max(holder, used), self.capacity.cpus / clients)
             return [(clients, _envelope(cpus, memory[0][1].high))]
         app_cpus = _twentieths(max(LEAST_CPUS, used, min(1.0, batch * app_s / CPU_PERIOD_S)), self.capacity.cpus)
-        server_cpus = _twentieths(max(HOLDER_CPUS, rate * server_s * factor), self.capacity.cpus)
+        left = max(HOLDER_CPUS, self.capacity.cpus - clients * app_cpus)  # the leases have to fit the node together
+        server_cpus = _twentieths(max(holder, rate * server_s * factor), min(left, self.capacity.cpus))
         return [(1, _envelope(server_cpus, memory[1][1].high)), (clients, _envelope(app_cpus, memory[0][1].high))]
 
     def candidate(self, configuration: Configuration, rate: float) -> Candidate:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tenure.protocols import Progress, Tunable
-from tenure.trials import Trial
+from tenure.trials import Configuration, Trial
 
 from .choose import describe
+
+MAX_PROBES = 8
+"""Enough where one probe measures many configurations; a search says itself how many it needs."""
 
 
 def quiet(text: str, *, done: float | None = None) -> None:
@@ -20,7 +23,7 @@ def tune(
     record: Callable[[Trial], None],
     *,
     progress: Progress = quiet,
-    max_probes: int = 8,
+    max_probes: int = MAX_PROBES,
     max_s: float = 0.0,
     now: Callable[[], float] | None = None,
 ) -> tuple[Trial, ...]:
@@ -32,15 +35,15 @@ def tune(
     """
     trials = [trial for trial in known if trial.fingerprint == tunable.fingerprint]
     begun_s = now() if now else 0.0
+    fruitless: Configuration | None = None
     for count in range(max_probes):
         configuration = tunable.next_probe(trials)
-        if configuration is None or (now and 0 < max_s <= now() - begun_s):
+        if configuration is None or configuration == fruitless or (now and 0 < max_s <= now() - begun_s):
             break
         progress(f"probe {count + 1}: {describe(configuration)}", done=count / max_probes)
         before = len(trials)
         for trial in tunable.probe(configuration):
             record(trial)
             trials.append(trial)
-        if len(trials) == before:  # measuring again would tell nothing again
-            break
+        fruitless = configuration if len(trials) == before else None  # measuring that again would tell nothing again
     return tuple(trials)
