@@ -245,3 +245,18 @@ def test_pictures_are_read_and_decoded_by_the_application(start, tmp_path):
         assert from_files.stages["load_data_s"] > 0 == from_memory.stages["load_data_s"]
         assert sum(from_files.stages.values()) == pytest.approx(from_files.places * from_files.wall_s, rel=0.02)
     assert told.stop() == 0
+
+
+def test_applications_that_run_a_cell_at_the_same_time_give_one_together(digits, examples, start):
+    (alike,) = [one for one in specs(digits, examples) if one.name == "simple-async"]
+    named = tuple(replace(alike, name=name, instances=2, threads=1) for name in ("simple-async-1", "simple-async-2"))
+    told = start(NodeSpec(applications=named))
+    order = Order(application="simple-async", copies=2, batch=2, seconds=0.1, in_flight=3)
+    assert told.ask(replace(order, do="warm")).requests == 0
+    cell = told.ask(order)
+    assert (cell.wrong, cell.failed, cell.places) == (0, 0, 6)
+    assert cell.images == 2 * cell.requests == 2 * len(cell.latencies_s) > 0
+    assert sum(cell.stages.values()) <= cell.places * cell.wall_s * 1.02
+    with pytest.raises(CorruptData, match="no application 'simple-async-3' here"):
+        told.ask(replace(order, copies=3))
+    assert told.stop() == 0

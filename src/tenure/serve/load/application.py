@@ -52,7 +52,9 @@ class LoadSpec:
     timeout_s: float = 30.0
     """Of one request, and of waiting for the server."""
     threads: int = 0
-    """In-process; 0: the lease's CPU share."""
+    """In-process, per instance; 0: the lease's CPU share."""
+    instances: int = 1
+    """In-process: loaded copies of the model, so many calls at once."""
 
     def __post_init__(self) -> None:
         if not self.target.startswith(("simple:", "http://", "shm://", "grpc://")):

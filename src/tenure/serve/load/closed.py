@@ -58,7 +58,7 @@ def run_load(spec: LoadSpec) -> LoadResult:
     # What is measured as HTTP shall be HTTP: left alone, the client takes shared memory where it is quicker.
     shm = False if spec.target.startswith("http://") else None
     target = spec.target.removeprefix("simple:")
-    model = Model(target, spec.model, timeout_s=spec.timeout_s, threads=spec.threads, shm=shm)
+    model = Model(target, spec.model, timeout_s=spec.timeout_s, threads=spec.threads, instances=spec.instances, shm=shm)
     try:
         model.wait_ready(spec.timeout_s)
         model.metadata()

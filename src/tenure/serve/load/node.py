@@ -30,12 +30,15 @@ from tenure.serve.load.orders import (
     ANSWERS,
     ORDERS,
     READY,
+    Cell,
     NodeReady,
     NodeSpec,
     Order,
     Standing,
+    copies,
     read,
     standing_command,
+    together,
     write,
 )
 from tenure.serve.processes import worker_dir, write_json
@@ -151,12 +154,22 @@ class Node:
             order = msgspec.json.decode(line, type=Order)
         except msgspec.MsgspecError as error:
             return write({"error": f"{line[:200]!r} is no order: {error}"})
-        child = self._children.get(order.application)
-        if child is None:
-            known = ", ".join(self._children)
-            return write({"error": f"there is no application {order.application!r} here; there are {known}"})
-        child.send(line + b"\n")
-        return child.answer(order.bound_s)
+        asked: list[Child] = []
+        for name in copies(order.application, order.copies):
+            if (child := self._children.get(name)) is None:
+                known = ", ".join(self._children)
+                return write({"error": f"there is no application {name!r} here; there are {known}"})
+            asked.append(child)
+        for child in asked:
+            child.send(line + b"\n")
+        end_s = time.monotonic() + order.bound_s
+        answers = [asked[0].answer(order.bound_s), *(child.answer(max(0.0, end_s - time.monotonic())) for child in asked[1:])]
+        if len(answers) == 1:
+            return answers[0]
+        try:
+            return write(together([read(answer, Cell) for answer in answers]))
+        except CorruptData as error:
+            return write({"error": str(error)})
 
     def _popen(self, argv: Sequence[str], name: str, *, stdin: int) -> subprocess.Popen[bytes]:
         # Not the node's own worker folder: what these write there would pass for the node's.

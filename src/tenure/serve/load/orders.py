@@ -9,7 +9,7 @@ the cells of all its settings in one random order. A node (`node`) holds the app
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -58,7 +58,9 @@ class StandingSpec:
     timeout_s: float = 60.0
     """Of one request, and of waiting for the server."""
     threads: int = 0
-    """In-process; 0: the lease's CPU share."""
+    """In-process, per instance; 0: the lease's CPU share."""
+    instances: int = 1
+    """In-process: loaded copies of the model, so many calls at once."""
     prepares: int = 3
     """How often the model is prepared and timed before the first cell; the last one stays."""
 
@@ -94,6 +96,8 @@ class Order:
     """One cell to run."""
 
     application: str
+    copies: int = 1
+    """Applications that run the cell at the same time; several are called as `copies` says, and give one cell together."""
     do: Literal["warm", "run"] = "run"
     """`warm`: what a cell needs before its clock starts; nothing is measured."""
     batch: int = 1
@@ -162,6 +166,32 @@ class NodeReady:
 READY = "node.json"
 ORDERS, ANSWERS = "orders", "answers"
 """Two FIFOs in the node's worker folder: any length of path, no port, from any network namespace."""
+
+
+def copies(application: str, count: int) -> tuple[str, ...]:
+    """Return the names of so many applications that are alike."""
+    return (application,) if count == 1 else tuple(f"{application}-{n}" for n in range(1, count + 1))
+
+
+def together(cells: Sequence[Cell]) -> Cell:
+    """Return what applications that ran a cell at the same time gave together; it lasted as long as the longest."""
+    first = cells[0]
+    if len(cells) == 1:
+        return first
+    return Cell(
+        requests=sum(each.requests for each in cells),
+        images=sum(each.images for each in cells),
+        wall_s=max(each.wall_s for each in cells),
+        places=sum(each.places for each in cells),
+        stages={name: sum(each.stages.get(name, 0.0) for each in cells) for name in first.stages},
+        latencies_s=tuple(latency for each in cells for latency in each.latencies_s),
+        latencies_dropped=sum(each.latencies_dropped for each in cells),
+        cpu_s=sum(each.cpu_s for each in cells),
+        own_cpu_s=sum(each.own_cpu_s for each in cells),
+        wrong=sum(each.wrong for each in cells),
+        failed=sum(each.failed for each in cells),
+        first_error=next((each.first_error for each in cells if each.first_error), ""),
+    )
 
 
 def node_command(spec_path: Path | str) -> tuple[str, ...]:

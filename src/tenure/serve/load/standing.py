@@ -141,7 +141,14 @@ def _prepared(spec: StandingSpec) -> tuple[Model, tuple[float, ...]]:
         if model is not None:
             model.close()
         began_s = _now()
-        model = Model(spec.target.removeprefix("simple:"), spec.model, timeout_s=spec.timeout_s, threads=spec.threads, shm=shm)
+        model = Model(
+            spec.target.removeprefix("simple:"),
+            spec.model,
+            timeout_s=spec.timeout_s,
+            threads=spec.threads,
+            instances=spec.instances,
+            shm=shm,
+        )
         model.wait_ready(spec.timeout_s)
         model.metadata()
         took_s.append(_now() - began_s)
