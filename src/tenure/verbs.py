@@ -150,13 +150,14 @@ def bench_serve(
 ) -> Outcome:
     """Measure a model in every architecture, transport, interaction and batch, again and again in one random order.
 
-    examples: a folder of pictures, or an .npy file. options: fields of `Sweep`, and `goal`, `options`, `seed` of
-    `BenchSpec`. Returns the outcome, also of a run that failed (`outcome.failed`). Raises NotFound, SpecError.
+    examples: a folder of pictures, or an .npy file. options: fields of `Sweep`, and `goal`, `options`, `seed`, `clients` and
+    `search` of `BenchSpec`; with a `search`, settings of it are searched instead, and only some measured. Returns the
+    outcome, also of a run that failed (`outcome.failed`). Raises NotFound, SpecError.
     """
     from tenure.experiments.bench import BenchSpec  # SciPy and the client come with it
     from tenure.sweeps import Sweep
 
-    own = {name: options.pop(name) for name in ("goal", "options", "seed") if name in options}
+    own = {name: options.pop(name) for name in ("goal", "options", "seed", "search", "clients") if name in options}
     if unknown := set(options) - set(Sweep.__dataclass_fields__):
         raise SpecError(f"a sweep has no {sorted(unknown)[0]!r}; it has: {', '.join(Sweep.__dataclass_fields__)}")
     spec = BenchSpec(model=Path(model), examples=Path(examples), sweep=Sweep(**options), **own)

@@ -7,7 +7,7 @@ from tenure.errors import NotFound, SpecError
 from tenure.experiments.bench import BenchSpec, bench_job_file, parse_goal
 from tenure.jobfile import parse_job_file
 from tenure.jobs import ServeGoal
-from tenure.sweeps import Sweep
+from tenure.sweeps import Search, Sweep
 
 
 def test_the_experiment_is_an_ordinary_job(tmp_path):
@@ -29,6 +29,15 @@ def test_an_array_of_examples_goes_without_pictures(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     (job,) = parse_job_file(bench_job_file(BenchSpec(model=tmp_path / "m.onnx", examples=tmp_path / "x.npy"))).stages
     assert dict(job.inputs) == {"x": str(tmp_path / "x.npy")}
+
+
+def test_a_search_takes_the_place_of_the_sweep_and_asks_for_the_most_images_without_a_goal(tmp_path):
+    (tmp_path / "m.onnx").touch()
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    spec = BenchSpec(model=tmp_path / "m.onnx", examples=tmp_path / "x.npy", search=Search(instances=(1, 2)), clients=3)
+    (job,) = parse_job_file(bench_job_file(spec)).stages
+    assert (job.sweep, job.search) == (None, Search(instances=(1, 2)))
+    assert job.serve_goals == (ServeGoal(name="the most images/s", clients=3),)
 
 
 def test_what_is_not_there_is_named(tmp_path):

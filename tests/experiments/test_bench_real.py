@@ -34,7 +34,8 @@ def tenure(home, *argv):
     return done.stdout
 
 
-def test_an_experiment_is_a_run_with_a_trial_per_setting_and_a_report(tmp_path):
+def linear(folder):
+    """Write a small model and examples of it; return their paths."""
     tensor = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -44,13 +45,16 @@ def test_an_experiment_is_a_run_with_a_trial_per_setting_and_a_report(tmp_path):
         [onnx.numpy_helper.from_array(np.random.default_rng(1).normal(size=(64, 10)).astype(np.float32), "w")],
     )
     made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(made, tmp_path / "linear.onnx")
-    np.save(tmp_path / "x.npy", np.random.default_rng(2).normal(size=(20, 64)).astype(np.float32))
+    onnx.save(made, folder / "linear.onnx")
+    np.save(folder / "x.npy", np.random.default_rng(2).normal(size=(20, 64)).astype(np.float32))
+    return str(folder / "linear.onnx"), str(folder / "x.npy")
+
+
+def test_an_experiment_is_a_run_with_a_trial_per_setting_and_a_report(tmp_path):
+    model, examples = linear(tmp_path)
     home = tmp_path / "home"
     asked = ("--quick", "--repeats", "2", "--cell", "100ms", "--batches", "1", "--interactions", "sync", "--transports", "http")
-    said = tenure(
-        home, "bench", "serve", str(tmp_path / "linear.onnx"), str(tmp_path / "x.npy"), *asked, "--goal", "p99<1s", "--json"
-    )
+    said = tenure(home, "bench", "serve", model, examples, *asked, "--goal", "p99<1s", "--json")
     outcome = json.loads(said.splitlines()[-1])
     assert outcome["run"]["state"] == "done"
     assert any("4 settings, 2 repeats, every answer right" in line for line in outcome["closing"])
@@ -64,6 +68,37 @@ def test_an_experiment_is_a_run_with_a_trial_per_setting_and_a_report(tmp_path):
     }
     leases = json.loads(tenure(home, "leases", "--json"))
     assert [lease["end_reason"] for lease in leases] == ["released", "released"]
+    tenure(home, "down")
+    end_s = time.monotonic() + 30
+    while living(home):
+        assert time.monotonic() < end_s, living(home)
+        time.sleep(0.05)
+
+
+def test_a_search_starts_every_server_as_its_setting_says_and_recommends_one(tmp_path):
+    model, examples = linear(tmp_path)
+    home = tmp_path / "home"
+    asked = ("--search", "--goal", "p99<1s", "--clients", "2", "--trials", "2", "--cell", "50ms", "--repeats", "2")
+    asked += ("--architectures", "microservice", "--transports", "http,shm", "--interactions", "sync", "--batches", "2")
+    asked += ("--instances", "1,2", "--threads", "1", "--max-delays", "0ms,1ms")
+    outcome = json.loads(tenure(home, "bench", "serve", model, examples, *asked, "--json").splitlines()[-1])
+    assert outcome["run"]["state"] == "done"
+    trials = json.loads(tenure(home, "trials", "--run", outcome["run"]["id"], "--json"))
+    assert 1 <= len(trials) <= 2
+    folder = home / "runs" / outcome["run"]["id"] / "serve" / "search"
+    for number, trial in enumerate(sorted(trials, key=lambda one: one["at_s"]), 1):
+        factors, spec = trial["configuration"], json.loads((folder / str(number) / "server-node.json").read_text())
+        assert factors["clients"] == len(spec["applications"]) == 2
+        told = dict(flag.lstrip("-").split("=", 1) for flag in spec["server"] if "=" in flag)
+        assert told["instances"] == told["threads"] == str(factors["instances"])  # one thread each
+        assert float(told.get("max-delay-ms", 0)) == 1e3 * factors["max_delay_s"]
+        assert trial["metrics"]["images_per_s"]["n"] == 2
+        assert trial["source"] == "probe"
+    assert any("is the fastest that meets the goal" in line for line in outcome["closing"])
+    page = Path(outcome["report_html"]).read_text()
+    assert "What was tried" in page
+    again = json.loads(tenure(home, "bench", "serve", model, examples, *asked, "--json").splitlines()[-1])
+    assert any(f"0 made, {len(trials)} known before" in line for line in again["closing"])
     tenure(home, "down")
     end_s = time.monotonic() + 30
     while living(home):

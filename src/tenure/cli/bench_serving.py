@@ -13,6 +13,12 @@ from tenure.cli.display import make_display
 from tenure.errors import SpecError
 
 SAY_EVERY_S = 30.0
+_INSTEAD = {
+    "data": ": pictures are decoded beforehand",
+    "link": ": a link is between two nodes, and what is recommended is leased on one",
+    "client_cpus": ": the server and its applications share one node",
+    "against": ": servers of others run as they do",
+}
 
 
 def bench_serve(
@@ -21,10 +27,38 @@ def bench_serve(
     goal: Annotated[
         str, typer.Option("--goal", metavar="GOAL", help="What must be met: p99<50ms, images/s>100, memory<2GiB, by commas.")
     ] = "",
-    repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", help="Of each setting [default: 20].", min=1)] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search",
+            help="Find the best setting for the goal from few trials, over instances, threads and delays of the server too, "
+            "instead of measuring every setting.",
+        ),
+    ] = False,
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", help="With --search: settings measured at most [default: 10].", min=1)
+    ] = None,
+    clients: Annotated[
+        int | None,
+        typer.Option("--clients", metavar="N", help="With --search: applications that ask at once [default: 1].", min=1),
+    ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            "--best",
+            metavar="rate|cost",
+            help="With --search: of settings that meet the goal, the fastest or the cheapest "
+            "[default: cost where the goal says images/s, else rate].",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", metavar="N", help="Of each setting [default: 20; with --search 3].", min=1)
+    ] = None,
     time: Annotated[
         str | None,
-        typer.Option("--time", metavar="TIME", help="Fewer repeats where they would take longer than this, e.g. 10min."),
+        typer.Option(
+            "--time", metavar="TIME", help="Fewer repeats, or trials, where they would take longer than this, e.g. 10min."
+        ),
     ] = None,
     batches: Annotated[
         str | None, typer.Option("--batches", metavar="N,N,…", help="Images of one request [default: 1,8,32].")
@@ -86,10 +120,24 @@ def bench_serve(
         bool, typer.Option("--quick", help="A first look: 3 repeats of 200 ms; memory not apart. Other options still count.")
     ] = False,
     instances: Annotated[
-        int | None, typer.Option("--instances", metavar="N", help="Of the server's model [default: the server chooses].", min=1)
+        str | None,
+        typer.Option("--instances", metavar="N[,N,…]", help="Of the server's model [default: the server chooses]."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Of the server's model [default: the node's cores].", min=1)
+        str | None,
+        typer.Option(
+            "--threads",
+            metavar="N[,N,…]",
+            help="Of the server's model [default: the node's cores]; with --search of each instance. Several only there.",
+        ),
+    ] = None,
+    max_delays: Annotated[
+        str | None,
+        typer.Option(
+            "--max-delays",
+            metavar="TIME,TIME,…",
+            help="With --search: how long a request may wait for others to share its run [default: 0ms,3ms].",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the order in which settings are measured.")] = 0,
     home: Annotated[
@@ -103,35 +151,58 @@ def bench_serve(
     """Measure a model in every architecture, transport, interaction and batch, again and again in one random order.
 
     A run in the ledger, with a trial per setting: images/s, latency, where the time went, CPU and memory of each party, each
-    with its standard error. docs/bench-serve.md defines every figure.
+    with its standard error. With --search a few settings are measured, and the best for the goal is recommended.
+    docs/bench-serve.md defines every figure.
     """
     from tenure import verbs
     from tenure.jobs import ServerOptions
     from tenure.resources import parse_duration
+    from tenure.sweeps import Search
 
-    given = {
+    both: dict[str, Any] = {
         "repeats": repeats,
         "max_s": None if time is None else parse_duration(time),
         "batches": None if batches is None else _numbers("--batches", batches),
         "architectures": _names(architectures),
         "interactions": _names(interactions),
         "transports": _names(transports),
-        "data": _names(data),
         "cell_s": None if cell is None else parse_duration(cell),
         "in_flight": in_flight,
-        "against": tuple(against) if against else None,
-        "link": link,
-        "client_cpus": client_cpus,
         "images": number,
         "normalise": normalise,
         "size": size,
+    }
+    of_sweep: dict[str, Any] = {
+        "data": _names(data),
+        "against": tuple(against) if against else None,
+        "link": link,
+        "client_cpus": client_cpus,
         "undisturbed": undisturbed or None,
     }
-    options: dict[str, Any] = {"repeats": 3, "cell_s": 0.2, "fresh": False} if quick else {}
+    of_search: dict[str, Any] = {
+        "trials": trials,
+        "best": best,
+        "max_delays_s": None if max_delays is None else tuple(parse_duration(part.strip()) for part in max_delays.split(",")),
+    }
+    refused = of_sweep if search else {**of_search, "clients": clients}
+    if wrong := next((name for name, value in refused.items() if value is not None), ""):
+        option = f"--{wrong.removesuffix('_s').replace('_', '-')}"
+        raise SpecError(f"{option} is {'not for' if search else 'only for'} --search{_INSTEAD.get(wrong, '')}")
+    held = {"instances": instances, "threads": threads}
+    counts = {name: _numbers(f"--{name}", text) for name, text in held.items() if text is not None}
+    options: dict[str, Any] = {"cell_s": 0.2, **({} if search else {"repeats": 3, "fresh": False})} if quick else {}
+    given = {**both, **(of_search | counts if search else of_sweep)}
     options |= {name: value for name, value in given.items() if value is not None}
-    server = ServerOptions(instances=instances or 0, threads=threads or 0)
+    told: dict[str, Any] = {"goal": goal, "seed": seed}
+    if search:
+        told |= {"search": Search(**options), "clients": clients or 1}
+    else:
+        if several := next((name for name, found in counts.items() if len(found) != 1), ""):
+            raise SpecError(f"--{several} takes one number; several are for --search")
+        one = {name: counts[name][0] if name in counts else 0 for name in held}
+        told |= options | {"options": ServerOptions(instances=one["instances"], threads=one["threads"])}
     with make_display(sys.stdout, sys.stderr, json=json, say_every_s=SAY_EVERY_S) as display:
-        outcome = verbs.bench_serve(model, images, home=home, display=display, goal=goal, options=server, seed=seed, **options)
+        outcome = verbs.bench_serve(model, images, home=home, display=display, **told)
     code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
     output.tell_outcome(outcome, code, sys.stdout, sys.stderr, json=json)
     raise typer.Exit(code)

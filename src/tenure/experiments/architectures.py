@@ -33,6 +33,8 @@ from tenure.usage import Summary, Usage, summarize
 Interaction = Literal["sync", "async"]
 INTERACTIONS: tuple[Interaction, ...] = ("sync", "async")
 TRANSPORTS = ("http", "grpc")
+HELD = ("instances", "threads", "max_delay_s")
+"""Factors of a configuration that say how the model is held, where it was searched."""
 SAMPLE_MAX_S = 3.0
 """How long to wait for a sample of the server that is as new as the end of a load."""
 DRAIN_S, LEAVE_S = 5.0, 5.0
@@ -66,6 +68,23 @@ class Served:
     """Of one (batch, repeat)."""
     concurrency: int = 8
     """Requests in flight of an asynchronous application."""
+
+
+def door(transport: str) -> str:
+    """Return the door of a server that a transport begins at: shared memory is agreed over HTTP."""
+    return "http" if transport == "shm" else transport
+
+
+def held_options(options: ServerOptions, configuration: Configuration) -> ServerOptions:
+    """Return a server's options with the instances, threads and delay of a configuration that says them.
+
+    `threads` of a configuration are of each instance, those of the options of all together.
+    """
+    if "instances" not in configuration:
+        return options
+    instances, threads = int(configuration["instances"]), int(configuration["threads"])
+    delay_s = float(configuration["max_delay_s"])
+    return replace(options, instances=instances, threads=instances * threads, max_delay_s=delay_s)
 
 
 def server_command(
@@ -156,14 +175,15 @@ def measure_clients(
     if clients < 1:
         raise SpecError(f"clients must be at least 1; found {clients!r}")
     architecture, batch = str(configuration["architecture"]), int(configuration["batch"])
+    held = {name: configuration[name] for name in HELD if name in configuration}
     progress(f"{clients} clients at once: {architecture}")
     with _service(served, server=server, needed=architecture != "simple", far=architecture == "distributed") as service:
         base = service.configuration(architecture, str(configuration["transport"]), str(configuration["interaction"]))
-        loaded = service.run(base, batches=(batch,), clients=clients)
+        loaded = service.run({**base, **held}, batches=(batch,), clients=clients)
         note = " ".join(part for part in (service.note(architecture), loaded.lateness()) if part)
         trial = make_trial(
             source=source,
-            configuration={**base, "batch": batch, "clients": clients},
+            configuration={**base, **held, "batch": batch, "clients": clients},
             metrics=loaded.pooled_metrics(batch),
             seed=served.seed,
             note=note,
@@ -304,7 +324,7 @@ class _Service:
         if base["architecture"] != "simple":
             if self._server is None:
                 raise SpecError("a server is needed for this architecture, and none runs")
-            target = f"{transport}://{self._server.endpoints[transport]}"
+            target = f"{transport}://{self._server.endpoints[door(transport)]}"
         name = f"app-{base['architecture']}-{transport}-{base['interaction']}-{next(self._names)}"
         spec = LoadSpec(
             target=target,
@@ -318,6 +338,8 @@ class _Service:
             expected=str(served.expected),
             seed=served.seed,
             start_at_s=start_at_s,
+            instances=int(base.get("instances", 1)),
+            threads=int(base.get("threads", 0)),
         )
         served.workdir.mkdir(parents=True, exist_ok=True)
         path = served.workdir / f"{name}.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tenure.errors import NotFound, SpecError
 from tenure.jobfile import JobFile, format_job_file
 from tenure.jobs import Job, ServeGoal, ServerOptions
 from tenure.resources import parse_bytes, parse_duration
-from tenure.sweeps import Sweep
+from tenure.sweeps import Search, Sweep
 
 STAGE = "serve"
 
@@ -25,8 +25,12 @@ class BenchSpec:
     examples: Path
     """A folder of pictures, or an .npy file of examples."""
     sweep: Sweep = field(default_factory=Sweep)
+    search: Search | None = None
+    """Instead of a sweep: what the goal is searched in."""
     goal: str = ""
     """Such as ``p99<50ms, images/s>100``; empty: none."""
+    clients: int = 1
+    """Applications that ask at the same time, of a search."""
     options: ServerOptions = field(default_factory=ServerOptions)
     seed: int = 0
 
@@ -45,15 +49,17 @@ class BenchSpec:
 def bench_job_file(spec: BenchSpec) -> str:
     """Return the text of the job file that is this experiment. Raises SpecError for a goal that can't be read."""
     name = re.sub(r"[^a-z0-9._-]+", "-", spec.model.absolute().stem.lower()).lstrip("._-")[:63] or "model"
+    goal = parse_goal(spec.goal) if spec.goal else ServeGoal(name="the most images/s") if spec.clients > 1 else None
     given = "x" if spec.examples.suffix == ".npy" else "images"
     job = Job(
         kind="serve",
         name=STAGE,
         model=str(spec.model.absolute()),
         inputs={given: str(spec.examples.absolute())},
-        serve_goals=(parse_goal(spec.goal),) if spec.goal else (),
+        serve_goals=(replace(goal, clients=spec.clients),) if goal else (),
         server=spec.options,
-        sweep=spec.sweep,
+        sweep=spec.sweep if spec.search is None else None,
+        search=spec.search,
         seed=spec.seed,
     )
     return format_job_file(JobFile(name=name, tenant="default", stages=(job,)))

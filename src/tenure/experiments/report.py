@@ -20,6 +20,7 @@ from tenure.experiments.plots import draw
 from tenure.experiments.report_cite import ReportData, Rows, label, show
 from tenure.experiments.report_figures import lease_figures
 from tenure.experiments.report_sections import bounds_blocks, compare, stage_blocks
+from tenure.experiments.search_report import search_outcome
 from tenure.resources import show_bytes
 from tenure.runs import RunState, Stage
 
@@ -145,7 +146,8 @@ def _outcome(data: ReportData) -> str:
     if missed:
         return f"No configuration meets the goal of stage {missed[0].stage}: {missed[0].goal}."
     if run.state is RunState.DONE:
-        found = [sentence for stage in run.stages if (sentence := bench_outcome(Rows(data), stage))]
+        tellers = (bench_outcome, search_outcome)
+        found = [sentence for stage in run.stages for tell in tellers if (sentence := tell(Rows(data), stage))]
         if found:
             return found[0]
         done = f"All {len(run.stages)} stages are done" if len(run.stages) != 1 else "The stage is done"

@@ -258,6 +258,8 @@ WORDS: Mapping[str, str] = {
     "link_busy": "link busy",
     "server_start_s": "start the server",
     "link": "link, there and back",
+    "million_images_usd": "cost of a million images",
+    "measuring": "could be measured",
 }
 """Metric -> the words that tables and plots use."""
 
@@ -268,7 +270,7 @@ def words(metric: str) -> str:
 
 
 def label(configuration: Mapping[str, Any]) -> str:
-    """Return a configuration in one short line, e.g. ``microservice · grpc · sync · batch 8``."""
+    """Return a configuration in one short line, e.g. ``microservice · grpc · async · batch 8 · 2 × 1 threads``."""
     if "architecture" in configuration:
         shown = [configuration["architecture"]]
         if configuration.get("transport", "none") != "none":
@@ -277,6 +279,10 @@ def label(configuration: Mapping[str, Any]) -> str:
             shown.append(configuration["interaction"])
         if "batch" in configuration:
             shown.append(f"batch {configuration['batch']}")
+        if "instances" in configuration and "threads" in configuration:
+            shown.append(f"{configuration['instances']} × {configuration['threads']} threads")
+        if configuration.get("max_delay_s"):
+            shown.append(f"delay {show('max_delay_s', configuration['max_delay_s'])}")
         return " · ".join(str(part) for part in shown)
     if "workers" in configuration:
         many = "" if configuration["workers"] == 1 else "s"

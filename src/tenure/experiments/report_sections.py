@@ -14,6 +14,7 @@ from tenure.experiments.bench_report import bench_blocks
 from tenure.experiments.report_cite import Cell, Rows, label, make_table, metrics_present, show, text_cell, words
 from tenure.experiments.report_figures import comparison_figures, serving_figures, training_figures
 from tenure.experiments.report_predictions import prediction_blocks
+from tenure.experiments.search_report import is_searched, search_blocks
 from tenure.leases import Lease
 from tenure.recommend import observe
 from tenure.runs import RunState, Stage
@@ -38,18 +39,34 @@ def stage_blocks(rows: Rows, stage: Stage) -> list[Block]:
         blocks.append({"kind": "warning" if failed else "text", "text": stage.detail})
     blocks += bench_blocks(rows, stage)
     trials = [trial for trial in trials if trial.source != "sweep"]
+    if is_searched(rows, stage):
+        for recommendation in recommendations:
+            blocks += _recommended(rows, recommendation)
+        return blocks + search_blocks(rows, stage) + _closing(rows, stage, trials, recommendations, leases, blocks)
     figures = serving_figures(rows, stage) if stage.kind == "serve" else training_figures(rows, stage)
     costs = [figure for figure in figures if "-cost-" in figure["id"]]
     blocks += _measured(rows, trials) + _as_blocks([figure for figure in figures if figure not in costs])
     for recommendation in recommendations:
         mine = [figure for figure in costs if figure["id"].endswith(recommendation.id)]
         blocks += _recommended(rows, recommendation) + _as_blocks(mine)
-    blocks += _compared(rows, stage, trials, recommendations)
+    return blocks + _closing(rows, stage, trials, recommendations, leases, blocks)
+
+
+def _closing(
+    rows: Rows,
+    stage: Stage,
+    trials: Sequence[Trial],
+    recommendations: Sequence[Recommendation],
+    leases: Sequence[Lease],
+    before: Sequence[Block],
+) -> list[Block]:
+    """Return what every stage ends with: predictions held against what came, and its leases."""
+    blocks = _compared(rows, stage, trials, recommendations)
     if found := rows.data.predictions.get(stage.name):
         blocks += prediction_blocks(stage.name, dict(found))
     if leases:
         blocks += [{"kind": "heading", "text": "Leases granted"}, lease_table(rows, leases)]
-    if not blocks:
+    if not blocks and not before:
         blocks.append({"kind": "text", "text": "Nothing was measured or granted in this stage."})
     return blocks
 

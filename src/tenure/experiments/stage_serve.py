@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ from tenure.experiments.architectures import (
     INTERACTIONS,
     TRANSPORTS,
     Served,
+    door,
+    held_options,
     measure_clients,
     measure_serving,
     server_command,
 )
 from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.foreground import Listening, answered, look
+from tenure.experiments.stage_search import run_search
 from tenure.experiments.stage_sweep import run_sweep
 from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
@@ -58,15 +61,30 @@ def run_serve(context: RunContext, job: Job) -> None:
     if job.sweep is not None:
         run_sweep(context, job, model)
         return
+    if job.search is not None:
+        _searched(context, job, model)
+        return
     if "x" not in inputs:
         raise SpecError(
             f'stage {job.name} needs inputs.x, an .npy file of examples to measure with, as in "prepare:x_test.npy"'
         )
     service = _Service(context, job, model, inputs["x"])
     trials = service.measured()
-    recommendations = [service.recommend(goal, trials) for goal in job.serve_goals]
+    _leased(service, [service.recommend(goal, trials) for goal in job.serve_goals])
+
+
+def _searched(context: RunContext, job: Job, model: Path) -> None:
+    """Search, and lease what was chosen where a goal says so."""
+    prepared, recommendations = run_search(context, job, model)
+    service = _Service(context, job, model, Path(prepared.examples.inputs), Path(prepared.examples.expected))
+    _leased(service, recommendations)
+
+
+def _leased(service: _Service, recommendations: Sequence[Recommendation]) -> None:
+    """Lease the winner of each goal that asks for it. Raises JobFailed when nothing meets a goal."""
+    context, job = service.context, service.job
     if context.until == "done":
-        for goal, recommendation in zip(job.serve_goals, recommendations, strict=True):
+        for goal, recommendation in zip(job.serve_goals, recommendations, strict=bool(job.serve_goals)):
             if goal.lease and recommendation.chosen is not None:
                 service.lease(goal, recommendation.chosen)
     if unmet := [recommendation.goal for recommendation in recommendations if recommendation.chosen is None]:
@@ -81,6 +99,8 @@ class _Service:
     job: Job
     model: Path
     x: Path
+    expected: Path | None = None
+    """What the model answers; None: asked in this process, once."""
 
     @property
     def fingerprint(self) -> str:
@@ -109,6 +129,8 @@ class _Service:
 
     def _expected(self) -> Path:
         """Write what the model answers in this process, once: every other answer is checked against it."""
+        if self.expected is not None:
+            return self.expected
         path = self.context.files.stage(self.job.name) / "expected.npy"
         if not path.exists():
             with Model(str(self.model)) as model:
@@ -206,7 +228,7 @@ class _Service:
             line = f"{goal.clients} leases of {chosen.envelope.describe()}"
         else:
             served = self.served(goal.clients, server=chosen.envelope)
-            command = _server(context, job, self.model)
+            command = _server(context, replace(job, server=held_options(job.server, chosen.configuration)), self.model)
             server = served.launch(LaunchRequest(name="server", command=command, envelope=chosen.envelope))
             try:
                 answered_ms = self._ask(server, str(chosen.configuration["transport"]))
@@ -238,7 +260,7 @@ class _Service:
         clock = self.context.clock
         one = np.load(self.x, mmap_mode="r")[:1]
         wanted = np.load(self._expected(), mmap_mode="r")[:1]
-        with Model(f"{transport}://{server.endpoints[transport]}", self.context.run.name) as model:
+        with Model(f"{transport}://{server.endpoints[door(transport)]}", self.context.run.name) as model:
             model.wait_ready()
             model.metadata()
             began_s = clock.boot_s()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenure.errors import SpecError
+from tenure.serve.load.orders import copies
 from tenure.sweeps import Sweep
 
 OURS = "tenure"
@@ -33,11 +34,24 @@ class Setting:
     """Or a contender's name."""
     twin: int = 0
     """1: the same as the setting that differs in nothing else, to be run beside it."""
+    clients: int = 1
+    """Applications that run its cells at the same time."""
+    instances: int = 0
+    """Of the model, wherever it is; 0: as the server chooses, and not a factor."""
+    threads: int = 0
+    """Of each instance."""
+    max_delay_s: float = 0.0
+    """How long a request may wait at the server for others to share its run."""
 
     @property
     def application(self) -> str:
-        """Name of the standing application that runs its cells."""
+        """Name of the standing application that runs its cells; of several, what they begin with."""
         return "-".join(part for part in (self.architecture, self.server, self.transport, self.interaction) if part != "none")
+
+    @property
+    def applications(self) -> tuple[str, ...]:
+        """Names of all standing applications that run its cells."""
+        return copies(self.application, self.clients)
 
     @property
     def far(self) -> bool:
@@ -51,20 +65,25 @@ class Setting:
             "transport": self.transport,
             "interaction": self.interaction,
             "batch": self.batch,
-            "clients": 1,
+            "clients": self.clients,
             "link": self.link,
             "server": self.server,
             "data": self.data,
             "load": "closed",
             "runtime": "process",
         }
+        if self.instances:
+            found |= {"instances": self.instances, "threads": self.threads, "max_delay_s": self.max_delay_s}
         return found | ({"twin": 1} if self.twin else {})
 
     def describe(self) -> str:
         """Return it in words, for progress and errors."""
         words = [self.architecture, *([] if self.server == OURS else [self.server]), self.transport, self.interaction]
-        text = " ".join(word for word in words if word != "none")
-        return f"{text}, batch {self.batch}, from {self.data}{' (twin)' if self.twin else ''}"
+        text = f"{' '.join(word for word in words if word != 'none')}, batch {self.batch}"
+        if self.instances:
+            text += f", {self.instances} x {self.threads} threads, delay {self.max_delay_s * 1e3:g} ms"
+        text += f", {self.clients} clients" if self.clients > 1 else ""
+        return f"{text}, from {self.data}{' (twin)' if self.twin else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,7 +121,8 @@ class Nodes:
 
     def prepare_model_s(self, setting: Setting) -> tuple[float, ...]:
         """Return how long the setting's application took to prepare its model, each time."""
-        return self._node(setting).applications[setting.application].prepare_model_s
+        known = self._node(setting).applications
+        return tuple(took_s for name in setting.applications for took_s in known[name].prepare_model_s)
 
     @property
     def disturbed(self) -> str:
@@ -152,7 +153,7 @@ class Nodes:
         """Warm up for a cell and run it, watched. Raises JobFailed when it gave no answer."""
         self._renew()
         node, server = self._node(setting), self._server_pids(setting)
-        parties: dict[str, tuple[int, ...]] = {"app": (node.applications[setting.application].pid,)}
+        parties = {"app": tuple(node.applications[name].pid for name in setting.applications)}
         if server:
             parties["server"] = server
             if setting.server == OURS:
@@ -161,6 +162,7 @@ class Nodes:
         def told(do: str) -> Order:
             return Order(
                 application=setting.application,
+                copies=setting.clients,
                 do="warm" if do == "warm" else "run",
                 batch=setting.batch,
                 data="files" if setting.data == "files" else "memory",
@@ -270,7 +272,7 @@ def _applications(bench: Bench, some: Sequence[Setting]) -> list[StandingSpec]:
     contenders = {contender.name: contender for contender in bench.contenders}
     doors = {"http": "http://{http}", "shm": "shm://{http}", "grpc": "grpc://{grpc}"}
     for setting in some:
-        if setting.application in found:
+        if setting.applications[0] in found:
             continue
         if setting.architecture == "simple":
             target, model = f"simple:{bench.model}", ""
@@ -279,13 +281,16 @@ def _applications(bench: Bench, some: Sequence[Setting]) -> list[StandingSpec]:
         else:
             contender = contenders[setting.server]
             target, model = contender.targets[setting.transport], contender.model
-        found[setting.application] = StandingSpec(
-            name=setting.application,
-            target=target,
-            model=model,
-            interaction="async" if setting.interaction == "async" else "sync",
-            examples=bench.examples,
-        )
+        for name in setting.applications:
+            found[name] = StandingSpec(
+                name=name,
+                target=target,
+                model=model,
+                interaction="async" if setting.interaction == "async" else "sync",
+                examples=bench.examples,
+                instances=max(1, setting.instances),
+                threads=setting.threads,
+            )
     return list(found.values())
 
 

@@ -131,7 +131,7 @@ def row_of(asked: Asked) -> dict[str, float]:
         found[f"{name}_cpu_s_per_image"] = cpu_s / cell.images
     for name, party in use.parties.items():
         found[f"{name}_cpu_max"], found[f"{name}_cpu_min"] = party.cores_max, party.cores_min
-        found[f"{name}_memory_bytes"] = party.memory_bytes
+        found[f"{name}_memory_bytes"] = party.memory_bytes / (setting.clients if name == "app" else 1)
     own_s = sum(use.parties[name].cpu_s for name in ("app", "server") if name in use.parties)
     found["other_cpu_cores"] = max(0.0, use.host_cpu_s - own_s) / use.span_s if use.span_s else 0.0
     if (crossed := asked.crossed) is not None:

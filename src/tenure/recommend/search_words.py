@@ -113,6 +113,9 @@ def against(one: Outlook, chosen: Outlook | None, goal: ServeGoal, *, aimed: str
 def interval(one: Outlook, metric: str) -> str:
     """Return what is plausible of one metric, e.g. ``212 images/s (205 to 220)``."""
     low, middle, high = (show(metric, value) for value in one.metrics[metric])
+    unit = middle.partition(" ")[2]
+    if unit and low.endswith(unit) and high.endswith(unit):
+        low, high = low.removesuffix(unit).strip(), high.removesuffix(unit).strip()
     return f"{middle} ({low} to {high})"
 
 
