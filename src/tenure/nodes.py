@@ -74,6 +74,12 @@ class AddNode:
     name: str
     cpus: float | None = None
     memory_bytes: int | None = None
+    gpus: int | None = None
+    """So many devices; None: all that nobody offers. On a machine without any, so many are declared."""
+    gpu_memory_bytes: int = 0
+    """Of each declared device."""
+    gpu_model: str = ""
+    """Of declared devices."""
     order: str = ""
     """By which order of the queue to grant from now on; empty: as before. Raises SpecError for one that does not exist."""
     metrics_port: int = 0

@@ -261,6 +261,9 @@ def up(
     node: str = "local",
     cpus: float | None = None,
     memory: int | None = None,
+    gpus: int | None = None,
+    gpu_memory: int = 0,
+    gpu_model: str = "",
     ledger: str = "",
     order: str = "",
     metrics_port: int = 0,
@@ -270,9 +273,11 @@ def up(
 
     A broker that answers, also one that a run started for itself, gets the node added and stays from then on. cpus, memory
     (bytes): offer only this part of the machine; one alone brings the same share of the other, neither offers all that other
-    agents have left. ledger: URL of the PostgreSQL database that is the home's ledger from now on; default $TENURE_LEDGER,
-    else as before. order: by which order of the queue to grant from now on; default: as before, at first ``fifo``.
-    metrics_port: where Prometheus reads metrics from now on, ``http://127.0.0.1:PORT/metrics``; 0: as before, at first nowhere.
+    agents have left. gpus: offer so many of the machine's devices, default all that nobody offers; on a machine without any,
+    leases count so many declared ones, of this model and memory (bytes), and nothing holds them. ledger: URL of the PostgreSQL
+    database that is the home's ledger from now on; default $TENURE_LEDGER, else as before. order: by which order of the queue
+    to grant from now on; default: as before, at first ``fifo``. metrics_port: where Prometheus reads metrics from now on,
+    ``http://127.0.0.1:PORT/metrics``; 0: as before, at first nowhere.
     shared: have the home serve all users of this machine, each as a tenant of its own, from now on (root alone can); by default
     one that everybody finds. See docs/tenants.md.
     Raises SpecError, Unavailable, Refused with who holds the machine, Conflict when the node exists with
@@ -287,7 +292,16 @@ def up(
     start_broker(found_home, persistent=True)
     with app.broker(found_home) as client:
         try:
-            made = client.add_node(node, cpus=cpus, memory_bytes=memory, order=order, metrics_port=metrics_port)
+            made = client.add_node(
+                node,
+                cpus=cpus,
+                memory_bytes=memory,
+                gpus=gpus,
+                gpu_memory_bytes=gpu_memory,
+                gpu_model=gpu_model,
+                order=order,
+                metrics_port=metrics_port,
+            )
             if shared:
                 sharing.settle(client)
             return made

@@ -59,6 +59,18 @@ def test_a_device_is_offered_by_one_agent_only_and_the_disk_by_shares(path, othe
     assert shares.reserve("/home/b", "second", whole, boot_id="b", path=path).gpus == whole.gpus
 
 
+def test_so_many_devices_are_offered_as_were_asked_for_and_no_more_than_are_left(path, other, monkeypatch):
+    whole = replace(WHOLE, gpus=tuple(Gpu(index=index, memory_bytes=GIB) for index in range(3)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: other.pid)
+        first = shares.reserve("/home/a", "first", whole, boot_id="b", cpus=1, gpus=2, path=path)
+    assert [gpu.index for gpu in first.gpus] == [0, 1]
+    with pytest.raises(Refused, match=r"has 3, of which nobody offers 1. node first of /home/a offers 2"):
+        shares.reserve("/home/b", "second", whole, boot_id="b", cpus=1, gpus=2, path=path)
+    assert shares.reserve("/home/b", "second", whole, boot_id="b", cpus=1, gpus=0, path=path).gpus == ()
+    assert [gpu.index for gpu in shares.reserve("/home/b", "second", whole, boot_id="b", cpus=1, path=path).gpus] == [2]
+
+
 def test_what_is_taken_is_refused_with_who_holds_it(path, other, monkeypatch):
     _held_by(path, other, monkeypatch, cpus=3, memory_bytes=2 * GIB)
     with pytest.raises(Refused, match=f"node first of /home/a .*pid {other.pid}.* holds 3 cpus, 2.0 GiB"):

@@ -6,11 +6,13 @@ from datetime import datetime
 import pytest
 
 from tenure.cli.leasing import top_table, workspace_text
+from tenure.cli.output import leases_table
 from tenure.errors import SpecError
 from tenure.jobs import Command
 from tenure.leases import Lease, LeaseState
 from tenure.leasing import Watched, parse_moment
-from tenure.resources import Envelope
+from tenure.nodes import Machine, Node
+from tenure.resources import Capacity, DeviceShare, Envelope, Gpu
 from tenure.usage import Usage
 
 NOON_S = datetime(2025, 6, 1, 12, 0).timestamp()
@@ -50,6 +52,18 @@ def test_a_new_workspace_says_how_to_get_in_and_until_when():
         "renewable until",
     ):
         assert word in text
+
+
+def test_a_lease_with_a_device_says_how_far_it_is_held():
+    gpu = Gpu(index=0, model="H100", memory_bytes=80 << 30, uuid="GPU-0", parts="mps")
+    node = Node(
+        name="local", capacity=Capacity(cpus=2, memory_bytes=4 << 30, gpus=(gpu,)), machine=Machine(cpu_model="a", cores=2)
+    )
+    held = a_lease(devices=(DeviceShare(index=0, fraction=0.5, memory_bytes=10 << 30),))
+    assert "share advisory, memory upper: CUDA MPS: 0.5 of the multiprocessors" in workspace_text(held, nodes=(node,))
+    assert "(share advisory, memory upper)" in leases_table([held], [node])
+    assert "declared only" in workspace_text(held)
+    assert "GPU" not in leases_table([a_lease()])
 
 
 def test_top_shows_what_is_used_of_what_may_be():

@@ -162,6 +162,16 @@ def test_gpu_fractions_are_counted_per_device_never_as_a_sum():
     assert "needs 0.6 of one gpu; node has gpu 0: 0.4" in plan.waiting["z"]
 
 
+def test_an_instance_of_a_divided_gpu_is_leased_whole_and_never_in_parts():
+    gpus = tuple(Gpu(index=index, memory_bytes=10 * GIB, uuid=f"MIG-{index}", instance=True) for index in range(2))
+    world = World()
+    world.up(a_node("g", cpus=8, gpus=gpus))
+    world.ask(a_lease("whole", gpus=1.0, gpu_gib=10), a_lease("part", gpus=0.5, at_s=1))
+    plan = world.fold.plan(0.0)
+    assert [(grant.lease_id, grant.devices[0].memory_bytes) for grant in plan.grants] == [("whole", 10 * GIB)]
+    assert "an instance, leased whole" in dict(plan.impossible[0].reasons)["g"]
+
+
 def test_whole_gpus_need_devices_that_nobody_shares():
     gpus = (Gpu(index=0, memory_bytes=16 * GIB), Gpu(index=1, memory_bytes=16 * GIB))
     world = World()

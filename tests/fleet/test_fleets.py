@@ -152,12 +152,27 @@ def test_a_node_is_added_and_taken_out_and_its_name_is_free_again(play) -> None:
     play(scene)
 
 
-@pytest.mark.parametrize("text", ["a", "a:1.0:", "a::512MiB", "a:0.5:1GiB"])
+@pytest.mark.parametrize("text", ["a", "a:1.0:", "a::512MiB", "a:0.5:1GiB", "a:::0::", "a:1.0::2:80GiB:NVIDIA H100"])
 def test_a_part_reads_back_as_it_was_written(text: str) -> None:
     assert str(Part.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["a:1", "a:x:", "a:0:", "a:nan:", "A::", "a:1:2parsec", "a:1:2:3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a:1",
+        "a:x:",
+        "a:0:",
+        "a:nan:",
+        "A::",
+        "a:1:2parsec",
+        "a:1:2:3",
+        "a:::-1::",
+        "a:::x::",
+        "a:::::H100",
+        "a:::1::A:B",
+    ],
+)
 def test_a_part_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(SpecError):
         Part.parse(text)

@@ -25,12 +25,11 @@ from typing import Any
 
 from tenure.agent.gpus import GpuWatch, Holder
 from tenure.errors import TenureError
-from tenure.meter.nvml import Nvml
+from tenure.meter.nvml import MPS_PROGRAM, Nvml, find_mps_control
 from tenure.protocols import ExitKind, RuntimeHandle
 from tenure.resources import DeviceShare, Gpu
-from tenure.runtimes import mps as mps_module
 from tenure.runtimes.gpus import Gpus
-from tenure.runtimes.mps import Mps, find_program
+from tenure.runtimes.mps import Mps
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB, GIB = 1 << 20, 1 << 30
@@ -126,9 +125,9 @@ class Bench:
     @property
     def mps(self) -> Mps:
         if self._mps is None:
-            program = find_program() or _look_further()
+            program = find_mps_control() or _look_further()
             if not program:
-                raise NotHere(f"{mps_module.PROGRAM} is nowhere on this machine")
+                raise NotHere(f"{MPS_PROGRAM} is nowhere on this machine")
             if self.gpu.instance:
                 raise NotHere("the first device is divided (MIG): its instances are leased whole")
             self._mps = Mps(self.folder / "mps", program=program)
@@ -168,7 +167,7 @@ def _look_further() -> str:
     for place in ("/usr/local", "/opt", "/usr/lib"):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(
-                ["find", place, "-name", mps_module.PROGRAM, "-type", "f"],
+                ["find", place, "-name", MPS_PROGRAM, "-type", "f"],
                 capture_output=True,
                 text=True,
                 timeout=8,
@@ -195,7 +194,7 @@ def surroundings(bench: Bench) -> Result:
         "why": "for the record",
         "nvidia_smi": smi,
         "driver": bench.nvml.driver(),
-        "mps_control": find_program() or _look_further(),
+        "mps_control": find_mps_control() or _look_further(),
         "kernel": os.uname().release,
         "python": sys.version.split()[0],
         "uid": os.geteuid(),
@@ -447,12 +446,14 @@ def two_users(bench: Bench) -> Result:
 
 
 def whole_lease(bench: Bench) -> Result:
-    """The whole way: an agent's runtime starts a lease of a part, which is bounded; its file says how it is held."""
+    """The whole way: a real agent's leases of parts are bounded, metered, and ended when they take more than theirs."""
     if missing := [name for name in ("msgspec",) if importlib.util.find_spec(name) is None]:
         raise NotHere(f"not installed: {', '.join(missing)}")
     from tests.gpu.whole_lease import check
 
-    return check(bench.folder / "home", bench.gpu, bench.mps, ROOT)
+    program, gpu = bench.mps.program, bench.gpu
+    bench.mps.quit(gpu.uuid)  # the agent has a daemon of its own for the device
+    return check(bench.folder / "home", gpu, program, ROOT)
 
 
 _WANTED = ("msgspec", "sqlalchemy", "alembic", "platformdirs", "typer", "rich", "psutil", "pynvml")

@@ -1,26 +1,19 @@
 """The checks for a real device, made on a made-up one; and on a real one where there is one."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.gpu.machine import ROOT, MadeUp, whole
+from tests.gpu.machine import ROOT
 
 from tenure.meter.nvml import gpus
 
 SCRIPT = ROOT / "tests" / "gpu" / "check_on_device.sh"
 QUICK = ("inventory", "polled", "mps_starts", "memory_refused", "memory_counted", "around_mps", "whole_lease")
 """Those that measure no rate: a made-up device has none."""
-
-
-@pytest.fixture
-def made_up() -> Iterator[MadeUp]:
-    made = MadeUp(whole())
-    yield made
-    made.close()
 
 
 def checked(environment: dict[str, str], results: Path, *only: str) -> dict[str, dict[str, object]]:
@@ -60,7 +53,5 @@ def test_a_device_that_holds_no_bound_fails_the_check(made_up, tmp_path):
 def test_every_check_that_can_be_made_holds_on_this_device(tmp_path):
     if not gpus():
         pytest.skip("no NVIDIA device on this machine")
-    import os
-
     found = checked(dict(os.environ), tmp_path / "results.json")
     assert {name: check for name, check in found.items() if check["holds"] is False} == {}

@@ -1,118 +1,143 @@
-"""A lease of a part of a device, started by the process runtime as an agent does; what its program then may and may not."""
+"""Leases of parts of a device by a real agent: what their programs may and may not, who is ended, what is metered and left."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tenure.agent.gpus import GpuWatch, Holder
-from tenure.meter.nvml import Nvml
-from tenure.protocols import ExitKind, RuntimeHandle, StartSpec, SystemClock
+from tenure import wire
+from tenure.agent.gpus import mps_folder
+from tenure.agent.start import start_agent
+from tenure.errors import TenureError
+from tenure.protocols import StartSpec
 from tenure.resources import DeviceShare, Envelope, Gpu
-from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.mps import Mps
-from tenure.runtimes.process import ProcessRuntime
+from tenure.sockets import LineClient
 
 GIB = 1 << 30
 STARTS_MAX_S = 20.0
+ENDS_MAX_S = 15.0
 
 
-def check(home: Path, gpu: Gpu, mps: Mps, root: Path) -> dict[str, Any]:
-    """Return what was seen of a lease bounded by MPS and of one bounded by looking; `holds` when both were."""
-    nvml = Nvml()
+def check(home: Path, gpu: Gpu, program: str, root: Path) -> dict[str, Any]:
+    """Return what was seen; `holds` when all of `good` is."""
+    os.environ["TENURE_SHARES_FILE"] = str(home / "shares.json")
+    os.environ["PATH"] = os.pathsep.join([str(Path(program).parent), os.environ["PATH"]])
+    home.mkdir()
+    start_agent(home, "n1", home / "n1.sock", term_s=90.0, cpus=1.5, memory_bytes=1 << 30)
+    client = LineClient(home / "n1.sock", wire.AGENT_OPS, who="check", timeout_s=STARTS_MAX_S)
+    daemons = Mps(mps_folder(home / "nodes" / "n1"), program=program)
     try:
-        part = _bounded(home / "part", gpu, mps, root, nvml)
-        greedy = _looked_at(home / "greedy", gpu, root, nvml)
+        found = _Leases(home, gpu, root, client).check()
+        found["good"]["its daemon runs while the agent does"] = daemons.answers(gpu.uuid)
     finally:
-        nvml.close()
-    return {"holds": part.pop("good") and greedy.pop("good"), "through_mps": part, "looked_at": greedy}
+        try:
+            client.call("shutdown", wire.Nothing())
+        except TenureError:
+            pass
+        client.close()
+    found["good"]["its daemon ends with it"] = bool(_until(lambda: not daemons.answers(gpu.uuid), ENDS_MAX_S))
+    return {"holds": all(found["good"].values()), **found}
 
 
-def _bounded(home: Path, gpu: Gpu, mps: Mps, root: Path, nvml: Nvml) -> dict[str, Any]:
-    with _running(home, gpu, mps, root, memory_bytes=2 * GIB, asks=(GIB, 2 * GIB)) as (runtime, handle, log):
-        said = _first_line(log)
-        holder = _holder(runtime, handle)
-        uses, ends = GpuWatch(nvml, (gpu.uuid,), mps=mps).look([holder])
-        told = json.loads((home / "work" / "lease.json").read_text())
+class _Leases:
+    """The leases of one agent."""
+
+    def __init__(self, home: Path, gpu: Gpu, root: Path, client: LineClient) -> None:
+        self._home, self._gpu, self._root, self._client = home, gpu, root, client
+        self._boot: wire.BootTime = client.call("term", wire.NodeTerm(term_s=90.0, broker_fence=1))
+
+    def check(self) -> dict[str, Any]:
+        """Start a lease that keeps to its part, one that computes, one that takes too much and one that goes around MPS."""
+        node = self._client.call("describe", wire.Nothing())
+        self._start("part", "alloc", GIB, 2 * GIB, "--stay", fraction=0.25, memory_bytes=2 * GIB)
+        self._start("worker", "churn", 9, fraction=0.5, memory_bytes=8 * GIB)
+        outside = ("env", "CUDA_MPS_PIPE_DIRECTORY=/dev/null")
+        self._start("around", "alloc", 64 << 20, "--stay", before=outside, fraction=0.1, memory_bytes=GIB)
+        self._start("greedy", "alloc", 3 * GIB, "--stay", before=outside, fraction=0.1, memory_bytes=GIB)
+        part, worker = self._said("part"), self._said("worker")
+        around, greedy = self._end("around"), self._end("greedy")
+        uses = _until(self._busy, ENDS_MAX_S) or self._uses()
+        stop = wire.AgentStop(lease_id="part", fence=1, grace_s=0.0)
+        self._client.call("stop", stop)
+        stopped, done = self._end("part"), self._end("worker")
+        told = json.loads((self._home / "work" / "part" / "lease.json").read_text())
+        answers = self._said("worker", lines=2).splitlines()[-1:]
         return {
-            "good": '"got": [true, false]' in said
-            and told["bounds"]["gpu_memory_bytes"] == "upper"
-            and not ends
-            and uses["part"].memory_bytes >= GIB,
-            "said": said[-600:],
-            "memory_bytes_metered": uses["part"].memory_bytes,
+            "good": {
+                "the node says how parts are held": [each.parts for each in node.capacity.gpus] == ["mps"],
+                "memory past the part is refused": '"got": [true, false]' in part,
+                "its file says how it is held": told["bounds"]["gpu_memory_bytes"] == "upper",
+                "who takes too much is ended": "out_of_memory" in greedy and "NVML" in greedy,
+                "who goes around MPS is ended": "failed" in around and "around MPS" in around,
+                "memory is metered": uses.get("part", (0, 0))[1] >= GIB,
+                "work is metered": uses.get("worker", (0, 0))[0] > 0,
+                "who keeps to its part runs until it is stopped": "stopped" in stopped,
+                "its neighbour's answers stay right": "completed" in done and '"right": true' in "".join(answers),
+            },
+            "said": {"part": part[-300:], "worker": worker[-300:], "worker_at_its_end": answers},
+            "ends": {"around": around, "greedy": greedy, "part": stopped, "worker": done},
+            "uses": uses,
             "bounds": told["bounds"],
             "held_by": told["gpus"]["held_by"],
-            "confinement": runtime.confinement(),
+            "confinement": dict(node.confinement),
         }
 
-
-def _looked_at(home: Path, gpu: Gpu, root: Path, nvml: Nvml) -> dict[str, Any]:
-    with _running(home, gpu, None, root, memory_bytes=GIB, asks=(3 * GIB,)) as (runtime, handle, log):
-        said = _first_line(log)
-        watch, end_s = GpuWatch(nvml, (gpu.uuid,)), time.monotonic() + 10.0
-        while (ended := runtime.wait(handle, 0.2)) is None and time.monotonic() < end_s:
-            for over in watch.look([_holder(runtime, handle)])[1]:
-                runtime.stop(handle, grace_s=0.0, fence=1, kind=over.kind, why=over.witness)
-        return {
-            "good": ended is not None and ended.kind is ExitKind.OUT_OF_MEMORY and "NVML" in ended.witness,
-            "said": said[-600:],
-            "ended": ended and [str(ended.kind), ended.witness],
-        }
-
-
-@contextlib.contextmanager
-def _running(
-    home: Path, gpu: Gpu, mps: Mps | None, root: Path, *, memory_bytes: int, asks: tuple[int, ...]
-) -> Iterator[tuple[ProcessRuntime, RuntimeHandle, Path]]:
-    clock = SystemClock()
-    runtime = ProcessRuntime(home / "state", clock=clock, gpus=Gpus((gpu,), mps=mps))
-    try:
-        handle = runtime.start(
-            StartSpec(
-                lease_id="part",
-                fence=1,
-                attempt=1,
-                argv=(sys.executable, "-m", "tests.gpu.work", "alloc", *map(str, asks), "--stay"),
-                # The job's own word on its bounds does not count.
-                env=_made_up() | {"PYTHONPATH": str(root), "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=64G"},
-                workdir=str(root),
-                worker_dir=str(home / "work"),
-                log_path=str(home / "log"),
-                envelope=Envelope(gpus=0.5, gpu_memory_bytes=memory_bytes, memory_bytes=8 * GIB, cpus=2),
-                devices=(DeviceShare(index=gpu.index, fraction=0.5, memory_bytes=memory_bytes),),
-                deadline_boot_s=clock.boot_s() + 60,
-                boot_id=clock.boot_id(),
-            )
+    def _start(self, lease_id: str, *words: object, fraction: float, memory_bytes: int, before: tuple[str, ...] = ()) -> None:
+        kept = {name: value for name, value in os.environ.items() if name.startswith("TENURE_FAKE_")}
+        path = os.pathsep.join(filter(None, (str(self._root), os.environ.get("PYTHONPATH", ""))))
+        spec = StartSpec(
+            lease_id=lease_id,
+            fence=1,
+            attempt=1,
+            argv=(*before, sys.executable, "-m", "tests.gpu.work", *map(str, words)),
+            # The job's own word on its bounds does not count.
+            env=kept | {"PYTHONPATH": path, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=64G"},
+            workdir=str(self._root),
+            worker_dir=str(self._home / "work" / lease_id),
+            log_path=str(self._home / f"{lease_id}.log"),
+            envelope=Envelope(gpus=fraction, gpu_memory_bytes=memory_bytes, memory_bytes=16 * GIB, cpus=2),
+            devices=(DeviceShare(index=self._gpu.index, fraction=fraction, memory_bytes=memory_bytes),),
+            deadline_boot_s=self._boot.boot_s + 60,
+            boot_id=self._boot.boot_id,
         )
-        try:
-            yield runtime, handle, home / "log"
-        finally:
-            runtime.stop(handle, grace_s=0.0, fence=1)
-            runtime.wait(handle, 10.0)
-    finally:
-        runtime.close()
+        self._client.call("start", wire.AgentStart(runtime="process", spec=spec))
+
+    def _said(self, lease_id: str, *, lines: int = 1) -> str:
+        log = self._home / f"{lease_id}.log"
+        read = lambda: text if (text := log.read_text() if log.exists() else "").count("\n") >= lines else ""  # noqa: E731
+        return str(_until(read, STARTS_MAX_S) or (log.read_text() if log.exists() else ""))
+
+    def _end(self, lease_id: str) -> str:
+        """Return how a lease ended; that it still runs when it does not end in time."""
+
+        def look() -> str:
+            view = next(view for view in self._client.call("attempts", wire.Nothing()) if view.handle.lease_id == lease_id)
+            return f"{view.exit.kind}: {view.exit.witness}" if view.exit else ""
+
+        return str(_until(look, ENDS_MAX_S) or "still runs")
+
+    def _uses(self) -> dict[str, tuple[float, int]]:
+        views = self._client.call("attempts", wire.Nothing())
+        return {
+            view.handle.lease_id: (view.usage.gpu_busy, view.usage.gpu_memory_bytes)
+            for view in views
+            if view.exit is None and view.usage
+        }
+
+    def _busy(self) -> dict[str, tuple[float, int]] | None:
+        uses = self._uses()
+        return uses if uses.get("worker", (0, 0))[0] and uses.get("part", (0, 0))[1] else None
 
 
-def _made_up() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith("TENURE_FAKE_")}
-
-
-def _first_line(log: Path) -> str:
-    end_s = time.monotonic() + STARTS_MAX_S
-    while "\n" not in (said := log.read_text() if log.exists() else "") and time.monotonic() < end_s:
-        time.sleep(0.05)
-    return said
-
-
-def _holder(runtime: ProcessRuntime, handle: RuntimeHandle) -> Holder:
-    gpu = runtime.gpu(handle.lease_id)
-    return Holder(
-        handle=handle, pids=runtime.pids(handle), uuids=tuple(gpu["uuids"]), memory_bytes=gpu["memory_bytes"], mps=gpu["mps"]
-    )
+def _until(look: Callable[[], Any], most_s: float) -> Any:
+    """Return what a look finds once it finds something; the last look's after `most_s`."""
+    end_s = time.monotonic() + most_s
+    while not (found := look()) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    return found

@@ -1,9 +1,12 @@
 """A CUDA program for the checks. It speaks JSON lines.
 
-python -m tests.gpu.work alloc BYTES... [--hold | --stay]   allocates each amount in turn and says what it got;
-                                                            keeps it until its input closes, or a minute
-python -m tests.gpu.work burn SECONDS                       says that it is ready, waits for a line, runs the kernel again
-                                                            and again; says how many blocks a second, all answers checked
+`python -m tests.gpu.work` with
+
+alloc BYTES... [--hold | --stay]   allocates each amount in turn and says what it got; keeps it until its input closes, or for
+                                   a minute
+burn SECONDS                       says that it is ready, waits for a line, runs the kernel again and again; says how many
+                                   blocks a second, all answers checked
+churn SECONDS                      the same without waiting
 """
 
 import json
@@ -26,7 +29,7 @@ def main(argv: list[str]) -> int:
             elif "--stay" in words:
                 time.sleep(60.0)
         else:
-            burn(float(words[0]))
+            burn(float(words[0]), waits=kind == "burn")
     except CudaError as error:
         say(error=str(error), code=error.code)
         return 3
@@ -40,7 +43,7 @@ def alloc(sizes: list[int]) -> None:
     say(got=got, free_bytes=free, total_bytes=total, multiprocessors=cuda.multiprocessors, visible=cuda.visible)
 
 
-def burn(seconds: float) -> None:
+def burn(seconds: float, *, waits: bool) -> None:
     cuda = open_device()
     blocks = cuda.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
     out = cuda.allocate(blocks * THREADS * 4)
@@ -48,7 +51,8 @@ def burn(seconds: float) -> None:
     loops = LOOPS
     cuda.burn(out, blocks, loops)  # compiles, and lets the clock go up
     say(ready=True, multiprocessors=cuda.multiprocessors, visible=cuda.visible)
-    sys.stdin.readline()
+    if waits:
+        sys.stdin.readline()
     end_s = time.monotonic() + 0.3
     while time.monotonic() < end_s:
         cuda.burn(out, blocks, loops)

@@ -9,9 +9,11 @@ import fcntl
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tenure.agent import shares
+from tenure.agent.gpus import GpuGuard, declare, node_gpus
 from tenure.agent.node import Agent
 from tenure.errors import Refused, SpecError, TenureError, Unavailable
 from tenure.meter.machine import capacity
@@ -54,22 +56,35 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _run(options: argparse.Namespace, state_dir: Path) -> None:
     clock = SystemClock()
+    whole = capacity(options.home)
+    declared = declare(whole.gpus, options.gpus, model=options.gpu_model, memory_bytes=options.gpu_memory)
     offered = shares.reserve(
         str(options.home),
         options.node,
-        capacity(options.home),
+        whole,
         boot_id=clock.boot_id(),
         cpus=options.cpus,
         memory_bytes=options.memory,
+        gpus=None if declared else options.gpus,
     )
     try:
-        runtimes = Runtimes(state_dir, confine=options.confine, clock=clock)
-        agent = Agent(
-            options.node, options.socket, runtimes, state_dir=state_dir, capacity=offered, clock=clock, term_s=options.term
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, agent.end)
-        await agent.run()
+        with node_gpus(declared or offered.gpus, state_dir) as (gpus, watch):
+            runtimes = Runtimes(state_dir, confine=options.confine, clock=clock, gpus=gpus)
+            agent = Agent(
+                options.node,
+                options.socket,
+                runtimes,
+                state_dir=state_dir,
+                capacity=replace(offered, gpus=gpus.all),
+                clock=clock,
+                term_s=options.term,
+                guard=GpuGuard(runtimes, watch) if watch else None,
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, agent.end)
+            await agent.run()
+            if not agent.holds:
+                gpus.close()
     finally:
         with contextlib.suppress(Unavailable):  # the entry is void anyway once this process is gone
             shares.release()
@@ -82,6 +97,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--cpus", type=float, help="cores to offer; default: all that is not reserved by other agents")
     parser.add_argument("--memory", type=parse_bytes, help="memory to offer, e.g. 4GiB")
+    parser.add_argument("--gpus", type=int, help="devices to offer; on a machine without any, declared ones")
+    parser.add_argument("--gpu-model", default="", help="of declared devices")
+    parser.add_argument("--gpu-memory", type=parse_bytes, default=0, help="of each declared device")
     parser.add_argument("--term", type=parse_duration, default=60.0, help="how long to act without hearing from the broker")
     parser.add_argument("--confine", choices=("auto", "cgroup", "rlimit"), default="auto")
     return parser.parse_args(argv)

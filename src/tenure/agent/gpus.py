@@ -1,4 +1,4 @@
-"""Who of a node's leases uses which GPU, how much: metered once a second, and the judge of those who take more than theirs.
+"""A node's GPUs at its agent: which of its leases uses which device, how much, and who takes more than theirs.
 
 The fallback where nothing else holds a part of a device, and the guard where something does: a lease is ended when its
 programs hold more device memory than theirs, use a device that is not theirs, or go around MPS where they are to go through.
@@ -9,14 +9,21 @@ Not for: the devices' whole (`meter.sample`), how a lease is ended (its runtime)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from tenure.errors import Unavailable
-from tenure.meter.nvml import GpuProcess, Nvml
+from tenure.errors import Refused, TenureError, Unavailable
+from tenure.meter.nvml import GpuProcess, Nvml, find_mps_control
 from tenure.protocols import ExitKind, RuntimeHandle
-from tenure.resources import show_bytes
+from tenure.resources import Gpu, show_bytes
+from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.mps import Mps
+from tenure.runtimes.several import Runtimes
 from tenure.usage import Usage
 
 LOOKS = 2
@@ -122,7 +129,8 @@ class GpuWatch:
 
     def look(self, holders: Sequence[Holder]) -> tuple[dict[str, GpuUse], list[Overrun]]:
         """Return lease -> what it uses, of all that have devices, and those that are to be ended."""
-        readings = self._read(mps_for={uuid for holder in holders if holder.mps for uuid in holder.uuids})
+        through_mps = frozenset[int]().union(*(holder.pids for holder in holders if holder.mps))
+        readings = self._read(through_mps)
         everybody = frozenset[int]().union(*(holder.pids for holder in holders))
         strangers = {
             reading.uuid: sum(share for pid, share in (reading.busy_by_process or {}).items() if pid not in everybody)
@@ -134,7 +142,8 @@ class GpuWatch:
         self._suspects = {key: self._suspects.get(key, 0) + 1 for key in now}
         return uses, [over for key, over in now.items() if self._suspects[key] >= LOOKS]
 
-    def _read(self, mps_for: set[str]) -> list[Reading]:
+    def _read(self, through_mps: frozenset[int]) -> list[Reading]:
+        """through_mps: who is to go through it. Its daemon is asked only where the driver does not say that they do."""
         found = []
         for uuid in self.uuids:
             try:
@@ -143,13 +152,90 @@ class GpuWatch:
                 continue  # one that does not answer now is asked again
             if not processes:
                 continue
+            unsure = any(each.pid in through_mps and not each.through_mps for each in processes)
             found.append(
                 Reading(
                     uuid=uuid,
                     processes=processes,
-                    clients=self.mps.clients(uuid) if self.mps is not None and uuid in mps_for else None,
+                    clients=self.mps.clients(uuid) if self.mps is not None and unsure else None,
                     busy=self.nvml.busy(uuid),
                     busy_by_process=self.nvml.busy_by_process(uuid),
                 )
             )
         return found
+
+
+def declare(real: Sequence[Gpu], count: int | None, *, model: str, memory_bytes: int) -> tuple[Gpu, ...]:
+    """Return the devices that a machine without any is said to have; none where it has some, or nothing was said.
+
+    Raises Refused where a machine's own devices are given another model or memory than they have.
+    """
+    if real:
+        if model or memory_bytes:
+            names = ", ".join(sorted({gpu.model for gpu in real}))
+            raise Refused(
+                f"a model and memory can only be declared for a machine without GPUs; this one has {len(real)} ({names}). "
+                "Say how many of them to offer, no more."
+            )
+        return ()
+    return tuple(Gpu(index=i, model=model, memory_bytes=memory_bytes, parts="declared") for i in range(count or 0))
+
+
+@contextlib.contextmanager
+def node_gpus(gpus: Sequence[Gpu], state_dir: Path) -> Iterator[tuple[Gpus, GpuWatch | None]]:
+    """Give a node's devices as its runtimes hand them out, and who looks at them; nobody where there is nothing to look at."""
+    if not any(gpu.uuid for gpu in gpus):
+        yield Gpus(gpus), None
+        return
+    try:
+        nvml = Nvml()
+    except Unavailable:  # it answered when the devices were listed
+        yield Gpus(gpus, watched=False), None
+        return
+    try:
+        program = find_mps_control()
+        mps = Mps(mps_folder(state_dir), program=program) if program else None
+        yield Gpus(gpus, mps=mps), GpuWatch(nvml, tuple(gpu.uuid for gpu in gpus), mps=mps)
+    finally:
+        nvml.close()
+
+
+def mps_folder(state_dir: Path) -> Path:
+    """Return where the sockets of a node's MPS daemons lie: short, the same each time, open to other users' jobs for root's."""
+    name = f"tenure-mps-{hashlib.sha256(str(state_dir).encode()).hexdigest()[:10]}"
+    return (Path("/run") if os.geteuid() == 0 and os.access("/run", os.W_OK) else Path(tempfile.gettempdir())) / name
+
+
+class GpuGuard:
+    """Has a node's leases looked at, and ended when they take more than theirs. One call at a time."""
+
+    def __init__(self, runtimes: Runtimes, watch: GpuWatch) -> None:
+        self._runtimes, self._watch = runtimes, watch
+        self._uses: dict[str, GpuUse] = {}
+
+    def look(self, handles: Sequence[RuntimeHandle]) -> None:
+        """Look once at attempts that run."""
+        holders = [found for handle in handles if (found := self._holder(handle)) is not None]
+        self._uses, overruns = self._watch.look(holders)
+        for over in overruns:
+            with contextlib.suppress(TenureError):  # it has just ended by itself
+                fence = self._runtimes.newest_fence(over.handle.lease_id)
+                self._runtimes.stop(over.handle, grace_s=0.0, fence=fence, kind=over.kind, why=over.witness)
+
+    def with_use(self, handle: RuntimeHandle, usage: Usage | None) -> Usage | None:
+        """Return an attempt's usage with what its devices were last seen to do for it."""
+        use = self._uses.get(handle.lease_id)
+        return usage if use is None or usage is None else use.added_to(usage)
+
+    def _holder(self, handle: RuntimeHandle) -> Holder | None:
+        try:
+            gpu, pids = self._runtimes.gpu(handle.lease_id), self._runtimes.pids(handle)
+        except TenureError:
+            return None  # forgotten meanwhile
+        return Holder(
+            handle=handle,
+            pids=pids,
+            uuids=tuple(gpu.get("uuids", ())),
+            memory_bytes=int(gpu.get("memory_bytes", 0)),
+            mps=bool(gpu.get("mps")),
+        )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tenure import wire
+from tenure.agent.gpus import GpuGuard
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError
 from tenure.meter.machine import machine
 from tenure.nodes import TERM_GRACE_S, Node
@@ -46,7 +47,10 @@ class Agent:
         capacity: Capacity,
         clock: Clock,
         term_s: float,
+        guard: GpuGuard | None = None,
     ) -> None:
+        """guard: of the devices that leases are looked at on; None: there are none to look at."""
+        self._guard = guard
         self._node, self._runtime, self._capacity, self._clock = node, runtimes, capacity, clock
         self._state_dir = state_dir
         self._broker_fence = int((read_json(state_dir / "broker.json") or {}).get("fence", 0))
@@ -58,6 +62,7 @@ class Agent:
         """The latest connection that a broker gave a term on: what is still under way on an older one is refused."""
         self._under_way: set[asyncio.Future[Any]] = set()
         self._watched: dict[int, RuntimeHandle] = {}
+        self._left = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._orders = ThreadPoolExecutor(_MAX_ORDERS, thread_name_prefix="order")
         self._execs = ThreadPoolExecutor(_MAX_EXECS, thread_name_prefix="exec")
@@ -95,11 +100,17 @@ class Agent:
             beat.cancel()
             await asyncio.gather(beat, *self._tasks, return_exceptions=True)
             await self._server.close()
+            self._left = len(self._watched)
             for fd in list(self._watched):
                 self._unwatch(fd)
             self._orders.shutdown()
             self._execs.shutdown(cancel_futures=True)
             self._runtime.close()
+
+    @property
+    def holds(self) -> bool:
+        """Whether attempts were left running: their shims go on, and so must what they rely on."""
+        return self._left > 0
 
     def _hung_up(self, connection: Connection) -> None:
         self._fences.pop(connection, None)
@@ -224,6 +235,8 @@ class Agent:
             usage = ended.usage if ended else self._runtime.usage(handle)
         except NotFound:
             return []  # forgotten meanwhile
+        if ended is None and self._guard is not None:
+            usage = self._guard.with_use(handle, usage)
         return [wire.AttemptView(handle=handle, usage=usage, exit=ended)]
 
     async def _adopt(self, lease_id: str) -> None:
@@ -256,7 +269,8 @@ class Agent:
         """Tell what all that runs uses. How one ended is told by `_tell`, as soon as its shim has left."""
         for handle, usage in await self._do(self._runtime.samples, tuple(self._watched.values())):
             if handle in self._watched.values():
-                await self._server.notify_all("attempt", wire.AttemptView(handle=handle, usage=usage))
+                seen = self._guard.with_use(handle, usage) if self._guard else usage
+                await self._server.notify_all("attempt", wire.AttemptView(handle=handle, usage=seen))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -275,13 +289,16 @@ class Agent:
         write_json(term_file(self._state_dir), {"ends_boot_s": self._term_ends_s, "boot_id": self._clock.boot_id()})
 
     async def _beat(self) -> None:
-        """About once a second: tell usage, and look whether the term is over."""
+        """About once a second: look at the devices, tell usage, and look whether the term is over."""
         while True:
             await asyncio.sleep(max(0.01, min(NOTE_EVERY_S, self._term_ends_s - self._clock.boot_s())))
             with contextlib.suppress(TenureError, OSError):
                 if self._clock.boot_s() >= self._term_ends_s:
                     await self._end_term()
-                elif self._server.connections:
+                    continue
+                if self._guard is not None:
+                    await self._do(self._guard.look, tuple(self._watched.values()))
+                if self._server.connections:
                     await self._tell_usage()
 
     async def _end_term(self) -> None:

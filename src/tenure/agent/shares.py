@@ -63,14 +63,15 @@ def reserve(
     boot_id: str,
     cpus: float | None = None,
     memory_bytes: int | None = None,
+    gpus: int | None = None,
     path: Path | None = None,
 ) -> Capacity:
     """Reserve a part of the machine for this process until it ends, and return it.
 
     cpus, memory_bytes: what is needed; one alone brings the same share of the other, neither takes what the others have
-    left. Devices that nobody offers come with it, and of the disk the share that it has of the cores. Raises Refused, with
-    who holds the rest, when that is less than needed or next to nothing; SpecError when more is asked than the machine has;
-    Unavailable when the file cannot be used.
+    left. gpus: so many devices; None: all that nobody offers. Of the disk comes the share that it has of the cores. Raises
+    Refused, with who holds the rest, when that is less than needed or next to nothing; SpecError when more is asked than the
+    machine has; Unavailable when the file cannot be used.
     """
     if cpus is not None or memory_bytes is not None:
         wanted = whole.with_part(cpus=cpus, memory_bytes=memory_bytes)
@@ -87,6 +88,13 @@ def reserve(
             or not _LEAST_MEMORY_BYTES <= part_bytes <= left_bytes
         ):
             raise Refused(_refusal(home, node, cpus, memory_bytes, left_cpus, left_bytes, others))
+        left_gpus = [gpu.index for gpu in whole.gpus if not any(gpu.index in share.gpus for share in others)]
+        if gpus is not None and gpus > len(left_gpus):
+            held = "; ".join(f"node {share.node} of {share.home} offers {len(share.gpus)}" for share in others if share.gpus)
+            raise Refused(
+                f"node {node} of {home} refused: it needs {gpus} GPUs; this machine has {len(whole.gpus)}, of which nobody "
+                f"offers {len(left_gpus)}. {held or 'Ask for fewer'}."
+            )
         mine = Share(
             home=home,
             node=node,
@@ -96,7 +104,7 @@ def reserve(
             boot_id=boot_id,
             cpus=part_cpus,
             memory_bytes=part_bytes,
-            gpus=[gpu.index for gpu in whole.gpus if not any(gpu.index in share.gpus for share in others)],
+            gpus=left_gpus[:gpus],
         )
         _write(fd, [*others, mine])
     return replace(

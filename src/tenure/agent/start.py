@@ -26,6 +26,9 @@ def start_agent(
     term_s: float,
     cpus: float | None = None,
     memory_bytes: int | None = None,
+    gpus: int | None = None,
+    gpu_model: str = "",
+    gpu_memory_bytes: int = 0,
     confine: str = "auto",
     wait_s: float = 10.0,
 ) -> None:
@@ -42,6 +45,9 @@ def start_agent(
     argv += ["--term", repr(float(term_s)), "--confine", confine]
     argv += [] if cpus is None else ["--cpus", repr(float(cpus))]
     argv += [] if memory_bytes is None else ["--memory", str(memory_bytes)]
+    argv += [] if gpus is None else ["--gpus", str(gpus)]
+    argv += ["--gpu-model", gpu_model] if gpu_model else []
+    argv += ["--gpu-memory", str(gpu_memory_bytes)] if gpu_memory_bytes else []
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     pid = os.posix_spawn(
         sys.executable,

@@ -240,15 +240,27 @@ class BrokerClient:
         *,
         cpus: float | None = None,
         memory_bytes: int | None = None,
+        gpus: int | None = None,
+        gpu_memory_bytes: int = 0,
+        gpu_model: str = "",
         order: str = "",
         metrics_port: int = 0,
     ) -> Node:
         """Have a node offer a part of this machine, and the broker stay; return the node.
 
-        order: by which order of the queue to grant from now on; empty: as before. metrics_port: where metrics are read from
-        now on; 0: as before. Raises Refused, Conflict, SpecError.
+        gpus, gpu_memory_bytes, gpu_model: see wire.AddNode. order: by which order of the queue to grant from now on; empty: as
+        before. metrics_port: where metrics are read from now on; 0: as before. Raises Refused, Conflict, SpecError.
         """
-        args = wire.AddNode(name=name, cpus=cpus, memory_bytes=memory_bytes, order=order, metrics_port=metrics_port)
+        args = wire.AddNode(
+            name=name,
+            cpus=cpus,
+            memory_bytes=memory_bytes,
+            gpus=gpus,
+            gpu_memory_bytes=gpu_memory_bytes,
+            gpu_model=gpu_model,
+            order=order,
+            metrics_port=metrics_port,
+        )
         return self._call("add_node", args)  # type: ignore[no-any-return]
 
     def remove_node(self, name: str) -> None:

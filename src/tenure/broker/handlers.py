@@ -101,7 +101,14 @@ class Handlers:
 
     async def op_add_node(self, args: wire.AddNode, client: Connection) -> Node:
         """See wire.AddNode."""
-        part = Part(name=args.name, cpus=args.cpus, memory_bytes=args.memory_bytes)
+        part = Part(
+            name=args.name,
+            cpus=args.cpus,
+            memory_bytes=args.memory_bytes,
+            gpus=args.gpus,
+            gpu_memory_bytes=args.gpu_memory_bytes,
+            gpu_model=args.gpu_model,
+        )
         if args.metrics_port:
             await self._metrics_door.open(args.metrics_port)
             self._on_nodes()

@@ -177,10 +177,12 @@ def leases(
     home: Home = None,
     json: Json = False,
 ) -> None:
-    """List leases: who holds what, where, until when."""
+    """List leases: who holds what, where, until when; of GPUs also how far they are held."""
     from tenure import verbs
 
-    _show(verbs.leases(home=home, run=run, live=live), output.leases_table, json)
+    found = verbs.leases(home=home, run=run, live=live)
+    nodes = verbs.nodes(home=home) if not json and any(lease.devices for lease in found) else ()
+    _show(found, lambda leases: output.leases_table(leases, nodes), json)
 
 
 app.command()(leasing.renew)
@@ -286,6 +288,17 @@ def up(
         str,
         typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; alone, with that share of the cores."),
     ] = "",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            metavar="N",
+            min=0,
+            help="Offer only so many GPUs. On a machine without any, declare so many: leases count them, nothing holds them.",
+        ),
+    ] = None,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="SIZE", help="Of each declared GPU.")] = "",
+    gpu_model: Annotated[str, typer.Option("--gpu-model", metavar="NAME", help="Of declared GPUs.")] = "",
     ledger: LedgerOption = "",
     order: Annotated[
         str,
@@ -327,6 +340,9 @@ def up(
         node=node,
         cpus=cpus,
         memory=parse_bytes(memory) if memory else None,
+        gpus=gpus,
+        gpu_memory=parse_bytes(gpu_memory) if gpu_memory else 0,
+        gpu_model=gpu_model,
         ledger=_url(ledger),
         order=order,
         metrics_port=metrics or 0,

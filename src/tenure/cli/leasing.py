@@ -16,6 +16,7 @@ from tenure.errors import SpecError
 if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
     from tenure.leases import Lease
     from tenure.leasing import Watched
+    from tenure.nodes import Node
     from tenure.tenants import Policy
 
 Home = Annotated[
@@ -115,7 +116,8 @@ def lease(
         right_size=right_size,
     )
     url = verbs.workspace_url(held, home=home)
-    output.say(workspaces.as_json(held, url) if json else workspace_text(held, url), sys.stdout)
+    nodes = verbs.nodes(home=home) if held.devices else ()
+    output.say(workspaces.as_json(held, url) if json else workspace_text(held, url, nodes), sys.stdout)
 
 
 def renew(
@@ -299,8 +301,11 @@ def policies_table(known: Mapping[str, Policy]) -> str:
     return output.table(("TENANT", "BOUND", "VALUE"), rows, empty="no policies: nobody is bound")
 
 
-def workspace_text(held: Lease, url: str = "") -> str:
-    """Return what a holder needs to know of a new lease: what it is, until when, how to get in. url: of its JupyterLab."""
+def workspace_text(held: Lease, url: str = "", nodes: Sequence[Node] = ()) -> str:
+    """Return what a holder needs to know of a new lease: what it is, until when, how to get in. url: of its JupyterLab.
+
+    nodes: of which it may hold devices.
+    """
     from tenure.leases import LeaseState
 
     lease_id = output.clean(held.id)
@@ -313,6 +318,7 @@ def workspace_text(held: Lease, url: str = "") -> str:
         [
             *lines,
             f"until    {output.when(held.ends_at_s)} UTC; renewable until {output.when(held.total_ends_at_s)} UTC",
+            *([f"gpu      {output.clean(output.gpu_text(held, nodes, at_length=True))}"] if held.devices else []),
             *([f"open     {output.clean(url)}"] if url else []),
             f"get in   tenure exec {lease_id} -- COMMAND",
             f"home     {output.clean(held.command.workdir)}; it stays when the lease ends",

@@ -101,10 +101,28 @@ def when(utc_s: float) -> str:
     return datetime.fromtimestamp(utc_s, UTC).strftime("%Y-%m-%d %H:%M:%S") if utc_s else "-"
 
 
-def leases_table(leases: Sequence[Lease]) -> str:
-    """Return one row per lease."""
+def gpu_text(lease: Lease, nodes: Sequence[Node], *, at_length: bool = False) -> str:
+    """Return a lease's devices and how far they are held, at length with the means; a dash for a lease without."""
+    from tenure.devices import hold
     from tenure.resources import show_bytes
 
+    gpus = next((node.capacity.gpus for node in nodes if node.name == lease.node), ())
+    held = hold(gpus, lease.devices, runtime=lease.command.runtime)
+    if held is None:
+        return "-"
+    which = ",".join(str(share.index) for share in lease.devices)
+    size = f"{lease.envelope.gpus:g} on gpu {which}"
+    if lease.envelope.gpu_memory_bytes:
+        size += f", {show_bytes(lease.envelope.gpu_memory_bytes)}"
+    words = f"share {held.share}, memory {held.memory}"
+    return f"{size}; {words}: {held.means}" if at_length else f"{size} ({words})"
+
+
+def leases_table(leases: Sequence[Lease], nodes: Sequence[Node] = ()) -> str:
+    """Return one row per lease; of GPUs only where a lease has some. nodes: those that leases hold devices of."""
+    from tenure.resources import show_bytes
+
+    with_gpus = any(lease.devices for lease in leases)
     rows = [
         (
             lease.id,
@@ -114,12 +132,14 @@ def leases_table(leases: Sequence[Lease]) -> str:
             lease.node or "-",
             f"{lease.envelope.cpus:g}",
             show_bytes(lease.envelope.memory_bytes),
+            *([gpu_text(lease, nodes)] if with_gpus else []),
             when(lease.starts_at_s),
             when(lease.ended_at_s or lease.ends_at_s),
         )
         for lease in leases
     ]
-    heads = ("LEASE", "RUN", "STAGE/WORKER", "STATE", "NODE", "CPUS", "MEMORY", "FROM (UTC)", "UNTIL (UTC)")
+    gpu = ("GPU",) if with_gpus else ()
+    heads = ("LEASE", "RUN", "STAGE/WORKER", "STATE", "NODE", "CPUS", "MEMORY", *gpu, "FROM (UTC)", "UNTIL (UTC)")
     return table(heads, rows, empty="no leases")
 
 

@@ -104,8 +104,8 @@ def fits_beside_devices(room: Room, envelope: Envelope) -> bool:
 def choose_devices(room: Room, envelope: Envelope) -> tuple[DeviceShare, ...] | None:
     """Return the device shares that the envelope would get, () without GPUs, None when no device will do.
 
-    A fraction goes to the one device it leaves fullest; whole devices must be entirely free and are taken with all their
-    memory. Shares on different devices are never added up.
+    A fraction goes to the one device it leaves fullest, and to no instance of a divided device; whole devices, and instances,
+    must be entirely free and are taken with all their memory. Shares on different devices are never added up.
     """
     if not envelope.gpus:
         return ()
@@ -127,7 +127,7 @@ def _choose_fraction(room: Room, envelope: Envelope) -> tuple[DeviceShare, ...] 
     for gpu in room.capacity.gpus:
         fraction, memory_bytes = room.devices.get(gpu.index, (0.0, 0))
         left_bytes = gpu.memory_bytes - memory_bytes - envelope.gpu_memory_bytes
-        if fraction + envelope.gpus <= 1 + TOLERANCE and left_bytes >= 0:
+        if fraction + envelope.gpus <= 1 + TOLERANCE and left_bytes >= 0 and not gpu.instance:
             fitting.append((-fraction, left_bytes, gpu.index))
     if not fitting:
         return None
@@ -143,8 +143,9 @@ def _gpu_shortage(room: Room, envelope: Envelope, found: str) -> str:
     devices = []
     for gpu in room.capacity.gpus:
         fraction, memory_bytes = room.devices.get(gpu.index, (0.0, 0))
+        whole = ", an instance, leased whole" if gpu.instance else ""
         devices.append(
-            f"gpu {gpu.index}: {max(0.0, 1 - fraction):.3g} with {show_bytes(gpu.memory_bytes - memory_bytes)}{found}"
+            f"gpu {gpu.index}: {max(0.0, 1 - fraction):.3g} with {show_bytes(gpu.memory_bytes - memory_bytes)}{found}{whole}"
         )
     return f"{need}; node has {', '.join(devices)}"
 

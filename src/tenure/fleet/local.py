@@ -82,6 +82,9 @@ class LocalFleet:
                 term_s=FIRST_TERM_S,
                 cpus=part.cpus,
                 memory_bytes=part.memory_bytes,
+                gpus=part.gpus,
+                gpu_model=part.gpu_model,
+                gpu_memory_bytes=part.gpu_memory_bytes,
                 confine=self._confine,
             )
             client = await self._connect(node, path)

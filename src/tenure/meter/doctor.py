@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tenure.meter import cgroups
 from tenure.meter.machine import capacity, machine, versions
+from tenure.meter.nvml import MPS_PROGRAM, find_mps_control, has_device_file
 from tenure.resources import show_bytes
 
 PROBE_S = 5.0
@@ -266,8 +267,18 @@ def _gpu() -> list[Finding]:
     gpus = capacity().gpus
     if gpus:
         found = ", ".join(f"{gpu.model} ({show_bytes(gpu.memory_bytes)})" for gpu in gpus)
-        return [Finding(name="gpu", ok=True, found=found, means="GPUs can be leased, whole or in parts")]
-    device = Path("/dev/nvidiactl").exists()
+        has_mps = bool(find_mps_control())
+        held = "share and memory by CUDA MPS" if has_mps else "memory by looking, the share not at all"
+        return [
+            Finding(
+                name="gpu",
+                ok=True,
+                found=found,
+                means=f"GPUs can be leased, whole or in parts; of a part is held: {held} (docs/gpu.md)",
+                remedy="" if has_mps else f"install the part of the driver with {MPS_PROGRAM}",
+            )
+        ]
+    device = has_device_file()
     return [
         Finding(
             name="gpu",

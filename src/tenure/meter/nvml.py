@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any
 from tenure.errors import Unavailable
 from tenure.resources import Gpu
 
+MPS_PROGRAM = "nvidia-cuda-mps-control"
+MPS_PLACES = ("/usr/local/nvidia/bin", "/usr/bin", "/usr/local/bin", "/opt/nvidia/bin")
+"""Where drivers put it that is not on the PATH."""
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
 
 
@@ -37,6 +41,11 @@ class GpuProcess:
 def has_device_file() -> bool:
     """Return whether this machine looks as if it had an NVIDIA device, without loading anything."""
     return bool(os.environ.get("TENURE_NVML")) or any(Path(name).exists() for name in DEVICE_FILES)
+
+
+def find_mps_control() -> str:
+    """Return the full path of the program that runs CUDA's Multi-Process Service; empty when the driver came without it."""
+    return shutil.which(MPS_PROGRAM) or shutil.which(MPS_PROGRAM, path=os.pathsep.join(MPS_PLACES)) or ""
 
 
 class Nvml:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tenure.devices import GpuHold, hold, memory_bound
 from tenure.errors import Unavailable, Unsupported
+from tenure.meter.nvml import MPS_PROGRAM
 from tenure.resources import DeviceShare, Gpu
 from tenure.runtimes import mps
 from tenure.runtimes.mps import Mps
@@ -27,13 +29,15 @@ class GpuGrant:
     """In the order of the shares; empty for declared devices."""
     memory_bytes: int = 0
     """What its programs together may hold of each device."""
-    mps: bool = False
+    mps: Mapping[str, str] | None = None
+    """Where the daemon is found that its part goes through (`Mps.to_plan`); None for one that goes through none."""
     environment: Mapping[str, str]
     hold: GpuHold | None = None
 
     def to_plan(self) -> dict[str, Any]:
         """Return it as plain data, without the environment."""
-        found = {"uuids": list(self.uuids), "memory_bytes": self.memory_bytes, "mps": self.mps}
+        mps = dict(self.mps) if self.mps else None
+        found = {"uuids": list(self.uuids), "memory_bytes": self.memory_bytes, "mps": mps}
         return found if self.hold is None else found | {"bounds": dict(self.hold.bounds), "means": self.hold.means}
 
 
@@ -43,8 +47,9 @@ class Gpus:
     def __init__(self, gpus: Sequence[Gpu] = (), *, mps: Mps | None = None, watched: bool = True) -> None:
         """watched: whether somebody looks at who holds what (`agent.gpus`); without, a part is declared only."""
         self._mps = mps
-        self._why_no_mps = "" if mps else "the driver came without nvidia-cuda-mps-control"
-        self._gpus = tuple(self._with_parts(gpu, watched) for gpu in gpus)
+        self._why_no_mps = "" if mps else f"the driver came without {MPS_PROGRAM}"
+        with ThreadPoolExecutor(max(1, len(gpus))) as pool:  # each may wait for its daemon
+            self._gpus = tuple(pool.map(lambda gpu: self._with_parts(gpu, watched), gpus))
 
     def _with_parts(self, gpu: Gpu, watched: bool) -> Gpu:
         if not gpu.uuid or not watched:
@@ -67,6 +72,12 @@ class Gpus:
     def mps(self) -> Mps | None:
         """What holds parts of devices."""
         return self._mps
+
+    def close(self) -> None:
+        """End the daemons, and what still goes through them."""
+        for gpu in self._gpus:
+            if gpu.parts == "mps" and self._mps is not None:
+                self._mps.quit(gpu.uuid)
 
     def describe(self) -> str:
         """Return how devices are held, for people; empty without any."""
@@ -109,7 +120,7 @@ class Gpus:
         assert self._mps is not None
         environment |= mps.client_environment(self._mps.ensure(gpu.uuid), fraction=share.fraction, memory_bytes=memory_bytes)
         found = hold(self._gpus, devices, runtime=runtime)
-        return GpuGrant(uuids=uuids, memory_bytes=memory_bytes, mps=True, environment=environment, hold=found)
+        return GpuGrant(uuids=uuids, memory_bytes=memory_bytes, mps=self._mps.to_plan(), environment=environment, hold=found)
 
     def _serves(self, uuid: str, uid: int | None) -> bool:
         """Return whether a device's daemon lets clients of this user in beside others'."""

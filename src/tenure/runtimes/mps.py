@@ -8,7 +8,7 @@ A client's environment bounds it: CUDA_MPS_ACTIVE_THREAD_PERCENTAGE the share of
 CUDA_MPS_PINNED_DEVICE_MEM_LIMIT what it may allocate (the driver refuses more, as if the device were full). A program can
 change its own environment, so this binds those that do not; who goes around the service altogether is seen by `clients`.
 A daemon outlives the agent, as leases do, and is found again by its folder. Nothing of the device itself is ever set (its mode
-of computing, its division into instances). Standard library only, so that a shim can use it.
+of computing, its division into instances). Standard library only: a shim uses it.
 Not for: who gets which part (`decide`), watching memory (`agent.gpus`).
 
 Source: NVIDIA, Multi-Process Service, appendices "Tools and interface reference" and "Environment variables".
@@ -27,33 +27,30 @@ from pathlib import Path
 
 from tenure.errors import Unavailable
 
-PROGRAM = "nvidia-cuda-mps-control"
-PLACES = ("/usr/local/nvidia/bin", "/usr/bin", "/usr/local/bin", "/opt/nvidia/bin")
-"""Where drivers put it that is not on the PATH."""
 ANSWER_MAX_S = 5.0
 """Bound of one question to a daemon."""
-START_MAX_S = 10.0
+START_MAX_S = 3.0
+"""Bound of one try to start a daemon."""
 QUIT_MAX_S = 5
 """After so many seconds a daemon that was told to quit ends its servers, clients or not."""
 MANY_USERS = "-multiuser-server"
 """Lets clients of several users share a server; only root's daemon can, and only of newer drivers."""
 
 
-def find_program() -> str:
-    """Return the full path of the control program; empty when the driver came without it."""
-    return shutil.which(PROGRAM) or shutil.which(PROGRAM, path=os.pathsep.join(PLACES)) or ""
-
-
 class Mps:
     """The daemons of one agent. `folder` is short (sockets lie below it) and its owner's own; made when missing."""
 
-    def __init__(self, folder: Path, *, program: str) -> None:
-        self._folder, self._program = folder, program
+    def __init__(self, folder: Path, *, program: str, answer_max_s: float = ANSWER_MAX_S) -> None:
+        self._folder, self._program, self._answer_max_s = folder, program, answer_max_s
 
     @property
     def program(self) -> str:
         """The control program."""
         return self._program
+
+    def to_plan(self) -> dict[str, str]:
+        """Return it as plain data, for who is to find its daemons again."""
+        return {"folder": str(self._folder), "program": self._program}
 
     def pipe(self, uuid: str) -> Path:
         """Return the folder of a device's sockets, which its clients are told."""
@@ -62,25 +59,24 @@ class Mps:
     def ensure(self, uuid: str) -> Path:
         """Start a device's daemon unless it runs; return the folder of its sockets once it answers.
 
-        Raises Unavailable, with the end of its log, when it does not within `START_MAX_S`.
+        Raises Unavailable, with the end of its log, when it does not within twice `START_MAX_S`.
         """
         pipe = self.pipe(uuid)
         if self.answers(uuid):
             return pipe
-        self._make(uuid)
         said = ""
         for option in ([MANY_USERS], []) if os.geteuid() == 0 else ([],):
+            self._make(uuid)
             said = self._start(uuid, option)
-            end_s = time.monotonic() + START_MAX_S / 2
+            end_s = time.monotonic() + START_MAX_S
             while not said and time.monotonic() < end_s:
                 if self.answers(uuid):
                     (self._of(uuid) / "users").write_text("many" if option else "one")
                     return pipe
                 time.sleep(0.05)
+            said = said or self._log_end(uuid)
             self.quit(uuid)
-        raise Unavailable(
-            f"{self._program} for device {uuid} did not answer: {said or self._log_end(uuid) or 'it says nothing'}"
-        )
+        raise Unavailable(f"{self._program} for device {uuid} did not answer: {said or 'it says nothing'}")
 
     def answers(self, uuid: str) -> bool:
         """Return whether a device's daemon runs."""
@@ -120,11 +116,15 @@ class Mps:
 
     def quit(self, uuid: str) -> None:
         """End a device's daemon and what still goes through it. Returns when it does not answer any more, or after a bound."""
-        if self._ask(uuid, f"quit -t {QUIT_MAX_S}", timeout_s=QUIT_MAX_S + ANSWER_MAX_S) is None:
-            return
+        self._ask(uuid, f"quit -t {QUIT_MAX_S}", timeout_s=QUIT_MAX_S + self._answer_max_s)
         end_s = time.monotonic() + QUIT_MAX_S
-        while self.answers(uuid) and time.monotonic() < end_s:
+        while self.answers(uuid):
+            if time.monotonic() > end_s:
+                return
             time.sleep(0.05)
+        shutil.rmtree(self._of(uuid), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
     def _servers(self, uuid: str) -> list[int] | None:
         said = self._ask(uuid, "get_server_list")
@@ -171,7 +171,7 @@ class Mps:
             "CUDA_MPS_LOG_DIRECTORY": str(self._of(uuid) / "log"),
         }
 
-    def _ask(self, uuid: str, question: str, *, timeout_s: float = ANSWER_MAX_S) -> str | None:
+    def _ask(self, uuid: str, question: str, *, timeout_s: float = 0.0) -> str | None:
         """Return a daemon's answer to one command; None when there is none, or it does not answer in time."""
         try:
             done = subprocess.run(
@@ -181,7 +181,7 @@ class Mps:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=timeout_s,
+                timeout=timeout_s or self._answer_max_s,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired):

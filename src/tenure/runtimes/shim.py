@@ -46,6 +46,8 @@ COUNTER_EVERY_S = 0.1
 """Between looks at a cgroup's counters: the kernel holds the bound, the look is for the record."""
 DISK_EVERY_S = 0.5
 USAGE_EVERY_S = 1.0
+LEAVE_DEVICE_MAX_S = 1.0
+"""Bound of each of the few questions to a device's MPS daemon before a job is killed; one that hangs delays that no further."""
 KILL_MAX_S = 30.0
 """Bound of waiting for killed processes; what is still there then (stuck in the kernel) is named in the record."""
 _MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
@@ -345,6 +347,7 @@ class Shim:
     def _end_all(self) -> int:
         """Kill every descendant and everything in the groups; return how many would not die."""
         self._ended_usage = self._usage()
+        self._leave_devices()
         self._confinement.stop_forks()
         mine = os.getpid()
         deadline = _boot_s() + KILL_MAX_S
@@ -367,6 +370,16 @@ class Shim:
                 return len(targets)
             time.sleep(pause_s)
             pause_s = min(0.02, pause_s * 2)
+
+    def _leave_devices(self) -> None:
+        """Take its work off a device that it shares by MPS: a client that is killed over it may take its neighbours with it."""
+        gpu = self._plan.get("gpu") or {}
+        if gpu.get("mps") and (pids := self._pids()):
+            from tenure.runtimes.mps import Mps  # late: few attempts have a part of a device
+
+            daemons = Mps(Path(gpu["mps"]["folder"]), program=gpu["mps"]["program"], answer_max_s=LEAVE_DEVICE_MAX_S)
+            for uuid in gpu["uuids"]:
+                daemons.end_clients(uuid, pids)
 
     def _usage(self) -> dict[str, Any]:
         used = self._confinement.memory_bytes(os.getpid())
