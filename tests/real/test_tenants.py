@@ -47,7 +47,7 @@ class Machine:
     """A shared home, its broker, and the users who come to it."""
 
     def __init__(self, home, program, packages, shares):
-        self.home, self.program = home, program
+        self.home, self.program, self.packages, self.shares = home, program, packages, shares
         self._env = {"PYTHONPATH": packages, "PATH": os.defpath, "TENURE_HOME": str(home), "TENURE_SHARES_FILE": shares}
 
     def run(self, who, *words, check=True, program="tenure", env=(), timeout=60):
@@ -75,6 +75,14 @@ class Machine:
 
     def python(self, who, code, *words, check=True):
         return self.run(who, self.program, "-c", code, *words, program="", check=check)
+
+    def close(self):
+        """End the home, and remove it with its sockets."""
+        note = self.home / "socket-dir"
+        sockets = Path(note.read_text()) if note.exists() else None
+        self.run("root", "down", check=False)
+        for folder in filter(None, (self.home, sockets)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def folder(self, lease):
         return self.home / "runs" / lease["run_id"]
@@ -107,11 +115,7 @@ def machine(users):
         made.run("root", "up", "--shared", "--cpus", "1", "--memory", "1GiB", env={"SECRET_OF_ROOT": "s3cret"}.items())
         yield made
     finally:
-        sockets = Path((home / "socket-dir").read_text()) if (home / "socket-dir").exists() else None
-        made.run("root", "down", check=False)
-        shutil.rmtree(home, ignore_errors=True)
-        if sockets is not None:
-            shutil.rmtree(sockets, ignore_errors=True)
+        made.close()
 
 
 @pytest.fixture
@@ -411,3 +415,51 @@ print(told)
     assert int(machine.python(NAMES[1], code)) == 16
     machine.run(NAMES[0], "leases")
     assert time.monotonic() - begun_s < 60
+
+
+@pytest.mark.docker
+def test_a_container_runs_as_its_tenant_and_shows_it_nothing_that_the_tenant_cannot_reach(docker, machine):
+    # Its node is another one, whose agent finds the engine of these tests.
+    closed = machine.home / "closed"
+    (closed / "open").mkdir(parents=True)
+    (closed / "open" / "file").write_text("behind a closed door")
+    closed.chmod(0o700)
+    own = Machine(machine.home.with_name(machine.home.name + "-boxes"), machine.program, machine.packages, machine.shares)
+    own.home.mkdir(mode=0o711)
+    try:
+        own.run(
+            "root", "up", "--shared", "--cpus", "1", "--memory", "1GiB", env={"DOCKER_HOST": f"unix://{docker.socket}"}.items()
+        )
+        words = [
+            "lease",
+            "--runtime",
+            "container",
+            "--memory",
+            "128MiB",
+            "--cpus",
+            "0.5",
+            "--right-size",
+            "off",
+            "--json",
+            "--",
+        ]
+        look = "id -u; id -g; touch $HOME/made; grep CapEff /proc/self/status; sleep 300"
+        lease = json.loads(own.run(NAMES[0], *words, "sh", "-c", look, timeout=100))
+        until(lambda: "CapEff" in own.run(NAMES[0], "logs", lease["id"]), "it tells who it is")
+        entry = pwd.getpwnam(NAMES[0])
+        assert own.run(NAMES[0], "logs", lease["id"]).split()[:2] == [str(entry.pw_uid), str(entry.pw_gid)]
+        assert (own.home / "homes" / NAMES[0] / "made").stat().st_uid == entry.pw_uid
+        own.run(NAMES[0], "release", lease["id"])
+        run = {"id": "r-mounts", "name": "x", "tenant": "default", "job_file": "", "source": ""}
+        envelope = {"cpus": 0.1, "memory_bytes": 1 << 26}
+        command = {"argv": ["cat", "/data/file"], "runtime": "container", "mounts": {str(closed / "open"): "/data:ro"}}
+        gang = {"gang_id": "g-mounts", "run_id": "r-mounts", "stage": "s"}
+        gang |= {"members": [{"worker": 0, "envelope": envelope, "command": command}]}
+        (_, asked) = _speak(own, NAMES[0], ["submit_run", {"run": run}], ["request_gang", gang])
+        named = {"lease_ids": [asked["result"][0]["id"]], "timeout_s": 60.0}
+        ((view,),) = [answer["result"] for answer in _speak(own, NAMES[0], ["wait_leases", named])]
+        assert "could not be started" in view["lease"]["end_detail"]
+        assert "does not exist" in view["lease"]["end_detail"] or "cannot be looked at" in view["lease"]["end_detail"]
+        assert "behind a closed door" not in json.dumps(view)
+    finally:
+        own.close()

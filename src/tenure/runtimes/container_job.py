@@ -24,6 +24,7 @@ from tenure.runtimes.acting import acting_as, actor_from, open_regular
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_engine import Engine, EngineError, frames
 from tenure.runtimes.groups import own_groups
+from tenure.runtimes.pinned import Pinned
 from tenure.runtimes.state import write_json
 
 ENGINE_BACK_MAX_S = 120.0
@@ -50,7 +51,9 @@ def attend(plan: dict[str, Any], failure: int) -> NoReturn:
     except (EngineError, Unavailable, OSError, _NotStarted) as error:
         report = {"error": str(error)[:4096], "errno": None, "step": _step_of(step, error)}
         os.write(failure, json.dumps(report).encode())
+        attendant.release()
         os._exit(1)
+    attendant.release()
     os.close(failure)
     attendant.follow()
     os._exit(0)
@@ -77,6 +80,7 @@ class _Attendant:
         self._asked = plan["container"]
         self._engine = Engine(self._asked["socket"])
         self._name = self._asked["name"]
+        self._pinned = Pinned(self._name)
         self._actor = actor_from(plan.get("acting"))
         with acting_as(self._actor):
             self._log = open_regular(plan["spec"]["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -101,19 +105,16 @@ class _Attendant:
             self._engine.call("POST", "/containers/create", body, name=self._name)
 
     def _pin(self, mounts: list[dict[str, Any]]) -> None:
-        """Have the engine mount what another user named as it was checked: opened with that user's rights, by descriptor.
+        """Have the engine mount what another user named as it was checked. Raises OSError."""
+        if self._actor is not None:
+            places = self._pinned.pin(self._asked["named"], self._actor)
+            for mount in mounts:
+                mount["Source"] = places.get(mount["Source"], mount["Source"])
 
-        Between a look at a path and its mounting its owner could put a link in its place. Raises OSError.
-        """
-        if self._actor is None:
-            return
-        for mount in mounts:
-            if (source := mount["Source"]) in self._asked["named"]:
-                with acting_as(self._actor):
-                    descriptor = os.open(source, os.O_PATH | os.O_CLOEXEC)  # ours until the container has ended
-                mount["Source"] = f"/proc/{os.getpid()}/fd/{descriptor}"
-                if (found := os.readlink(mount["Source"])) != source:
-                    raise OSError(f"{source} has become {found} since it was checked; start it again")
+    def release(self) -> None:
+        """Give up what was held for the engine's mounts: the container has them, or was not made."""
+        if self._actor is not None:
+            self._pinned.release()
 
     def start(self) -> None:
         """Start it, and return once its command runs or has run. Raises EngineError, Unavailable, _NotStarted."""
