@@ -14,7 +14,8 @@ class Event:
     kinds: ``lease.<state>``, ``lease.renewed``, ``lease.started`` (an attempt's process runs), ``lease.exited``;
     ``node.up``, ``node.draining``, ``node.unreachable``, ``node.lost``, ``node.removed``; ``run.<state>``,
     ``stage.<state>``; ``invoked``; ``broker.started``; ``policy.set``. Of a lease that goes on: ``lease.expiring``,
-    ``lease.gives_way``, ``lease.idle``, ``lease.shrunk``, ``lease.grown``.
+    ``lease.gives_way``, ``lease.idle``, ``lease.shrunk``, ``lease.grown``; of one that was preempted and is asked for again:
+    ``lease.resumed``.
     ``lease.*`` and ``invoked`` carry the whole lease in `data["lease"]`, so that a state can be rebuilt from events alone.
     """
 

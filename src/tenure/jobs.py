@@ -58,6 +58,12 @@ class Retry:
 
     attempts: int = 1
     """How often it is started at most."""
+    preempted: int = 8
+    """How often it is asked for again after it had to give way to others, with what is left of its total; it begins anew."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.preempted <= 1000:
+            raise SpecError(f"retry.preempted must lie between 0 and 1,000; found {self.preempted!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,10 @@ class Lease:
     """CPUs that it had before they were cut for idleness, and gets back when it works again; 0 when they were not."""
     right_size: RightSize = RightSize.OFF
     """As its holder wants it."""
+    resumes: int = 0
+    """How often it is asked for again when it had to give way to others."""
+    goes_on: str = ""
+    """Id of the preempted lease that this one goes on with."""
     state: LeaseState = LeaseState.REQUESTED
     attempt: int = 0
     """How often something was started inside; the worker folder of a start is ``workers/<worker>/<attempt>``."""

@@ -202,6 +202,8 @@ class LaunchRequest:
     """Within the stage; names the worker folder and the log."""
     command: Command
     envelope: Envelope
+    resumes: int = 0
+    """How often it is asked for again, as a whole, when it had to give way to others."""
 
 
 class Launched(Protocol):

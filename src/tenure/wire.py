@@ -170,6 +170,7 @@ class RequestGang:
     starts_at_s: float = 0.0
     """UTC; 0 for now."""
     right_size: RightSize = RightSize.OFF
+    resumes: int = 0
     secrets: Mapping[str, str] = field(default_factory=dict)
     """Values of the secrets that commands name, of a tenant of a shared home; kept in the broker's memory alone."""
 

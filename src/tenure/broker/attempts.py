@@ -17,6 +17,7 @@ from typing import Any
 from tenure import wire
 from tenure.broker.book import LOG, Book
 from tenure.broker.nodes import Nodes
+from tenure.broker.resuming import Resuming
 from tenure.broker.secrets import Secrets
 from tenure.broker.tenancy import Tenancy
 from tenure.errors import Conflict, NotFound, Refused, StaleFence, TenureError, Unavailable
@@ -60,10 +61,17 @@ class Attempts:
     """Starts and ends what runs inside leases."""
 
     def __init__(
-        self, book: Book, fleet: Fleet, *, home: Path, tenancy: Tenancy, environ: Mapping[str, str] = os.environ
+        self,
+        book: Book,
+        fleet: Fleet,
+        *,
+        home: Path,
+        tenancy: Tenancy,
+        resuming: Resuming,
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._book, self._fleet, self._home, self._environ = book, fleet, home, environ
-        self._tenancy = tenancy
+        self._tenancy, self._resuming = tenancy, resuming
         self.secrets = Secrets(book)
         self.nodes: Nodes
         self._starting: set[str] = set()
@@ -311,6 +319,7 @@ class Attempts:
             if reason is not None:
                 done = changed(lease, LeaseState.ENDED, end_reason=reason, end_detail=detail, ended_at_s=tx.now_s)
                 tx.put_lease(done, who="broker" if lease.state is LeaseState.DRAINING else f"agent:{node}", why=detail)
+                self._resuming.ended(tx, done)
         self._book.busy.discard(lease_id)
         if made is not None:
             self._book.invocations.append((lease.run_id, lease.stage, made))
@@ -379,6 +388,7 @@ class Attempts:
             if lease.state is LeaseState.RESERVED:
                 over = replace(over, starts_at_s=0.0)  # it was to begin then, and never held
             tx.put_lease(over, who=who, why=why)
+            self._resuming.ended(tx, over)
         if lease.node:
             self._forget(lease)
 

@@ -28,6 +28,7 @@ from tenure.broker.outbox import Outbox
 from tenure.broker.policies import Policies
 from tenure.broker.queue import Queue
 from tenure.broker.quota import Quotas
+from tenure.broker.resuming import Resuming
 from tenure.broker.retention import Retention
 from tenure.broker.right_sizing import RightSizing
 from tenure.broker.steady import SteadyClock
@@ -125,7 +126,9 @@ class Broker:
             tx.append("broker.started", who="broker", data={"fence": self.fence, "pid": os.getpid()})
         fleet = self.fleet = Outbox(self.book, fleet)
         self.tenancy = Tenancy(self.book, home=home, shared=shared)
-        self.attempts = Attempts(self.book, fleet, home=home, tenancy=self.tenancy)
+        self.attempts = Attempts(
+            self.book, fleet, home=home, tenancy=self.tenancy, resuming=Resuming(self.book, new_id=new_lease_id)
+        )
         self.nodes = Nodes(
             self.book, fleet, fence=self.fence, term_s=term_s, on_up=self.attempts.compare, on_lost=self.attempts.lost
         )

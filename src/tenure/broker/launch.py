@@ -6,12 +6,12 @@ import itertools
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tenure.broker.client import BrokerClient
 from tenure.errors import JobFailed, Refused, Unavailable
-from tenure.leases import EndReason, LeaseState
+from tenure.leases import EndReason, Lease, LeaseState
 from tenure.protocols import Exit, ExitKind, LaunchRequest
 from tenure.runs import RunFiles
 from tenure.usage import Usage
@@ -48,6 +48,7 @@ class BrokerLaunch:
                 tenant=self._tenant,
                 members=(member,),
                 queue_s=self._queue_s,
+                resumes=request.resumes,
             )
         )
         self.lease_ids.append(lease.id)
@@ -65,7 +66,7 @@ class BrokerLaunch:
             if time.monotonic() > end_s:
                 self.release_all(why="it did not start in time")
                 raise Unavailable(f"{request.name} (lease {lease.id}) was granted but did not start in {START_MAX_S:g} s")
-        launched = BrokerLaunched(self._client, self._files, view, request)
+        launched = BrokerLaunched(self._client, self._files, view, request, went_on=self.lease_ids.append)
         launched.wait_listening(ENDPOINTS_MAX_S)
         return launched
 
@@ -75,12 +76,34 @@ class BrokerLaunch:
             self._client.release(self.lease_ids, why=why)
 
 
+def next_of(client: BrokerClient, ended: Sequence[Lease]) -> tuple[str, ...]:
+    """Return the leases under which others that were preempted go on, in the same order; none where they do not."""
+    if not ended or any(lease.end_reason is not EndReason.PREEMPTED or not lease.resumes for lease in ended):
+        return ()
+    known = client.leases(run_id=ended[0].run_id, stage=ended[0].stage)
+    after = {lease.goes_on: lease.id for lease in known}
+    return tuple(after[lease.id] for lease in ended if lease.id in after)
+
+
 class BrokerLaunched:
     """Something that runs under a lease. Implements `protocols.Launched`."""
 
-    def __init__(self, client: BrokerClient, files: RunFiles, view: LeaseView, request: LaunchRequest) -> None:
-        self._client, self._view, self._request = client, view, request
-        lease = view.lease
+    def __init__(
+        self,
+        client: BrokerClient,
+        files: RunFiles,
+        view: LeaseView,
+        request: LaunchRequest,
+        *,
+        went_on: Callable[[str], None] = lambda lease_id: None,
+    ) -> None:
+        """went_on: told the lease under which it goes on after it was preempted."""
+        self._client, self._files, self._request, self._went_on = client, files, request, went_on
+        self._see(view)
+
+    def _see(self, view: LeaseView) -> None:
+        lease, files = view.lease, self._files
+        self._view = view
         self.lease_id = lease.id
         self.worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
         self.log_path = files.logs(lease.stage) / f"{lease.worker}.{lease.attempt}.log"
@@ -124,7 +147,11 @@ class BrokerLaunched:
 
     def wait(self, timeout_s: float) -> Exit | None:
         """See Launched."""
-        (self._view,) = self._client.wait_leases([self.lease_id], timeout_s=timeout_s)
+        (view,) = self._client.wait_leases([self.lease_id], timeout_s=timeout_s)
+        self._see(view)
+        if next_id := next_of(self._client, [view.lease]):
+            self._went_on(next_id[0])
+            self._see(self._client.lease(next_id[0]))
         return self._exit()
 
     def stop(self, grace_s: float = 5.0) -> Exit:

@@ -70,6 +70,7 @@ class Queue:
                     envelope=member.envelope,
                     command=member.command,
                     right_size=asked.right_size,
+                    resumes=asked.resumes,
                     requested_at_s=now_s,
                 )
                 who = f"tenant:{asked.tenant}"
@@ -194,5 +195,7 @@ def _check(asked: wire.RequestGang) -> None:
     workers = [member.worker for member in asked.members]
     if len(set(workers)) != len(workers) or min(workers) < 0:
         raise SpecError(f"gang {asked.gang_id}: worker numbers must be different and not negative; found {workers}")
+    if not 0 <= asked.resumes <= 1000:
+        raise SpecError(f"gang {asked.gang_id}: resumes must lie between 0 and 1,000; found {asked.resumes}")
     if not 0 <= asked.queue_s <= MAX_QUEUE_S:
         raise SpecError(f"gang {asked.gang_id}: queue_s must lie between 0 and {MAX_QUEUE_S:g}; found {asked.queue_s!r}")

@@ -23,11 +23,11 @@ class Secrets:
 
     def put(self, gang_id: str, values: Mapping[str, str]) -> None:
         """Keep what a request brings; nothing for none. Those of gangs that are over go."""
-        live = {lease.gang_id for lease in self._book.live.values()}
+        live = {lease.gang_id.partition("+")[0] for lease in self._book.live.values()}
         self._values = {known: kept for known, kept in self._values.items() if known in live}
         if values:
             self._values[gang_id] = dict(values)
 
     def of(self, lease: Lease) -> Mapping[str, str]:
         """Return the values that came with a lease's request to this broker."""
-        return self._values.get(lease.gang_id, {})
+        return self._values.get(lease.gang_id.partition("+")[0], {})

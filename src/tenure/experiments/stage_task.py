@@ -28,7 +28,9 @@ def run_task(context: RunContext, job: Job) -> None:
         image=job.image,
         mounts={str(path): f"{path}:ro" for path in inputs.values()} if job.runtime == "container" else {},
     )
-    launched, ended = _completed(context, job, LaunchRequest(name=job.name, command=command, envelope=envelope))
+    launched, ended = _completed(
+        context, job, LaunchRequest(name=job.name, command=command, envelope=envelope, resumes=job.retry.preempted)
+    )
     for name, path in job.outputs.items():
         context.keep(job.name, name, launched.worker_dir / path, path)
     context.set_stage(job.name, artefacts=context.artefacts.get(job.name, {}))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tenure.broker.launch import next_of
 from tenure.errors import CorruptData, JobFailed, SpecError
 from tenure.experiments.context import RunContext
 from tenure.experiments.following import Following, told_end
@@ -260,7 +261,14 @@ def _run_gang(
     members = tuple(GangMember(worker=w, envelope=envelope, command=command) for w in range(workers))
     train.publish_event(folder, event)
     leases = context.client.request_gang(
-        RequestGang(gang_id=context.new_id("g"), run_id=context.run.id, stage=stage, tenant=context.run.tenant, members=members)
+        RequestGang(
+            gang_id=context.new_id("g"),
+            run_id=context.run.id,
+            stage=stage,
+            tenant=context.run.tenant,
+            members=members,
+            resumes=job.retry.preempted,
+        )
     )
     ids = tuple(lease.id for lease in leases)
     context.client.nudge(context.run.id, stage)
@@ -274,6 +282,10 @@ def _run_gang(
             for sentence in following.news(progress, views, now_s, torn=torn, new=new):
                 context.display.warn(f"{stage}: {sentence}")
             context.display.progress(before + following.line(progress, views, now_s), following.done(progress))
+            if went_on := next_of(context.client, [view.lease for view in views]):
+                why = views[0].lease.end_detail
+                context.display.warn(f"{stage}: preempted: {why}. It goes on from its newest round when its turn has come")
+                ids, views = went_on, ()
     progress = reader.read()
     if failed := told_end(stage, views):
         raise JobFailed(failed[0], reason=failed[1])
