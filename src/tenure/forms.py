@@ -4,6 +4,7 @@ On disk, under ``$TENURE_HOME/images/<name>/<first 12 digits of the id>/``:
 
     image.json           the manifest
     closure.lock.json    the files, their hashes, and why each is there
+    root.lock.json       the files as they are in its forms, after shrinking, and how it is started: the id is its hash
     seccomp.json         the system calls allowed, in Docker's format
     root/                form root
     image.oci.tar        form oci
@@ -21,6 +22,7 @@ from tenure.errors import SpecError
 
 MANIFEST_FILE = "image.json"
 LOCK_FILE = "closure.lock.json"
+ROOT_LOCK_FILE = "root.lock.json"
 SECCOMP_FILE = "seccomp.json"
 ID_DIGITS = 12
 """Digits of an image's id in the name of its folder."""
@@ -64,7 +66,7 @@ class ImageManifest:
     name: str
     """Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 63."""
     id: str
-    """SHA-256 in hex of what is in the image: the closure's hash, after shrinking, and how it is started."""
+    """SHA-256 in hex of what is in the image after shrinking and of how it is started: `Closure.hash` of its root lock file."""
     closure_hash: str
     """`Closure.hash` of the lock file beside it."""
     entry: tuple[str, ...]
@@ -84,11 +86,7 @@ class ImageManifest:
     """File name of the profile in the image's folder; empty: there is none, nothing is filtered."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise SpecError(
-                f"an image's name has lower-case letters, digits, '.', '_' and '-', at most 63, the first a letter or digit; "
-                f"found {self.name!r}"
-            )
+        check_image_name(self.name)
         if not re.fullmatch(r"[0-9a-f]{64}", self.id):
             raise SpecError(f"image {self.name}: the id must be a SHA-256 in hex; found {self.id!r}")
         if not self.entry:
@@ -102,3 +100,13 @@ class ImageManifest:
     def short_id(self) -> str:
         """The first digits of the id, as in the folder's name."""
         return self.id[:ID_DIGITS]
+
+
+def check_image_name(name: str) -> str:
+    """Return the name. Raises SpecError when no image can have it."""
+    if not _NAME.fullmatch(name):
+        raise SpecError(
+            f"an image's name has lower-case letters, digits, '.', '_' and '-', at most 63, the first a letter or digit; "
+            f"found {name!r}"
+        )
+    return name

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import stat
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,3 +236,23 @@ def _unshare(flags: int) -> None:
 def _failed(what: str) -> OSError:
     number = ctypes.get_errno()
     return OSError(number, f"{what}: {os.strerror(number)}")
+
+
+_PACKAGES = str(Path(__file__).parents[2])
+_PROGRAM = f"import sys; sys.path.insert(0, {_PACKAGES!r}); from tenure.runtimes.rooted import main; main()"
+
+
+def root_prefix(path: Path, workdir: str) -> tuple[str, ...]:
+    """Return what goes before a command so that it runs in a tree, outside of any lease: so an image is tried when made."""
+    return (sys.executable, "-I", "-c", _PROGRAM, str(path), workdir)
+
+
+def main() -> None:
+    """Become the command after the tree and the workdir, in the tree. Never returns."""
+    path, workdir, *argv = sys.argv[1:]
+    try:
+        enter_root(Root(path=path, workdir=workdir))
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        os.write(2, f"cannot run {argv[0]!r} in {path}: {error}\n".encode())
+    os._exit(127)
