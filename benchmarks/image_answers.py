@@ -15,3 +15,116 @@ Bar: all cells right (`value` is the share). A form that can't be run here is na
 Control: the root form of the first service with the last bit of one weight turned must be called wrong.
 Left out: GPUs, several threads (sums in another order are no matter of the form).
 """
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import image_builds as builds
+from benchmarks import image_models as models
+from benchmarks.harness import Control, Options, Result, Skip, judge
+from benchmarks.image_grammar import DOORS, Door, Infer, Run, Service, Start
+from benchmarks.image_player import Player, Said, differs
+
+NAME = "image_answers"
+BAR = "5 engines x 3 models answer the same in process, root, container and microVM, bit by bit or within a stated tolerance"
+ROWS = (1, 2, 7, 32)
+FORMS, QUICK_FORMS = ("root", "oci", "microvm"), ("root", "oci")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One service in one form."""
+
+    name: str
+    wrong: str = ""
+    """The first answer that is not right, in words."""
+    exact: bool = False
+    """Every answer is equal bit by bit."""
+
+
+def requests(service: Service, seed: int) -> list[Infer]:
+    """Return the requests that every form of a service gets."""
+    doors: Sequence[Door] = [door for door in DOORS if door in service.doors]
+    return [
+        Infer(
+            door=door, rows=rows, values="normal", values_seed=seed + number, outputs=(), id="", compression="", fresh=True
+        )
+        for number, (rows, door) in enumerate((rows, door) for rows in ROWS for door in doors)
+    ]  # fmt: skip
+
+
+def answers(image: builds.Built, form: str, seed: int) -> list[Said]:
+    """Return what a service says in a form; "process" is the bare one."""
+    with builds.running(image, form) as addresses, Player(addresses, image.served) as player:
+        return [player.infer(asked) for asked in requests(models.service(image.engine), seed)]
+
+
+def compare(name: str, expected: Sequence[Said], found: Sequence[Said], *, emulated: bool) -> Cell:
+    """Return what a form's answers are against those of the process."""
+    assert all(said.status in ("200", "OK") and said.tensors for said in expected), f"{name}: the process answers {expected[0]}"
+    exact = not any(differs(*pair) for pair in zip(expected, found, strict=True))
+    told = [why for one, other in zip(expected, found, strict=True) if (why := differs(one, other, near=emulated))]
+    return Cell(name=name, wrong=told[0] if told else "", exact=exact)
+
+
+def run(options: Options) -> Result:
+    """Build every service in every form, ask each the same, and see the control called wrong."""
+    builds.need_tools()
+    engines, forms = (models.LIGHT, QUICK_FORMS) if options.quick else (models.ENGINES, FORMS)
+    kinds = models.KINDS[1:2] if options.quick else models.KINDS
+    absent = {name: why for name in engines if (why := builds.available(name))}
+    absent |= {form: why for form in forms if (why := builds.cannot_run(form))}
+    forms = tuple(form for form in forms if form not in absent)
+    if "root" not in forms:
+        raise Skip(absent["root"])
+    cells: list[Cell] = []
+    control = None
+    with builds.workshop() as folder:
+        for engine in (name for name in engines if name not in absent):
+            for kind in kinds:
+                image = builds.build(engine, kind, folder, forms=forms)
+                expected = answers(image, "process", options.seed)
+                for form in forms:
+                    emulated = form == "microvm" and not builds.accelerated()
+                    found = answers(image, form, options.seed)
+                    cells.append(compare(f"{engine} {kind} {form}", expected, found, emulated=emulated))
+                    print(cells[-1], flush=True)
+                control = control or _control(image, expected, options.seed)
+                shutil.rmtree(image.folder)
+    wrong = [f"{cell.name}: {cell.wrong}" for cell in cells if cell.wrong]
+    holds, why = judge(not wrong, control)
+    return Result(
+        value=1 - len(wrong) / len(cells),
+        spread=None,
+        unit="share of cells",
+        holds=holds,
+        why=" | ".join(wrong[:4]) or why,
+        control=control,
+        details={
+            "cells": len(cells),
+            "equal_bit_by_bit": sum(cell.exact for cell in cells),
+            "within_tolerance_only": [cell.name for cell in cells if not cell.exact and not cell.wrong],
+            "wrong": wrong,
+            "left_out": absent,
+        },
+    )
+
+
+def _control(image: builds.Built, expected: Sequence[Said], seed: int) -> Control:
+    """Turn the last bit of a weight of the model in the root, and ask once more."""
+    service = models.service(image.engine)
+    life_of = Run(service=service.name, number=0, start=Start(model=image.kind), exchanges=(), end="SIGTERM")
+    with builds.changed(image, builds.model_inside(image), models.turn_a_bit):
+        life = builds.in_root(image, life_of)
+        try:
+            assert life.wait_listening(), life.output()
+            with Player(life.addresses, image.served) as player:
+                found = [player.infer(asked) for asked in requests(service, seed)]
+        finally:
+            life.close()
+    cell = compare("control", expected, found, emulated=False)
+    name = "the last bit of one weight turned"
+    return Control(name=name, value=None, failed=bool(cell.wrong), how=cell.wrong or "it was called right")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks import image_requests as requests
 from benchmarks.image_grammar import Asked, Crowd, Exchange, Infer, Refused, Run, Served
@@ -64,7 +65,9 @@ class Outcome:
 class Life:
     """A service that was started: a process that prints its addresses as a line of JSON."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: str = "/") -> None:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: str = "/", *, watched: bool = False) -> None:
+        """watched: the command is a tracer, whose child is the service."""
+        self._watched = watched
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
             list(argv), env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._errors
@@ -82,13 +85,17 @@ class Life:
                     return False
                 line += found
         with contextlib.suppress(ValueError, KeyError, IndexError):
-            self.addresses = dict(json.loads(line.splitlines()[0])["listening"])
+            found = json.loads(line.splitlines()[0])["listening"]
+            self.addresses = dict(found.get("endpoints", found))
         return bool(self.addresses)
 
     def signal(self, number: int) -> None:
-        """Send a signal; what has ended already gets none."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        """Send a signal to the service; what has ended already gets none."""
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, IndexError):
+            if self._watched:
+                psutil.Process(self.process.pid).children()[0].send_signal(number)
+            else:
+                self.process.send_signal(number)
 
     def wait(self) -> str:
         """Return how it ended; what does not end within the bound is killed, and said to be so."""

@@ -1,0 +1,22 @@
+"""Becomes a command in the root directory of an image, as the process runtime starts it, without a lease around it.
+
+`python -I in_root.py ROOT WORKDIR COMMAND…`, with the environment that the command is to have.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from tenure.runtimes.rooted import Root, enter_root
+
+
+def main(root, workdir, *argv):
+    """Enter, then exec; does not return."""
+    enter_root(Root(path=root, workdir=workdir))
+    os.execvpe(argv[0], argv, os.environ)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
