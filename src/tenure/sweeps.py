@@ -10,6 +10,7 @@ from tenure.links import parse_link
 ARCHITECTURES = ("simple", "microservice", "distributed")
 INTERACTIONS = ("sync", "async")
 TRANSPORTS = ("http", "grpc", "shm")
+RUNTIMES = ("process", "container")
 DATA = ("memory", "files")
 NORMALISATIONS = ("", "none", "unit", "signed", "imagenet")
 
@@ -21,7 +22,9 @@ class Sweep:
     architectures: tuple[str, ...] = ARCHITECTURES
     interactions: tuple[str, ...] = INTERACTIONS
     transports: tuple[str, ...] = TRANSPORTS
-    """Shared memory is for the microservice alone."""
+    """Shared memory is for the microservice alone, and not for a container."""
+    runtimes: tuple[str, ...] = ("process",)
+    """What confines the server of microservice and distributed; with `container`, each server has a lease of its own."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Images of one request; those that the model's shape does not take are left out, and the report says so."""
     data: tuple[str, ...] = DATA
@@ -61,6 +64,7 @@ class Sweep:
         for name, known in (("architectures", ARCHITECTURES), ("interactions", INTERACTIONS), ("transports", TRANSPORTS)):
             _check_levels(f"sweep.{name}", getattr(self, name), known)
         _check_levels("sweep.data", self.data, DATA)
+        _check_levels("sweep.runtimes", self.runtimes, RUNTIMES)
         if (
             not self.batches
             or len(set(self.batches)) < len(self.batches)

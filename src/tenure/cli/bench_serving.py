@@ -15,6 +15,7 @@ from tenure.errors import SpecError
 SAY_EVERY_S = 30.0
 _INSTEAD = {
     "data": ": pictures are decoded beforehand",
+    "runtimes": ": its trials run in processes",
     "link": ": a link is between two nodes, and what is recommended is leased on one",
     "client_cpus": ": the server and its applications share one node",
     "against": ": servers of others run as they do",
@@ -72,6 +73,14 @@ def bench_serve(
     ] = None,
     transports: Annotated[
         str | None, typer.Option("--transports", metavar="NAME,…", help="Of http, grpc, shm [default: all three].")
+    ] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(
+            "--runtimes",
+            metavar="NAME,…",
+            help="What confines the server: process, container, or both; each then has a lease of its own [default: process].",
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -174,6 +183,7 @@ def bench_serve(
     }
     of_sweep: dict[str, Any] = {
         "data": _names(data),
+        "runtimes": _names(runtimes),
         "against": tuple(against) if against else None,
         "link": link,
         "client_cpus": client_cpus,

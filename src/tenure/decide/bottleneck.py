@@ -83,21 +83,27 @@ class Bottleneck:
     machine's repeat error."""
 
 
-def find_bottlenecks(trials: Sequence[Trial], *, near_cores: float = 0.0, far_cores: float = 0.0) -> tuple[Bottleneck, ...]:
+def find_bottlenecks(
+    trials: Sequence[Trial], *, near_cores: float = 0.0, far_cores: float = 0.0, server_cores: float = 0.0
+) -> tuple[Bottleneck, ...]:
     """Return what bounds each closed-loop trial that has the metrics to tell by, in the order of the trials.
 
     near_cores, far_cores: of the server's node and of the distributed application's, as they are leased; 0: no less than the
-    machine's. Open-loop trials and twins are left out: their rate is given, or is that of another trial.
+    machine's. server_cores: of the near ones, the server's own; 0: it shares them with the application. Open-loop trials and
+    twins are left out: their rate is given, or is that of another trial.
     """
     closed = [trial for trial in trials if is_closed(trial) and not is_twin(trial)]
     margin = repeat_margin(trials)
-    found = [(trial, bottleneck(trial, near_cores=near_cores, far_cores=far_cores)) for trial in closed]
+    cores = {"near_cores": near_cores, "far_cores": far_cores, "server_cores": server_cores}
+    found = [(trial, bottleneck(trial, **cores)) for trial in closed]
     return tuple(replace(one, gain=_gain(trial, closed, one, margin)) for trial, one in found if one is not None)
 
 
-def bottleneck(trial: Trial, *, near_cores: float = 0.0, far_cores: float = 0.0) -> Bottleneck | None:
+def bottleneck(
+    trial: Trial, *, near_cores: float = 0.0, far_cores: float = 0.0, server_cores: float = 0.0
+) -> Bottleneck | None:
     """Return what bounds one trial, without what was measured elsewhere; None when it has neither CPU nor stages."""
-    stations = find_stations(trial, near_cores=near_cores, far_cores=far_cores)
+    stations = find_stations(trial, near_cores=near_cores, far_cores=far_cores, server_cores=server_cores)
     full = [station for station in stations if station.share >= FULL]
     waits = sorted(_waits(trial), key=lambda wait: -wait.share)
     if full and full[0].name == "others" and waits and waits[0].name == "delay":

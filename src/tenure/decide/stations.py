@@ -63,10 +63,11 @@ class Station:
         return self.share * max(0.0, 1 - cores / self.used) if part and self.used > 0 else self.share
 
 
-def find_stations(trial: Trial, *, near_cores: float = 0.0, far_cores: float = 0.0) -> list[Station]:
+def find_stations(trial: Trial, *, near_cores: float = 0.0, far_cores: float = 0.0, server_cores: float = 0.0) -> list[Station]:
     """Return the stations of a trial that were metered, those first that settle the matter when full.
 
-    near_cores, far_cores: of the server's node and of the distributed application's; 0: the machine's.
+    near_cores, far_cores: of the server's node and of the distributed application's; 0: the machine's. server_cores: of the
+    near ones, those that are the server's alone; 0: it shares them with the application.
     """
     found = []
     if (busy := row_of(trial, "gpu_busy")) is not None:
@@ -74,7 +75,7 @@ def find_stations(trial: Trial, *, near_cores: float = 0.0, far_cores: float = 0
     if (carried := row_of(trial, "link_busy")) is not None:
         says = f"the link carried {carried.value:.0%} of its rate"
         found.append(Station(name="link", share=carried.value, says=says, rows=(carried,)))
-    return found + _nodes(trial, near_cores, far_cores) + _threads(trial, near_cores or trial.machine.cores)
+    return found + _nodes(trial, near_cores, far_cores, server_cores) + _threads(trial, near_cores or trial.machine.cores)
 
 
 def own_cores(trial: Trial) -> dict[str, float]:
@@ -110,19 +111,26 @@ def rows_of(trial: Trial, metrics: Sequence[str]) -> list[Row]:
     return [row for row in (row_of(trial, metric) for metric in metrics) if row is not None]
 
 
-def _nodes(trial: Trial, near_cores: float, far_cores: float) -> list[Station]:
+def _nodes(trial: Trial, near_cores: float, far_cores: float, server_cores: float) -> list[Station]:
     machine = float(trial.machine.cores)
     used = rows_of(trial, [f"{party}_cpu" for party in APART])
     if not used:
         return []
     found = []
-    if trial.configuration.get("architecture") == "distributed" and near_cores and far_cores:
-        for name, party, cores in (("server_node", "server", near_cores), ("client_node", "app", far_cores)):
+    architecture, contended = trial.configuration.get("architecture"), trial.configuration.get("server", OURS) != OURS
+    shares: list[tuple[str, str, float]] = []
+    if architecture == "distributed" and near_cores and far_cores:
+        shares = [("server_node", "server", server_cores or near_cores), ("client_node", "app", far_cores)]
+    elif architecture == "microservice" and server_cores and not contended:
+        shares = [("server_node", "server", server_cores), ("client_node", "app", near_cores - server_cores)]
+    if shares:
+        for name, party, cores in shares:
             rows = [row for row in used if row.metric == f"{party}_cpu"]
             found += [_node(name, f"on the {name.split('_')[0]}'s node", rows, cores)] if rows else []
     else:
-        contended = trial.configuration.get("server", OURS) != OURS  # it runs outside the node's lease
-        found.append(_node("node", "all parties together", used, machine if contended else near_cores or machine))
+        leased = near_cores - server_cores if architecture == "simple" else near_cores
+        # A contender runs outside the node's lease.
+        found.append(_node("node", "all parties together", used, machine if contended else leased or machine))
     other = row_of(trial, "other_cpu_cores")
     if other is not None:
         total = sum(row.value for row in used)

@@ -49,7 +49,8 @@ def setting(configuration: Configuration, *, without: Iterable[str] = ()) -> str
     left_out = set(without)
     architecture, server = str(configuration.get("architecture", "")), str(configuration.get("server", OURS))
     how = [str(configuration.get(factor, "")) for factor in ("transport", "interaction") if factor not in left_out]
-    first = " ".join(part for part in (architecture if server == OURS else server, *how) if part and part != "none")
+    boxed = "in a container" if configuration.get("runtime") == "container" else ""
+    first = " ".join(part for part in (architecture if server == OURS else server, *how, boxed) if part and part != "none")
     more = [f"batch {configuration['batch']}"] if "batch" in configuration and "batch" not in left_out else []
     more += [str(configuration["data"])] if "data" in configuration and "data" not in left_out else []
     more += [f"{configuration['clients']} clients"] if configuration.get("clients", 1) != 1 else []
@@ -65,6 +66,7 @@ def in_order(trials: Iterable[Trial]) -> list[Trial]:
         return (
             _place(ARCHITECTURES, architecture),
             (server != OURS, server),
+            str(factors.get("runtime", "process")) != "process",
             _place(_TRANSPORTS, str(factors.get("transport", "none"))),
             str(factors.get("interaction", "")) != "sync",
             str(factors.get("data", "")),
@@ -80,16 +82,16 @@ def shown_modes(trials: Sequence[Trial], data: str) -> list[list[Trial]]:
     In the simple architecture synchronous calls; elsewhere asynchronous ones over gRPC. What was not measured that way is
     shown in the mode in which it was fastest.
     """
-    groups: dict[tuple[str, str], dict[tuple[str, str], list[Trial]]] = {}
+    groups: dict[tuple[str, ...], dict[tuple[str, str], list[Trial]]] = {}
     for trial in trials:
         factors = trial.configuration
         if factors.get("data", "memory") == data:
             mode = (str(factors.get("transport", "none")), str(factors.get("interaction", "sync")))
-            place = (str(factors.get("architecture", "")), str(factors.get("server", OURS)))
+            place = tuple(str(factors.get(*one)) for one in (("architecture", ""), ("server", OURS), ("runtime", "process")))
             groups.setdefault(place, {}).setdefault(mode, []).append(trial)
     chosen = []
-    for (architecture, _), modes in groups.items():
-        wanted = ("none", "sync") if architecture == "simple" else ("grpc", "async")
+    for place, modes in groups.items():
+        wanted = ("none", "sync") if place[0] == "simple" else ("grpc", "async")
         fastest = max(modes, key=lambda mode: max(trial.metrics["images_per_s"].mean for trial in modes[mode]))
         chosen.append(modes.get(wanted) or modes[fastest])
     first = in_order(group[0] for group in chosen)

@@ -61,12 +61,15 @@ def find_experiment(rows: Rows, stage: Stage) -> Experiment | None:
     job = rows.data.jobs.get(stage.name)
     goals = (job.serve_goals if job is not None else ()) or (_HIGHEST,)
     near, far = (_leased_cores(rows, stage, part) for part in ("server", "client"))
+    apart = _server_cores(rows, stage)
     return Experiment(
         trials={trial.id: trial for trial in in_order(found) if is_closed(trial) and not is_twin(trial)},
         opened=tuple(trial for trial in found if trial.configuration.get("load", "closed") != "closed"),
         goals=goals,
         answers=tuple(answer(goal, found) for goal in goals),
-        bottlenecks={one.trial: one for one in find_bottlenecks(found, near_cores=near, far_cores=far)},
+        bottlenecks={
+            one.trial: one for one in find_bottlenecks(found, near_cores=near + apart, far_cores=far, server_cores=apart)
+        },
     )
 
 
@@ -338,6 +341,12 @@ def _leased_cores(rows: Rows, stage: Stage, part: str) -> float:
         if lease.command.argv and PurePath(lease.command.argv[-1]).name == f"{part}-node.json":
             return lease.envelope.cpus
     return 0.0
+
+
+def _server_cores(rows: Rows, stage: Stage) -> float:
+    """Return the cores of a server that has a lease of its own, beside its node's; 0 where they share one."""
+    leases = [lease for lease in rows.of_stage(stage)[2] if "tenure.serve" in lease.command.argv]
+    return leases[0].envelope.cpus if leases else 0.0
 
 
 def _goal_words(goal: ServeGoal) -> str:

@@ -19,7 +19,10 @@ _TABLES: Sequence[tuple[str, Sequence[str]]] = (
     ("Rate and latency", ("images_per_s", "mean_s", "p50_s", "p99_s", "requests")),
     ("Stages of a request", (*STAGES, "wall_s", "queue_s", "compute_s")),
     ("Cores", ("app_cpu", "client_cpu", "server_cpu", "recogniser_cpu", "forwarder_cpu", "other_cpu_cores", "gpu_busy")),
-    ("Memory and preparation", ("app_memory_bytes", "server_memory_bytes", "gpu_memory_bytes", "prepare_model_s")),
+    (
+        "Memory and preparation",
+        ("app_memory_bytes", "server_memory_bytes", "server_lease_memory_bytes", "gpu_memory_bytes", "prepare_model_s"),
+    ),
 )
 
 
@@ -56,6 +59,7 @@ def table_two(rows: Rows, trials: Sequence[Trial], best: Trial | None) -> list[B
     for party, who in (*_PARTIES, ("gpu", "GPU")):
         for what, part in (("mean", ""), ("highest", "maximum"), ("lowest", "minimum")):
             add(who, f"memory, {what}", f"{party}_memory_bytes", part)
+    add("Server", "memory inside its lease", "server_lease_memory_bytes")
     columns = ["who", "what", *(setting(trial.configuration, without=("data",)) for trial in shown)]
     title = f"Pictures from {data}. Highest and lowest cores are of 50 ms; highest and lowest memory of repeats"
     heading = "All that was measured of each architecture (the study's table 2)"
@@ -66,8 +70,9 @@ def asked_again(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
     """Return the study's findings as ratios of this experiment's settings, those that were measured."""
 
     def find(**wanted: object) -> list[Trial]:
-        full = {"server": OURS, **wanted}
-        return [t for t in trials if all(t.configuration.get(factor, OURS) == level for factor, level in full.items())]
+        full = {"server": OURS, "runtime": "process", **wanted}
+        missing = {"server": OURS, "runtime": "process"}
+        return [t for t in trials if all(t.configuration.get(f, missing.get(f)) == level for f, level in full.items())]
 
     data = "files" if any(trial.configuration.get("data") == "files" for trial in trials) else "memory"
     batches = sorted({int(trial.configuration.get("batch", 1)) for trial in trials})
@@ -113,6 +118,9 @@ def asked_again(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
         remote("microservice", "shm", "sync"),
         remote("microservice", "grpc", "sync"),
     )
+    for transport in ("http", "grpc"):
+        boxed = remote("microservice", transport, "async")
+        ask(f"microservice {transport} async, container ÷ process", "not tried", {**boxed, "runtime": "container"}, boxed)
     if not table:
         return []
     table += _memory_again(find, data, batches)

@@ -257,6 +257,7 @@ WORDS: Mapping[str, str] = {
     "gpu_memory_bytes": "GPU memory",
     "link_busy": "link busy",
     "server_start_s": "start the server",
+    "server_lease_memory_bytes": "server memory, inside its lease",
     "link": "link, there and back",
     "million_images_usd": "cost of a million images",
     "measuring": "could be measured",

@@ -44,7 +44,7 @@ def run_search(context: RunContext, job: Job, model: Path) -> tuple[Prepared, li
     context.step(job.name, "prepare", "pictures and right answers")
     prepared = prepare(model, context.inputs(job), job.search.as_sweep(), context.files.stage(job.name) / "search")
     context.close_step(job.name, "prepare", _prepared(prepared))
-    near, _ = envelopes(context.node, replace(job.search.as_sweep(), architectures=("simple",)))
+    near, *_ = envelopes(context.node, replace(job.search.as_sweep(), architectures=("simple",)))
     searched = _Searched(context, job, model, prepared, near)
     trials = searched.measured()
     return prepared, [searched.recommended(n, trials) for n in range(len(searched.tunable.goals))]

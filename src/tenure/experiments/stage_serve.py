@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.foreground import Listening, answered, look
 from tenure.experiments.stage_search import run_search
 from tenure.experiments.stage_sweep import run_sweep
+from tenure.experiments.sweep_boxes import free_port
 from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
 from tenure.protocols import Exit, ExitKind, Launched, LaunchRequest
@@ -283,16 +283,11 @@ def _server(context: RunContext, job: Job, model: Path) -> Command:
     name = context.run.name if context.listening is None else ""  # in the foreground models go by the names of their files
     ports, options = {**doors, **job.ports}, job.server
     if job.runtime == "container":  # it listens on all of its own network; what is published of that is our loopback's port
-        ports, options = {door: port or _free_port() for door, port in ports.items()}, replace(options, host="0.0.0.0")
+        ports, options = {door: port or free_port() for door, port in ports.items()}, replace(options, host="0.0.0.0")
     command = replace(server_command(model, name=name, ports=ports, options=options), env=job.env, secrets=job.secrets)
     if job.runtime != "container":
         return command
     return replace(command, runtime=job.runtime, image=job.image, mounts={str(model): f"{model}:ro"})
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Envelope) -> None:

@@ -99,7 +99,7 @@ def assemble(
         far_link=_far_link(sweep),
         contenders=contenders,
     )
-    near, far = envelopes(context.node, sweep)
+    near, far, apart = envelopes(context.node, sweep)
     bench = Bench(
         name=context.run.name,
         model=model,
@@ -113,6 +113,7 @@ def assemble(
         contenders=contenders,
         undisturbed=sweep.undisturbed,
         link=link,
+        apart=apart,
     )
     return bench, planned
 
@@ -215,8 +216,10 @@ def _answers(model: Model, x: Any, fixed: int) -> Any:
     return np.concatenate(parts)
 
 
-def envelopes(node: Node, sweep: Sweep) -> tuple[Envelope, Envelope | None]:
-    """Return the leases of the server's node and, where something is distributed, of the client's. Raises Refused."""
+def envelopes(node: Node, sweep: Sweep) -> tuple[Envelope, Envelope | None, Envelope | None]:
+    """Return the leases of the server's node, of the client's where something is distributed, and of each server where they
+    have leases of their own: then the server's node is shared out evenly among them and its applications. Raises Refused.
+    """
     cpus = round(node.capacity.cpus - node.held_cpus, 3)
     memory_bytes = (node.capacity.memory_bytes - node.held_memory_bytes) // 10 * 9
     if cpus < 0.1 or memory_bytes < 256 << 20:
@@ -233,7 +236,12 @@ def envelopes(node: Node, sweep: Sweep) -> tuple[Envelope, Envelope | None]:
         return Envelope(cpus=cores, memory_bytes=size_bytes, disk_bytes=DISK_BYTES, slot_s=SLOT_S, total_s=TOTAL_S)
 
     near = envelope(cpus - far_cpus, memory_bytes - far_bytes)
-    return near, envelope(far_cpus, far_bytes) if distributed else None
+    far = envelope(far_cpus, far_bytes) if distributed else None
+    if "container" not in sweep.runtimes:
+        return near, far, None
+    parts = len(sweep.runtimes) + 1
+    part = envelope(round(near.cpus / parts - 0.0005, 3), near.memory_bytes // parts)
+    return part, far, part
 
 
 def _renew(context: RunContext, launched: Launched) -> None:

@@ -34,6 +34,8 @@ class Setting:
     """Or a contender's name."""
     twin: int = 0
     """1: the same as the setting that differs in nothing else, to be run beside it."""
+    runtime: str = "process"
+    """What confines the server, where it is ours."""
     clients: int = 1
     """Applications that run its cells at the same time."""
     instances: int = 0
@@ -46,7 +48,9 @@ class Setting:
     @property
     def application(self) -> str:
         """Name of the standing application that runs its cells; of several, what they begin with."""
-        return "-".join(part for part in (self.architecture, self.server, self.transport, self.interaction) if part != "none")
+        boxed = "" if self.runtime == "process" else self.runtime
+        parts = (self.architecture, self.server, boxed, self.transport, self.interaction)
+        return "-".join(part for part in parts if part not in ("", "none"))
 
     @property
     def applications(self) -> tuple[str, ...]:
@@ -70,7 +74,7 @@ class Setting:
             "server": self.server,
             "data": self.data,
             "load": "closed",
-            "runtime": "process",
+            "runtime": self.runtime,
         }
         if self.instances:
             found |= {"instances": self.instances, "threads": self.threads, "max_delay_s": self.max_delay_s}
@@ -78,7 +82,8 @@ class Setting:
 
     def describe(self) -> str:
         """Return it in words, for progress and errors."""
-        words = [self.architecture, *([] if self.server == OURS else [self.server]), self.transport, self.interaction]
+        boxed = [] if self.runtime == "process" else [f"({self.runtime})"]
+        words = [self.architecture, *([] if self.server == OURS else [self.server]), *boxed, self.transport, self.interaction]
         text = f"{' '.join(word for word in words if word != 'none')}, batch {self.batch}"
         if self.instances:
             text += f", {self.instances} x {self.threads} threads, delay {self.max_delay_s * 1e3:g} ms"
@@ -122,6 +127,8 @@ def settings(
         raise SpecError(
             "undisturbed is not for contenders: they run outside of the leases that go first, and would have to wait"
         )
+    if "container" in sweep.runtimes and sweep.undisturbed:
+        raise SpecError("undisturbed is not for containers: the engine's control groups are not the lease's to weigh")
     batches = [batch for batch in sweep.batches if fixed_batch in (0, batch)]
     if not batches:
         raise SpecError(
@@ -140,12 +147,13 @@ def settings(
             data=each,
             link=link,
             server=server,
+            runtime=runtime,
         )
-        for architecture, transport, link, server in _places(sweep, far_link, contenders)
+        for architecture, transport, link, server, runtime in _places(sweep, far_link, contenders)
         for interaction, each, batch in itertools.product(sweep.interactions, data, batches)
     ]
     if not found:
-        raise SpecError("no setting is left: shared memory is for the microservice alone")
+        raise SpecError("no setting is left: shared memory is for the microservice alone, and not for a container")
     if sweep.twins:
         first = found[0]
         twins = [_twin(each) for each in found if each.application == first.application and each.data == first.data]
@@ -178,19 +186,19 @@ def fresh(planned: Sequence[Setting]) -> dict[Setting, Setting]:
     return {each: first[each.application, each.batch] for each in planned if each.server == OURS}
 
 
-def _places(sweep: Sweep, far_link: str, contenders: Sequence[Contender]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield architecture, transport, link and server."""
+def _places(sweep: Sweep, far_link: str, contenders: Sequence[Contender]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield architecture, transport, link, server and what confines it."""
     links = {"simple": "in-process", "microservice": "loopback", "distributed": far_link}
     for architecture in sweep.architectures:
         if architecture == "simple":
-            yield architecture, "none", links[architecture], OURS
+            yield architecture, "none", links[architecture], OURS, "process"
             continue
-        for transport in sweep.transports:
-            if transport != "shm" or architecture == "microservice":
-                yield architecture, transport, links[architecture], OURS
+        for transport, runtime in itertools.product(sweep.transports, sweep.runtimes):
+            if transport != "shm" or (architecture == "microservice" and runtime == "process"):
+                yield architecture, transport, links[architecture], OURS, runtime
     for contender in contenders:
         for transport in contender.targets:
-            yield "microservice", transport, contender.link, contender.name
+            yield "microservice", transport, contender.link, contender.name, "process"
 
 
 def _twin(setting: Setting) -> Setting:

@@ -16,7 +16,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tenure.errors import CorruptData, JobFailed, Unavailable
 from tenure.experiments import links, netns
 from tenure.experiments.architectures import server_command
 from tenure.experiments.sweep import OURS, Contender, Setting
+from tenure.experiments.sweep_boxes import Box, boxed
 from tenure.experiments.sweep_crossing import Crossed, Crossing
 from tenure.experiments.sweep_parties import CellUse, PartyMeter
 from tenure.jobs import Command, ServerOptions
@@ -83,6 +84,8 @@ class Bench:
     """See Sweep."""
     link: DeclaredLink = field(default_factory=DeclaredLink)
     """Between the two nodes."""
+    apart: Envelope | None = None
+    """Of each server, where servers have leases of their own; None: the server shares that of its node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,8 @@ class Asked:
     compute_s: float
     crossed: Crossed | None = None
     """None where nothing crossed it."""
+    lease_memory_bytes: float = 0.0
+    """Of a server with a lease of its own at the end of the cell, as that lease's bound counts it; 0: it has none."""
     at_s: float
 
 
@@ -110,12 +115,19 @@ class Nodes:
     """Nodes whose applications are ready. Made by `standing`."""
 
     def __init__(
-        self, bench: Bench, near: _Node, far: _Node | None, meter: PartyMeter, crossing: Crossing | None, note: str
+        self,
+        bench: Bench,
+        near: _Node,
+        far: _Node | None,
+        meter: PartyMeter,
+        crossing: Crossing | None,
+        note: str,
+        boxes: Mapping[str, Box],
     ) -> None:
         self.note = note
         """What a reader must know of how the nodes are joined."""
         self.meter = meter
-        self._bench, self._near, self._far, self._crossing = bench, near, far, crossing
+        self._bench, self._near, self._far, self._crossing, self._boxes = bench, near, far, crossing, boxes
         self._renewed_s = time.monotonic()
         self._contenders = {contender.name: contender for contender in bench.contenders}
 
@@ -134,10 +146,11 @@ class Nodes:
         """Return the process that each node's lease began with: the server's node, then the client's."""
         return tuple(node.ready.pid for node in (self._near, self._far) if node is not None)
 
-    @property
-    def server_start_s(self) -> float:
-        """How long the server took to listen."""
-        return self._near.ready.server_start_s
+    def server_start_s(self, setting: Setting) -> float:
+        """Return how long the setting's server took to listen; 0 without one of ours."""
+        if setting.architecture == "simple" or setting.server != OURS:
+            return 0.0
+        return self._boxes[setting.runtime].start_s if self._boxes else self._near.ready.server_start_s
 
     @property
     def versions(self) -> dict[str, str]:
@@ -197,6 +210,7 @@ class Nodes:
             queue_s=max(0.0, after[1] - before[1]) / requests,
             compute_s=max(0.0, after[2] - before[2]) / requests,
             crossed=crossed,
+            lease_memory_bytes=box.memory_bytes() if (box := self._box(setting)) else 0.0,
             at_s=time.time(),
         )
 
@@ -211,7 +225,8 @@ class Nodes:
             return ()
         if setting.server != OURS:
             return self._contenders[setting.server].pids
-        pid = self._near.ready.server_pid
+        box = self._box(setting)
+        pid = box.pid if box else self._near.ready.server_pid
         return (pid, *children(pid))
 
     def _counted(self, setting: Setting) -> tuple[int, float, float]:
@@ -219,12 +234,17 @@ class Nodes:
         if setting.architecture == "simple":
             return 0, 0.0, 0.0
         if setting.server == OURS:
-            return counted(self._near.ready.endpoints["http"], self._bench.name)
+            box = self._box(setting)
+            return counted((box.near if box else self._near.ready.endpoints)["http"], self._bench.name)
         contender = self._contenders[setting.server]
         if "http" in contender.targets:
             with contextlib.suppress(Unavailable):  # not every server counts
                 return counted(contender.targets["http"].removeprefix("http://"), contender.model)
         return 0, 0.0, 0.0
+
+    def _box(self, setting: Setting) -> Box | None:
+        """Return the setting's server, where it has a lease of its own."""
+        return self._boxes.get(setting.runtime) if setting.server == OURS and setting.architecture != "simple" else None
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_s < RENEW_S:
@@ -233,6 +253,8 @@ class Nodes:
         for node in (self._near, self._far):
             if node is not None:
                 self._bench.renew(node.launched)
+        for box in self._boxes.values():
+            self._bench.renew(box.launched)
 
 
 @contextlib.contextmanager
@@ -244,20 +266,24 @@ def standing(bench: Bench, all_settings: Sequence[Setting], meter: PartyMeter) -
     """
     near_settings = [setting for setting in all_settings if not setting.far]
     far_settings = [setting for setting in all_settings if setting.far]
-    served = any(setting.server == OURS and setting.architecture != "simple" for setting in all_settings)
+    served = {s.runtime: None for s in all_settings if s.server == OURS and s.architecture != "simple"}
     with contextlib.ExitStack() as stack:
         why_not = netns.available() if far_settings else ""
         joined = stack.enter_context(links.joined(bench.link)) if far_settings and not why_not else None
-        server = _server(bench, joined.near if joined else "127.0.0.1") if served else ()
-        near = stack.enter_context(_standing(bench, "server", bench.near, _applications(bench, near_settings), server=server))
+        host, boxes = joined.near if joined else "127.0.0.1", dict[str, Box]()
+        if bench.apart is not None:
+            boxes = {runtime: stack.enter_context(boxed(bench, runtime, bench.apart, joined)) for runtime in served}
+        server = _server(bench, host) if served and bench.apart is None else ()
+        near_specs = _applications(bench, near_settings, boxes)
+        near = stack.enter_context(_standing(bench, "server", bench.near, near_specs, server=server))
         far = None
         if far_settings:
             assert bench.far is not None
-            far_specs = [spec.at(near.ready.endpoints) for spec in _applications(bench, far_settings)]
+            far_specs = [spec.at(near.ready.endpoints) for spec in _applications(bench, far_settings, boxes)]
             network = f"netns:{joined.namespace}" if joined else "host"
             far = stack.enter_context(_standing(bench, "client", bench.far, far_specs, network=network))
         note = f"The distributed ones measured over loopback, not over a second network stack: {why_not}." if why_not else ""
-        yield Nodes(bench, near, far, meter, Crossing(joined) if joined else None, note)
+        yield Nodes(bench, near, far, meter, Crossing(joined) if joined else None, note, boxes)
 
 
 def _server(bench: Bench, host: str) -> tuple[str, ...]:
@@ -266,7 +292,7 @@ def _server(bench: Bench, host: str) -> tuple[str, ...]:
     return (*command.argv, "--shared-memory=on")
 
 
-def _applications(bench: Bench, some: Sequence[Setting]) -> list[StandingSpec]:
+def _applications(bench: Bench, some: Sequence[Setting], boxes: Mapping[str, Box]) -> list[StandingSpec]:
     """Return the applications that some settings need, each once."""
     found: dict[str, StandingSpec] = {}
     contenders = {contender.name: contender for contender in bench.contenders}
@@ -278,6 +304,8 @@ def _applications(bench: Bench, some: Sequence[Setting]) -> list[StandingSpec]:
             target, model = f"simple:{bench.model}", ""
         elif setting.server == OURS:
             target, model = doors[setting.transport], bench.name
+            if (box := boxes.get(setting.runtime)) is not None:
+                target = target.format(**(box.far if setting.far else box.near))
         else:
             contender = contenders[setting.server]
             target, model = contender.targets[setting.transport], contender.model

@@ -37,7 +37,7 @@ def trials_of(
     asked: Iterable[Asked],
     *,
     prepare_model_s: Callable[[Setting], Sequence[float]],
-    server_start_s: float,
+    server_start_s: Callable[[Setting], float],
     make_trial: Callable[..., Trial],
     seed: int,
     note: Callable[[Setting], str],
@@ -56,8 +56,8 @@ def trials_of(
         metrics = metrics_of(cells) | {"prepare_model_s": summarize(prepare_model_s(setting))}
         if fresh and setting in fresh:
             metrics |= _memory(fresh[setting])
-        if setting.architecture != "simple" and server_start_s:
-            metrics["server_start_s"] = summarize([server_start_s])
+        if start_s := server_start_s(setting):
+            metrics["server_start_s"] = summarize([start_s])
         made.append(
             make_trial(
                 source="sweep",
@@ -143,6 +143,8 @@ def row_of(asked: Asked) -> dict[str, float]:
             found["forwarder_memory_bytes"] = crossed.forwarder_memory_bytes
     if asked.compute_s:
         found["queue_s"], found["compute_s"] = asked.queue_s, asked.compute_s
+    if asked.lease_memory_bytes:
+        found["server_lease_memory_bytes"] = asked.lease_memory_bytes
     if use.gpu_memory_bytes:
         found["gpu_busy"], found["gpu_busy_max"], found["gpu_busy_min"] = use.gpu_busy, use.gpu_busy_max, use.gpu_busy_min
         found["gpu_memory_bytes"] = use.gpu_memory_bytes

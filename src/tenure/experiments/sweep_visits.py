@@ -32,6 +32,7 @@ def added(visits: Sequence[Asked]) -> Asked:
         use=_use([each.use for each in visits]),
         queue_s=per_request("queue_s"),
         compute_s=per_request("compute_s"),
+        lease_memory_bytes=max(each.lease_memory_bytes for each in visits),
         crossed=_crossed([each.crossed for each in visits if each.crossed is not None], visits),
     )
 
