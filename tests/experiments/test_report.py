@@ -46,6 +46,8 @@ class Ledger:
     def follow(self, cite):
         if "ratio" in cite:
             pairs = zip(*(self.trials[cite[one]]["curves"][cite["ratio"]] for one in ("trial", "against")), strict=True)
+            if cite.get("part") == "mean":
+                return statistics.fmean(one / other for one, other in pairs)
             logs = [math.log(one / other) for one, other in pairs]
             return math.exp(statistics.median((a + b) / 2 for i, a in enumerate(logs) for b in logs[i:]))
         if "trial" in cite:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tenure.decide.bottleneck import Bottleneck, find_bottlenecks, is_closed, is_twin, repeat_error
 from tenure.decide.goal_answer import Answer, answer, percentile_at_most
+from tenure.decide.repeats import Paired, errors, in_words, paired_with_first
 from tenure.decide.stations import OURS
 from tenure.experiments.bench_figures import bench_figures, in_order, setting
 from tenure.experiments.bench_tables import asked_again, bottleneck_table, open_table, setting_tables, table_two
@@ -43,6 +44,8 @@ class Experiment:
     answers: tuple[Answer, ...]
     bottlenecks: Mapping[str, Bottleneck]
     """By trial."""
+    pairs: tuple[Paired, ...]
+    """Settings held against the first of their batch."""
 
     @property
     def best(self) -> Trial | None:
@@ -67,6 +70,7 @@ def find_experiment(rows: Rows, stage: Stage) -> Experiment | None:
         opened=tuple(trial for trial in found if trial.configuration.get("load", "closed") != "closed"),
         goals=goals,
         answers=tuple(answer(goal, found) for goal in goals),
+        pairs=paired_with_first(found),
         bottlenecks={
             one.trial: one for one in find_bottlenecks(found, near_cores=near + apart, far_cores=far, server_cores=apart)
         },
@@ -90,7 +94,7 @@ def bench_blocks(rows: Rows, stage: Stage) -> list[Block]:
     blocks += [{"kind": "heading", "text": "Where the time, the cores and the memory go"}, *drawn[2:]] if drawn[2:] else []
     blocks += _heading("What bounds each setting", bottleneck_table(rows, trials, experiment.bottlenecks))
     blocks += _heading("Open load: the rate is given, latency is the answer", open_table(rows, experiment.opened))
-    blocks += _heading("All settings", setting_tables(rows, trials))
+    blocks += _heading("All settings", setting_tables(rows, trials, experiment.pairs))
     return blocks + _how_measured(rows, stage, experiment)
 
 
@@ -107,6 +111,8 @@ def bench_data(rows: Rows, stage: Stage) -> dict[str, Any]:
             ],
             "bottlenecks": list(experiment.bottlenecks.values()),
             "repeat_error": repeat_error(trials),
+            "paired": list(experiment.pairs),
+            "standard_errors": errors(experiment.pairs),
         }
     )
     return plain
@@ -307,6 +313,9 @@ def _how_measured(rows: Rows, stage: Stage, experiment: Experiment) -> list[Bloc
         blocks.append({"kind": "text", "text": text})
     else:
         blocks.append({"kind": "small", "text": "No setting was measured twice: the machine's own repeat error is not known."})
+    if (sure := errors(experiment.pairs)) is not None:
+        sentence = in_words(sure)
+        blocks.append({"kind": "text", "text": f"{sentence[0].upper()}{sentence[1:]}. All are of {many} repeats."})
     others = sorted({name for trial in trials if (name := str(trial.configuration.get("server", OURS))) != OURS})
     if others:
         near = _leased_cores(rows, stage, "server")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tenure.decide.bottleneck import STAGES, Bottleneck
+from tenure.decide.repeats import Paired
 from tenure.decide.stations import OURS
 from tenure.experiments.bench_figures import in_order, setting, shown_modes
 from tenure.experiments.report_cite import Cell, Rows, make_table, metrics_present, text_cell, words
@@ -183,9 +184,14 @@ def open_table(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
     return [make_table("Open load", columns, table, most=_MOST, folded=len(table) > _FOLD_ABOVE)] if table else []
 
 
-def setting_tables(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
-    """Return all metrics of all settings under closed load, in tables of a few columns."""
-    blocks = []
+def setting_tables(rows: Rows, trials: Sequence[Trial], pairs: Sequence[Paired] = ()) -> list[Block]:
+    """Return all metrics of all settings under closed load, in tables of a few columns.
+
+    pairs: settings held against the first of their batch; the first table has them as a column.
+    """
+    blocks: list[Block] = []
+    held = {pair.trial: rows.paired(pair) for pair in pairs}
+    firsts = {pair.against for pair in pairs}
     for title, order in _TABLES:
         metrics = metrics_present(trials, order)
         table = [
@@ -194,6 +200,10 @@ def setting_tables(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
         ]
         if metrics and table:
             columns = ["setting", "trial", *(words(metric) for metric in metrics)]
+            if held and not blocks:
+                columns.append("÷ the first of its batch ± standard error")
+                for trial, row in zip(trials, table, strict=True):
+                    row.append(held.get(trial.id, text_cell("the first" if trial.id in firsts else "–")))
             blocks.append(make_table(title, columns, table, most=_MOST, folded=len(table) > _FOLD_ABOVE))
     return blocks
 

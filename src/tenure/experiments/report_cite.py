@@ -4,7 +4,8 @@ A cell is ``{"value", "text", "cite"}``, with ``"error"`` (standard error) and `
 Nothing in a report holds a measured number that did not come through `Rows`, so a reader can follow every one back:
 
     {"trial": id, "metric": name}                     mean of the trial's summary; with "part": that part of it instead
-    {"trial": id, "against": id, "ratio": curve}      typical ratio of two trials' curves, repeat by repeat (decide.intervals)
+    {"trial": id, "against": id, "ratio": curve}      typical ratio of two trials' curves, repeat by repeat (decide.intervals);
+                                                      with "part": "mean", the mean of the ratios by repeat (decide.repeats)
     {"trial": id, "curve": name, "index": i}          one point of a curve
     {"trial": id, "configuration": factor}            level of a factor
     {"recommendation": id, "candidate": k, "metric": name, "part": "value" | "low" | "high"}    k = -1: the chosen one
@@ -24,6 +25,7 @@ from functools import reduce
 from typing import Any
 
 from tenure.decide.bottleneck import rate_ratio
+from tenure.decide.repeats import Paired
 from tenure.errors import NotFound
 from tenure.events import Event
 from tenure.jobs import Job
@@ -107,6 +109,12 @@ class Rows:
         text = f"{found.value:.2f}× ({found.low:.2f}–{found.high:.2f})"
         cite = {"trial": trial.id, "against": against.id, "ratio": "images_per_s"}
         return {"value": found.value, "text": text, "cite": cite}
+
+    def paired(self, pair: Paired) -> Cell:
+        """Return the mean ratio of a setting to the first of its batch, with its standard error relative to it."""
+        cite = {"trial": pair.trial, "against": pair.against, "ratio": "images_per_s", "part": "mean"}
+        text = f"{pair.mean:.3f}× ± {pair.standard_error:.2%}"
+        return {"value": pair.mean, "error": pair.standard_error * pair.mean, "n": pair.repeats, "text": text, "cite": cite}
 
     def factor(self, trial: Trial, name: str) -> Cell:
         """Return the level of one factor."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tenure.decide.repeats import errors, in_words, paired_with_first
 from tenure.errors import Refused, SpecError, Unavailable
 from tenure.experiments import netns
 from tenure.experiments.contenders import find_contenders
@@ -270,7 +271,8 @@ def _closing(trials: Sequence[Trial]) -> str:
     found = best.metrics["images_per_s"]
     factors = best.configuration
     what = " ".join(str(factors[name]) for name in ("architecture", "transport", "interaction") if factors[name] != "none")
+    told = errors(paired_with_first(trials))
     return (
         f"{len(trials)} settings, {found.n} repeats, every answer right; fastest: {what}, batch {factors['batch']}, from "
-        f"{factors['data']}: {found.mean:,.1f} ± {found.standard_error:.1f} images/s"
+        f"{factors['data']}: {found.mean:,.1f} ± {found.standard_error:.1f} images/s{f'; {in_words(told)}' if told else ''}"
     )
