@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tenure.experiments.context import Display, RunContext
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import ForegroundSpec, Listening
+    from tenure.experiments.foreground_image import ImageRun
 
 LIBRARIES = ("tenure", "numpy", "scipy", "scikit-learn", "onnxruntime", "onnx")
 """Versions of these belong to every trial."""
@@ -110,6 +111,26 @@ def serve_model(spec: ForegroundSpec, *, home: Path, display: Display, listening
         text, why = job_file_of(spec, _node(client))
         source = spec.model.absolute()
         run, jobs = new_run(text, source=source, run_id=new_id("r"), now_s=SystemClock().utc_s())
+        context = _context(client, home, run, display=display)
+        context.listening = listening
+        context.close_step("serve", "envelope", why)
+        return run_stages(context, jobs)
+
+
+def run_image(asked: ImageRun, *, home: Path, display: Display, listening: Callable[[Listening], None]) -> Outcome:
+    """Run an image under a lease of its own until it is interrupted, or its program ends. See `experiments.foreground_image`.
+
+    listening: told once what is served where, of an image whose door is v2. Raises NotFound, SpecError, Refused.
+    """
+    from tenure.experiments.flow import new_run, run_stages
+    from tenure.experiments.foreground import check_ports
+    from tenure.experiments.foreground_image import image_job_file
+
+    if asked.image.manifest.door:
+        check_ports(asked.place)
+    with broker(home) as client:
+        text, why = image_job_file(asked, _node(client))
+        run, jobs = new_run(text, source=asked.image.folder, run_id=new_id("r"), now_s=SystemClock().utc_s())
         context = _context(client, home, run, display=display)
         context.listening = listening
         context.close_step("serve", "envelope", why)

@@ -36,6 +36,8 @@ class Command:
     """`host`, or `netns:NAME` for an existing network namespace."""
     ports: Mapping[str, int] = field(default_factory=dict)
     """Named ports the command listens on, e.g. ``{"http": 8000}``; endpoints are made of them."""
+    announces: bool = True
+    """It writes ``endpoints.json`` itself once it listens; False: a port that it names counts once something answers there."""
     secrets: tuple[str, ...] = ()
     """Names of environment variables handed through from the submitter, never stored."""
     runtime: RuntimeName = "process"

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tenure.experiments.context import Display
     from tenure.experiments.flow import Outcome
     from tenure.experiments.foreground import Listening
+    from tenure.experiments.foreground_image import ImageRun
     from tenure.experiments.replaying import Replayed
     from tenure.jobs import ServerOptions
     from tenure.serve.load.plan import LoadPlan
@@ -111,6 +112,21 @@ def serve(
 
     spec = ForegroundSpec(model=Path(model), **options)
     return app.serve_model(spec, home=app.find_home(home), display=display or SilentDisplay(), listening=listening)
+
+
+def run_image(
+    asked: ImageRun,
+    *,
+    home: Home = None,
+    display: Display | None = None,
+    listening: Callable[[Listening], None] = lambda _: None,
+) -> Outcome:
+    """Run an image under a lease of its own, until Ctrl-C or its program's end. It blocks.
+
+    listening: told once what is served where, of an image that serves a model. Returns the outcome, also of a program that
+    ended by itself (`outcome.failed`). Raises NotFound, SpecError, Refused.
+    """
+    return app.run_image(asked, home=app.find_home(home), display=display or SilentDisplay(), listening=listening)
 
 
 def triton_repository(

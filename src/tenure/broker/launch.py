@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tenure.wire import GangMember, LeaseView, RequestGang
 
 ENDPOINTS_MAX_S = 60.0
 START_MAX_S = 60.0
+_ANSWER_S = 1.0
 
 
 class BrokerLaunch:
@@ -67,7 +69,8 @@ class BrokerLaunch:
                 self.release_all(why="it did not start in time")
                 raise Unavailable(f"{request.name} (lease {lease.id}) was granted but did not start in {START_MAX_S:g} s")
         launched = BrokerLaunched(self._client, self._files, view, request, went_on=self.lease_ids.append)
-        launched.wait_listening(ENDPOINTS_MAX_S)
+        emulated = request.command.runtime == "microvm"  # it may be, and is then several times slower
+        launched.wait_listening(ENDPOINTS_MAX_S * (5 if emulated else 1))
         return launched
 
     def release_all(self, why: str = "the launching command is over") -> None:
@@ -105,12 +108,15 @@ class BrokerLaunched:
         lease, files = view.lease, self._files
         self._view = view
         self.lease_id = lease.id
+        self._heard: dict[str, str] = {}
         self.worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
         self.log_path = files.logs(lease.stage) / f"{lease.worker}.{lease.attempt}.log"
 
     @property
     def endpoints(self) -> Mapping[str, str]:
-        """See Launched; empty until the command has written ``endpoints.json``."""
+        """See Launched; empty until the command has written ``endpoints.json``, or its ports answer."""
+        if not self._request.command.announces:
+            return self._answering()
         try:
             found = json.loads((self.worker_dir / "endpoints.json").read_bytes())
         except (FileNotFoundError, ValueError):
@@ -121,6 +127,13 @@ class BrokerLaunched:
         if self._request.command.runtime == "container":  # inside it listens on everything; outside that is our loopback
             addresses = {name: address.replace("0.0.0.0:", "127.0.0.1:") for name, address in addresses.items()}
         return addresses
+
+    def _answering(self) -> Mapping[str, str]:
+        """Return the ports at which somebody has answered; once they did they stay."""
+        for name, port in self._request.command.ports.items():
+            if name not in self._heard and port_answers(port):
+                self._heard[name] = f"127.0.0.1:{port}"
+        return dict(self._heard)
 
     def wait_listening(self, timeout_s: float) -> None:
         """Return once every port the command names has an endpoint. Raises JobFailed when it ends or takes longer."""
@@ -174,3 +187,19 @@ class BrokerLaunched:
         return Exit(
             kind=ExitKind.FAILED, witness=f"lease ended {lease.end_reason}: {lease.end_detail}", ended_at_s=lease.ended_at_s
         )
+
+
+def port_answers(port: int) -> bool:
+    """Return whether a program is behind a port of 127.0.0.1.
+
+    A connection alone says nothing: who forwards to a virtual machine or a container accepts for it. So it is spoken to; what
+    answers, or holds on to the connection, is there.
+    """
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=_ANSWER_S) as line:
+            line.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return bool(line.recv(1))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False

@@ -95,9 +95,14 @@ def server_command(
     name: of a single model; empty: its file's stem. ports: transport -> port, 0 for any free one; what is left out is off.
     """
     wanted = {"http": 0, "grpc": 0} if ports is None else dict(ports)
-    options = options or ServerOptions()
+    flags = server_flags(wanted, options or ServerOptions())
+    argv = (sys.executable, "-m", "tenure.serve", f"--model={model}", *([f"--name={name}"] if name else []), *flags)
+    return Command(argv=argv, ports=wanted, grace_s=DRAIN_S + LEAVE_S)
+
+
+def server_flags(wanted: Mapping[str, int], options: ServerOptions) -> tuple[str, ...]:
+    """Return what a server is told of its ports and options. wanted: as `ports` above."""
     given = {
-        "name": name,
         "host": options.host,
         **{f"{transport}-port": str(wanted.get(transport, "off")) for transport in TRANSPORTS},
         "memory-budget": format_bytes(options.memory_budget_bytes) if options.memory_budget_bytes else "",
@@ -107,9 +112,7 @@ def server_command(
         "max-delay-ms": f"{options.max_delay_s * 1e3:g}" if options.max_delay_s else "",
         "grace-s": f"{DRAIN_S:g}",
     }
-    flags = (f"--{flag}={value}" for flag, value in given.items() if value)
-    argv = (sys.executable, "-m", "tenure.serve", f"--model={model}", *flags)
-    return Command(argv=argv, ports=wanted, grace_s=DRAIN_S + LEAVE_S)
+    return tuple(f"--{flag}={value}" for flag, value in given.items() if value)
 
 
 def measure_serving(

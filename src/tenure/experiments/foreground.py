@@ -15,7 +15,7 @@ import math
 import re
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def job_file_of(spec: ForegroundSpec, node: Node) -> tuple[str, str]:
 
     Raises Refused when nothing of the node is free.
     """
-    envelope, why = _envelope(spec, node)
+    envelope, why = envelope_of(spec, node)
     name = re.sub(r"[^a-z0-9._-]+", "-", spec.model.absolute().stem.lower()).lstrip("._-")[:63] or "model"
     job = Job(
         kind="serve",
@@ -161,7 +161,8 @@ def job_file_of(spec: ForegroundSpec, node: Node) -> tuple[str, str]:
     return format_job_file(JobFile(name=name, tenant="default", stages=(job,))), why
 
 
-def _envelope(spec: ForegroundSpec, node: Node) -> tuple[Envelope, str]:
+def envelope_of(spec: ForegroundSpec, node: Node) -> tuple[Envelope, str]:
+    """Return the envelope of what is served on this node, and a sentence on where it comes from. Raises Refused."""
     free_cpus = round(node.capacity.cpus - node.held_cpus, 3)
     free_bytes = node.capacity.memory_bytes - node.held_memory_bytes
     if not spec.cpus and free_cpus < 0.01:
@@ -182,16 +183,17 @@ def _envelope(spec: ForegroundSpec, node: Node) -> tuple[Envelope, str]:
     return envelope, " and ".join(chosen) or "as asked for"
 
 
-def look(lease_id: str, endpoints: Mapping[str, str], path: Path) -> Listening:
+def look(lease_id: str, endpoints: Mapping[str, str], names: Sequence[str]) -> Listening:
     """Ask a server that listens what it offers, through the public client. A model that does not answer says why."""
-    address = reachable(endpoints["http"])
-    names = list(ModelFiles(path).scan())
+    address = reachable(endpoints["http"]) if names else ""
     models = tuple(_look_at(address, name) for name in names[:MAX_TOLD])
     return Listening(lease_id=lease_id, endpoints=dict(endpoints), models=models)
 
 
 def answered(endpoints: Mapping[str, str]) -> str:
     """Return how many requests a server has answered and how many failed, for people; empty when it does not say."""
+    if "http" not in endpoints:
+        return ""
     client = http.client.HTTPConnection(reachable(endpoints["http"]), timeout=2.0)
     try:
         client.request("GET", "/v2/models/stats")

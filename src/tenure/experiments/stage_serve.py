@@ -29,6 +29,8 @@ from tenure.experiments.architectures import (
 )
 from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.foreground import Listening, answered, look
+from tenure.experiments.foreground_image import served_names
+from tenure.experiments.image_command import free_port, image_command, is_image
 from tenure.experiments.stage_search import run_search
 from tenure.experiments.stage_sweep import run_sweep
 from tenure.experiments.sweep_boxes import free_port
@@ -40,6 +42,7 @@ from tenure.recommend.serving import ServeTunable
 from tenure.recommend.tune import tune
 from tenure.resources import Envelope, show_bytes
 from tenure.serve.client import Model
+from tenure.serve.repository import ModelFiles
 from tenure.trials import Candidate, Configuration, Recommendation, Trial
 
 BATCHES = (1, 8, 32)
@@ -275,8 +278,17 @@ def _candidate(trial: Trial) -> bool:
     return trial.configuration.get("architecture") != "distributed"
 
 
+def _names(job: Job, model: Path, server: Launched) -> Sequence[str]:
+    """Return the names of the models that are served; of an image, whatever the server says, none without a door."""
+    if not is_image(job):
+        return list(ModelFiles(model).scan())
+    return served_names(server.endpoints["http"]) if "http" in server.endpoints else ()
+
+
 def _server(context: RunContext, job: Job, model: Path) -> Command:
     """Return the server's command: both doors, on the job file's ports, with its environment. Raises SpecError."""
+    if is_image(job):
+        return image_command(job)
     doors = dict.fromkeys(TRANSPORTS, 0)
     if unknown := set(job.ports) - set(doors):
         raise SpecError(f"stage {job.name}: a server has no port {sorted(unknown)[0]!r}; it has: {', '.join(doors)}")
@@ -299,13 +311,14 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     server = _started(context, job, model, envelope)
     where = ", ".join(f"{name}://{address}" for name, address in server.endpoints.items())
     what = context.run.name if context.listening is None else str(model)
-    context.close_step(job.name, "lease", f"serving {what} at {where}; Ctrl-C ends the lease")
-    if context.listening is not None:
-        _tell(context, job, look(server.lease_id, server.endpoints, model))
-    context.step(job.name, "serve", envelope.describe())
+    doing = f"serving {what} at {where}" if where else f"running {what}"
+    context.close_step(job.name, "lease", f"{doing}; Ctrl-C ends the lease")
     told = ""
     try:
-        ended = _held(context, server, envelope, f"serving {what} at {where}")
+        if context.listening is not None:
+            _tell(context, job, look(server.lease_id, server.endpoints, _names(job, model, server)))
+        context.step(job.name, "serve", envelope.describe())
+        ended = _held(context, server, envelope, doing)
     except KeyboardInterrupt:
         if context.listening is None:
             raise
@@ -315,16 +328,18 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
             ended = server.stop()
     if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
         raise JobFailed(
-            f"stage {job.name}: the server at {where} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
+            f"stage {job.name}: {doing} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
             reason=str(ended.kind),
         )
     if context.listening is not None and (ended.result or {}).get("drained") is False:
         raise JobFailed(f"stage {job.name}: some requests that the server had accepted were not answered within {DRAIN_S:g} s")
     held_s = ended.ended_at_s - ended.started_at_s
-    line = f"served at {where} for {held_s:.1f} s; ended {ended.kind}{told}"
+    line = f"{f'served at {where}' if where else 'ran'} for {held_s:.1f} s; ended {ended.kind}{told}"
     if (used := ended.usage) is not None:
         line += f"; {used.cpu_s:.1f} CPU-s, peak memory {show_bytes(used.peak_memory_bytes)} of {envelope.describe()}"
     context.close_step(job.name, "serve", line)
+    if is_image(job) and "http" not in server.endpoints and ended.log_tail:
+        context.close_step(job.name, "output", ended.log_tail)
 
 
 def _started(context: RunContext, job: Job, model: Path, envelope: Envelope) -> Launched:
