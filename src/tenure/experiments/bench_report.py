@@ -20,7 +20,7 @@ from tenure.decide.goal_answer import Answer, answer, percentile_at_most
 from tenure.decide.repeats import Paired, errors, in_words, paired_with_first
 from tenure.decide.stations import OURS
 from tenure.experiments.bench_figures import bench_figures, in_order, setting
-from tenure.experiments.bench_tables import asked_again, bottleneck_table, open_table, setting_tables, table_two
+from tenure.experiments.bench_tables import asked_again, bottleneck_table, forecast_table, open_table, setting_tables, table_two
 from tenure.experiments.machine_load import DISTURBED_CORES
 from tenure.experiments.report_cite import Cell, Rows, make_table, show, text_cell, words
 from tenure.jobs import ServeGoal
@@ -93,6 +93,7 @@ def bench_blocks(rows: Rows, stage: Stage) -> list[Block]:
     blocks += table_two(rows, trials, experiment.best)
     blocks += [{"kind": "heading", "text": "Where the time, the cores and the memory go"}, *drawn[2:]] if drawn[2:] else []
     blocks += _heading("What bounds each setting", bottleneck_table(rows, trials, experiment.bottlenecks))
+    blocks += _heading("The link: foretold, and measured", forecast_table(rows, trials))
     blocks += _heading("Open load: the rate is given, latency is the answer", open_table(rows, experiment.opened))
     blocks += _heading("All settings", setting_tables(rows, trials, experiment.pairs))
     return blocks + _how_measured(rows, stage, experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ from tenure.decide.bottleneck import STAGES, Bottleneck
 from tenure.decide.repeats import Paired
 from tenure.decide.stations import OURS
 from tenure.experiments.bench_figures import in_order, setting, shown_modes
-from tenure.experiments.report_cite import Cell, Rows, make_table, metrics_present, text_cell, words
+from tenure.experiments.report_cite import Cell, Rows, make_table, metrics_present, show, text_cell, words
+from tenure.experiments.sweep_forecast import CURVE
 from tenure.trials import Trial
 
 Block = dict[str, Any]
 _FOLD_ABOVE = 12
+_FORETOLD = re.compile(r"Foretold bound: ([a-z ]+)\.")
 _MOST = 400
 _PARTIES = (("server", "Server, all of it"), ("recogniser", "Recogniser"), ("client", "Client part"), ("app", "Application"))
 _TABLES: Sequence[tuple[str, Sequence[str]]] = (
@@ -171,6 +174,31 @@ def bottleneck_table(rows: Rows, trials: Sequence[Trial], found: Mapping[str, Bo
     ]
     title = "What bounds each setting"
     return [make_table(title, columns, table, most=_MOST, folded=len(table) > _FOLD_ABOVE)] if table else []
+
+
+def forecast_table(rows: Rows, trials: Sequence[Trial]) -> list[Block]:
+    """Return what was foretold over the declared link beside what was measured over it; none without forecasts."""
+    table: list[list[Cell]] = []
+    for trial in (trial for trial in trials if CURVE in trial.curves):
+        value, low, high = trial.curves[CURVE]
+        told = [
+            {"value": one, "text": show("images_per_s", one), "cite": {"trial": trial.id, "curve": CURVE, "index": index}}
+            for index, one in enumerate((value, low, high))
+        ]
+        mean = trial.metrics["images_per_s"].mean
+        bound = _FORETOLD.search(trial.note)
+        off = f"{value / mean - 1:+.0%}, {'inside' if low <= mean <= high else 'outside'}" if mean else "–"
+        cells = [text_cell(setting(trial.configuration)), *told, text_cell(bound[1] if bound else "–")]
+        table.append([*cells, rows.trial(trial, "images_per_s"), text_cell(off)])
+    if not table:
+        return []
+    text = (
+        "Foretold from the microservice's settings of the same transport, batch and data, the bytes of request and answer, and "
+        "what TCP allows (docs/links.md). There application and server share the server's node, here each has its own: where "
+        "the microservice fills its cores, more than foretold may come."
+    )
+    columns = ["setting", "foretold", "low", "high", "bounded by", "measured", "foretold is off by; the measured lies"]
+    return [{"kind": "text", "text": text}, make_table("Images/s over the declared link", columns, table)]
 
 
 def open_table(rows: Rows, trials: Sequence[Trial]) -> list[Block]:

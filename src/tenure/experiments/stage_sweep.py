@@ -14,11 +14,12 @@ import numpy as np
 
 from tenure.decide.repeats import errors, in_words, paired_with_first
 from tenure.errors import Refused, SpecError, Unavailable
-from tenure.experiments import netns
+from tenure.experiments import links, netns
 from tenure.experiments.contenders import find_contenders
 from tenure.experiments.context import RunContext
 from tenure.experiments.following import show_time
-from tenure.experiments.sweep import Contender, Setting, settings
+from tenure.experiments.sweep import Contender, Setting, places, settings
+from tenure.experiments.sweep_forecast import with_forecasts
 from tenure.experiments.sweep_nodes import Bench
 from tenure.experiments.sweep_run import measure_sweep
 from tenure.jobs import Job
@@ -49,6 +50,8 @@ class Prepared:
     examples: Examples
     fixed_batch: int
     """0: any."""
+    answer_bytes: int
+    """Of one image: all outputs of the model."""
     skipped: tuple[str, ...] = ()
     """Pictures that can't be decoded, each with its reason."""
 
@@ -57,6 +60,7 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
     """Run the stage; return its trials, which are recorded. Raises JobFailed, Refused or SpecError with the reason."""
     assert job.sweep is not None
     bench, planned = assemble(context, job, model, contenders=contenders)
+    sweep, x = job.sweep, np.load(bench.examples.inputs, mmap_mode="r")
     least_s = len(planned) * job.sweep.repeats * job.sweep.visits * job.sweep.cell_s
     within = f", but begins no repeat that would end after {show_time(job.sweep.max_s)}" if job.sweep.max_s else ""
     many = f"{len(planned)} settings, {job.sweep.repeats} repeats, at least {show_time(least_s)}{within}"
@@ -72,6 +76,14 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
         progress=context.progress,
         gpu=bool(context.node.machine.gpus),
         now=context.clock.boot_s,
+        foretell=lambda made: with_forecasts(
+            made,
+            bench.link,
+            image_bytes=x[:1].nbytes,
+            answer_bytes=bench.answer_bytes,
+            in_flight=lambda batch: places(sweep, batch),
+            tcp=links.tcp,
+        ),
     )
     context.close_step(job.name, "measure", _closing(trials))
     return trials
@@ -115,6 +127,7 @@ def assemble(
         undisturbed=sweep.undisturbed,
         link=link,
         apart=apart,
+        answer_bytes=prepared.answer_bytes,
     )
     return bench, planned
 
@@ -180,7 +193,7 @@ def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) ->
             raise SpecError("an experiment needs inputs.images, a folder of pictures, or inputs.x, an .npy file of examples")
         if x.nbytes > MAX_EXAMPLES_BYTES:
             raise SpecError(f"{len(x)} examples take {x.nbytes} bytes; at most {MAX_EXAMPLES_BYTES}: lower sweep.images")
-        expected = _answers(alone, x, fixed)
+        expected, answer_bytes = _answers(alone, x, fixed)
     np.save(folder / "x.npy", x)
     np.save(folder / "expected.npy", expected)
     examples = Examples(
@@ -192,7 +205,7 @@ def prepare(model: Path, inputs: dict[str, Path], sweep: Sweep, folder: Path) ->
         size=sweep.size,
         metadata=metadata,
     )
-    return Prepared(examples=examples, fixed_batch=fixed, skipped=tuple(skipped))
+    return Prepared(examples=examples, fixed_batch=fixed, answer_bytes=answer_bytes, skipped=tuple(skipped))
 
 
 def _how(metadata: ModelMetadata, sweep: Sweep) -> Preparation:
@@ -203,18 +216,19 @@ def _how(metadata: ModelMetadata, sweep: Sweep) -> Preparation:
         raise SpecError(f"{error} (--normalise, --size; in a job file sweep.normalise, sweep.size)") from error
 
 
-def _answers(model: Model, x: Any, fixed: int) -> Any:
-    """Return the answers in this process: labels where the model gives some, else its first output."""
-    rows = fixed or CHECK_ROWS
+def _answers(model: Model, x: Any, fixed: int) -> tuple[Any, int]:
+    """Return the answers in this process, labels where the model gives some, else its first output; and all outputs' bytes."""
+    rows, size_bytes = fixed or CHECK_ROWS, 0
     parts: list[Any] = []
     for start in range(0, len(x), rows):
         part = np.ascontiguousarray(x[start : start + rows])
         if fixed and len(part) < fixed:
             part = np.concatenate([part, np.zeros((fixed - len(part), *part.shape[1:]), part.dtype)])
         answers, _ = model.predict_timed(part)
+        size_bytes = sum(array.nbytes for array in answers.values()) // len(part)
         whole = [array for array in answers.values() if array.dtype.kind in "iu"]
         parts.append((whole or list(answers.values()))[0][: len(x) - start])
-    return np.concatenate(parts)
+    return np.concatenate(parts), size_bytes
 
 
 def envelopes(node: Node, sweep: Sweep) -> tuple[Envelope, Envelope | None, Envelope | None]:

@@ -172,9 +172,12 @@ def order(all_settings: Sequence[Setting], sweep: Sweep, seed: int) -> Iterator[
 
 def in_flight(sweep: Sweep, setting: Setting) -> int:
     """Return how many requests of a setting are on their way at once."""
-    if setting.interaction == "sync":
-        return 1
-    return min(sweep.in_flight, max(2, sweep.images_in_flight // setting.batch))
+    return 1 if setting.interaction == "sync" else places(sweep, setting.batch)
+
+
+def places(sweep: Sweep, batch: int) -> int:
+    """Return how many requests an asynchronous application has on their way at once."""
+    return min(sweep.in_flight, max(2, sweep.images_in_flight // batch))
 
 
 def fresh(planned: Sequence[Setting]) -> dict[Setting, Setting]:

@@ -84,6 +84,8 @@ class Bench:
     """See Sweep."""
     link: DeclaredLink = field(default_factory=DeclaredLink)
     """Between the two nodes."""
+    answer_bytes: int = 0
+    """Of one image, all outputs of the model; 0: not known."""
     apart: Envelope | None = None
     """Of each server, where servers have leases of their own; None: the server shares that of its node."""
 

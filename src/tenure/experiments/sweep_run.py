@@ -42,11 +42,13 @@ def measure_sweep(
     progress: Progress,
     gpu: bool = False,
     now: Callable[[], float] = time.monotonic,
+    foretell: Callable[[Sequence[Trial]], Sequence[Trial]] = lambda trials: trials,
 ) -> tuple[Trial, ...]:
     """Run all cells and return the trials, one per setting, each recorded.
 
     make_trial: called with source, configuration, metrics, seed, curves, note; adds what all trials share. gpu: watch the first
-    one. now: a monotonic clock. Raises JobFailed when a cell fails or gives a wrong answer, Refused without room.
+    one. now: a monotonic clock. foretell: adds to trials what others of them foretell. Raises JobFailed when a cell fails or
+    gives a wrong answer, Refused without room.
     """
     path, drawn = bench.workdir / RAW, list(order(planned, sweep, seed))
     asked = kept(path, drawn, cells=len(planned) * sweep.visits)
@@ -56,7 +58,7 @@ def measure_sweep(
         memory = measure_fresh(bench, sweep, planned, meter, progress=progress) if sweep.fresh else {}
         progress("starting the server and the applications")
         nodes = stack.enter_context(standing(bench, planned, meter))
-        trials: list[Trial] = []
+        trials: tuple[Trial, ...] = ()
         short = "broken off"
         try:
             with path.open("ab") as raw:
@@ -67,7 +69,7 @@ def measure_sweep(
             short = "no time for more"
         finally:
             whole = len(asked) // (len(planned) * sweep.visits)
-            trials = trials_of(
+            made = trials_of(
                 asked[: whole * len(planned) * sweep.visits],
                 prepare_model_s=nodes.prepare_model_s,
                 server_start_s=nodes.server_start_s,
@@ -76,9 +78,10 @@ def measure_sweep(
                 note=lambda setting: _note(setting, sweep, nodes, whole, short, resumed // (len(planned) * sweep.visits)),
                 fresh=memory,
             )
+            trials = tuple(foretell(made))
             for trial in trials:
                 record(trial)
-    return tuple(trials)
+    return trials
 
 
 def measure_fresh(
