@@ -1,0 +1,233 @@
+"""From what people name to an image: a served model, or any command, analysed, built and stored.
+
+Here since a served model is driven through its doors by the public client, and run in trees by a runtime: rooms that images
+know nothing of. Not here: what is printed (`image_verbs`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tenure.errors import JobFailed, SpecError
+from tenure.forms import Form, check_image_name
+
+if TYPE_CHECKING:
+    from tenure.closures import Closure
+    from tenure.images.answers import Enter
+    from tenure.images.build import BuildSpec, Built, Maker
+    from tenure.images.closure import Analysis, Program
+    from tenure.images.store import ImageStore, StoredImage
+
+MODEL_FOLDER = "/srv/models"
+"""Where a served model lies in its image, wherever it was."""
+HTTP_PORT, GRPC_PORT = 8000, 8001
+_ENGINES: Mapping[str, tuple[str, str]] = {
+    ".onnx": ("onnxruntime", "onnxruntime"),
+    ".skops": ("scikit-learn", "scikit-learn"),
+    ".pt2": ("torch", "torch"),
+    ".tflite": ("ai-edge-litert", "ai-edge-litert"),
+}
+"""Ending of a model's file -> name of its engine, and of its distribution."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """An image, and the analysis that it came of."""
+
+    built: Built
+    analysis: Analysis
+
+
+def makers() -> dict[Form, Maker]:
+    """Return what makes each form."""
+    from tenure.images.build import make_oci_form, make_root_form
+
+    return {Form.ROOT: make_root_form, Form.OCI: make_oci_form}
+
+
+def enter() -> Enter | None:
+    """Return how a program is run in a tree here, outside of any lease; None when it cannot be."""
+    from tenure.runtimes.rooted import root_prefix, why_no_root
+
+    return None if why_no_root() else root_prefix
+
+
+def serving_name(model: Path) -> str:
+    """Return what the image of a served model is called unless somebody says."""
+    return re.sub(r"[^a-z0-9._-]+", "-", model.absolute().stem.lower()).lstrip("._-")[:63] or "model"
+
+
+def build_serving(
+    model: Path,
+    store: ImageStore,
+    *,
+    forms: Sequence[Form],
+    name: str = "",
+    keep: Sequence[str] = (),
+    program: Program | None = None,
+    told: Say = lambda _: None,
+) -> Finished:
+    """Analyse our server with a model, and build it. program: as `imaging_serve.serving_program` gives it, changed.
+
+    Raises NotFound, SpecError, MissingExtra; what `images.closure.analyse` and `images.build.build` raise.
+    """
+    from tenure.cli.imaging_serve import serving_program
+    from tenure.experiments.foreground import check_models
+    from tenure.images.build import BuildSpec, build
+    from tenure.images.closure import analyse
+    from tenure.images.relocate import relocate
+
+    check_models(model)
+    check_image_name(name or serving_name(model))
+    program = program or serving_program(model, http_port=HTTP_PORT, grpc_port=GRPC_PORT)
+    analysis = analyse(program, say=told)
+    _refuse_failed(analysis)
+    closure, sources = relocate(analysis.closure, {str(model.absolute()): f"{MODEL_FOLDER}/{model.name}"})
+    spec = BuildSpec(
+        name=name or serving_name(model),
+        closure=closure,
+        sources=sources,
+        forms=tuple(forms),
+        ports=(HTTP_PORT, GRPC_PORT),
+        door="v2",
+        engine=_engine(model),
+        keep=tuple(keep),
+    )
+    spec = _asked_by_v2(spec, analysis.closure.program)
+    return Finished(built=build(spec, store, makers(), enter=enter(), told=told), analysis=analysis)
+
+
+def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told: Say = lambda _: None) -> Built:
+    """Build an image anew from its closure, as it is or repaired: the same name, door, ports and forms.
+
+    Raises CorruptData when a file of the closure is no longer on this machine as it was; what `images.build.build` raises.
+    """
+    from tenure.images.build import BuildSpec, build
+    from tenure.images.repair import here, sources_of
+
+    manifest, sources = image.manifest, sources_of(closure)
+    spec = BuildSpec(
+        name=manifest.name,
+        closure=closure,
+        sources={inside: Path(outside) for inside, outside in sources.items()},
+        forms=tuple(manifest.forms),
+        ports=manifest.ports,
+        door=manifest.door,
+        engine=manifest.engine,
+    )
+    program = here(closure.program, sources)
+    if manifest.door == "v2":
+        return build(_asked_by_v2(spec, program), store, makers(), enter=enter(), told=told)
+    commands = tuple(exercise.argv[2] for exercise in closure.exercises if exercise.argv[:2] == ("sh", "-c"))
+    return build(_asked_by_commands(spec, program, commands), store, makers(), enter=enter(), told=told)
+
+
+def _asked_by_v2(spec: BuildSpec, program: Sequence[str]) -> BuildSpec:
+    """Return the spec of a served model with how it is asked. program: its command as it is on this machine."""
+    from tenure.experiments.image_command import free_port
+    from tenure.images.answers import Asked
+    from tenure.images.ask_v2 import ask_v2
+
+    port = free_port()
+    # One thread, so that sums are added up in one order.
+    options = ("--host", "127.0.0.1", "--http-port", str(port), "--grpc-port", "off", "--threads", "1")
+    bare = Asked(argv=(*program, *options), env=_run_env(spec.closure), port=port, asks=(ask_v2,))
+    return replace(spec, bare=bare, inside=replace(bare, argv=(*spec.closure.program, *options)))
+
+
+def _asked_by_commands(spec: BuildSpec, program: Sequence[str], commands: Sequence[str]) -> BuildSpec:
+    """Return the spec of any program with how it is asked: by its exercises where it listens, else by running it."""
+    from tenure.images.answers import Asked
+
+    port = spec.ports[0] if spec.ports else 0
+    bare = Asked(
+        argv=tuple(program),
+        env=_run_env(spec.closure),
+        workdir=spec.closure.workdir,
+        port=port,
+        commands=tuple(commands) if port else (),
+    )
+    return replace(spec, bare=bare, inside=replace(bare, argv=spec.closure.program))
+
+
+def build_program(
+    program: Program,
+    store: ImageStore,
+    *,
+    name: str,
+    forms: Sequence[Form],
+    exercises: Sequence[str] = (),
+    ports: Sequence[int] = (),
+    keep: Sequence[str] = (),
+    told: Say = lambda _: None,
+) -> Finished:
+    """Analyse any program, and build it. exercises: those of its lives, which are asked again of what is built.
+
+    ports: those on which it listens; left out, they are looked for where there are exercises. Raises as `build_serving`.
+    """
+    from tenure.images.build import BuildSpec, build
+    from tenure.images.closure import analyse
+
+    check_image_name(name)
+    analysis = analyse(program, say=told)
+    _refuse_failed(analysis)
+    closure = analysis.closure
+    found = tuple(ports) or (_listening(closure, told) if exercises else ())
+    spec = BuildSpec(name=name, closure=closure, forms=tuple(forms), ports=found, keep=tuple(keep))
+    spec = _asked_by_commands(spec, closure.program, exercises)
+    return Finished(built=build(spec, store, makers(), enter=enter(), told=told), analysis=analysis)
+
+
+def _run_env(closure: Closure) -> dict[str, str]:
+    return {**closure.env, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _refuse_failed(analysis: Analysis) -> None:
+    """Raise JobFailed when an exercise failed: an image of half a program is none."""
+    failed = [exercise for exercise in analysis.closure.exercises if exercise.exit_code]
+    if failed:
+        said = next((finding.found for finding in analysis.findings if finding.matter == "exercise"), "")
+        one = failed[0]
+        raise JobFailed(
+            f"exercise {one.description or ' '.join(one.argv) or 'of the program alone'!r} ended with {one.exit_code}, so the "
+            f"image would lack what it needs. {said}".rstrip()
+        )
+
+
+def _listening(closure: Closure, told: Say) -> tuple[int, ...]:
+    """Run the program once more to see on which ports it listens."""
+    from tenure.images.trace import Drive, Life, live
+
+    told("looking for the ports on which it listens")
+    nothing = Drive(call=lambda _: None, description="nothing")
+    life = Life(argv=closure.program, drives=(nothing,))
+    return live(life, env=_run_env(closure), workdir=closure.workdir, trace=None).ports
+
+
+def _engine(model: Path) -> str:
+    from importlib import metadata
+
+    from tenure.serve.repository import ModelFiles
+
+    endings = {file.suffix for versions in ModelFiles(model).scan().values() for file in versions.values()}
+    found = []
+    for ending in sorted(endings & set(_ENGINES)):
+        name, distribution = _ENGINES[ending]
+        try:
+            found.append(f"{name} {metadata.version(distribution)}")
+        except metadata.PackageNotFoundError:
+            found.append(name)
+    return ", ".join(found)
+
+
+def parse_forms(text: str) -> tuple[Form, ...]:
+    """Return the forms that a list such as ``root,oci`` names. Raises SpecError."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or (unknown := [word for word in words if word not in tuple(Form)]):
+        raise SpecError(f"forms are {', '.join(Form)}, with commas between them; found {unknown[0] if words else text!r}")
+    return tuple(dict.fromkeys(Form(word) for word in words))
