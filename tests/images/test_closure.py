@@ -11,7 +11,7 @@ import pytest
 
 from tenure.closures import FileKind, Why
 from tenure.errors import NotFound, Refused, SpecError
-from tenure.images import trace
+from tenure.images import closure
 from tenure.images.closure import Program, analyse
 from tenure.images.findings import Matter
 from tenure.images.trace import Bounds, Drive, Life, MissingStrace
@@ -192,6 +192,37 @@ def test_what_cannot_be_started_is_told_before_anything_is(tmp_path, monkeypatch
         analyse(Program(argv=("true",), workdir=str(tmp_path / "x")))
     with pytest.raises(NotFound, match="to add"):
         analyse(Program(argv=("true",), workdir=str(tmp_path), add=("x",)))
-    monkeypatch.setattr(trace.shutil, "which", lambda *_, **__: None)
-    with pytest.raises(MissingStrace, match="apt-get install strace"):
-        trace.find_strace()
+
+
+@pytest.fixture
+def no_strace(monkeypatch):
+    monkeypatch.setattr(closure, "find_strace", lambda: None)
+
+
+def test_without_strace_a_python_program_is_watched_from_inside_and_the_closure_says_so(tmp_path, no_strace):
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "data.txt").write_text("x")
+    found = analysed(tmp_path, "import json, helper, ctypes\nopen('data.txt').read()\nopen('made.txt', 'w')\n")
+    assert found.closure.exercises[0].exit_code == 0
+    assert reasons(found, tmp_path / "data.txt") == {Why.OPENED}
+    assert reasons(found, tmp_path / "helper.py")
+    assert not reasons(found, tmp_path / "made.txt")
+    assert "not installed" in matters(found)[Matter.TRACE]
+    assert found.closure.system_calls == ()
+    assert not any("tenure-trace" in file.path for file in found.closure.files)
+    assert "tenure-trace" not in str(found.closure.env)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for chroot")
+def test_a_closure_made_without_strace_runs_alone_too(tmp_path, no_strace):
+    found = analysed(tmp_path, "import json, decimal, ctypes\nprint(decimal.Decimal(json.loads('2')) / 4)\n")
+    lay_out(found.closure, tmp_path / "whole")
+    chroot = shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    run = [chroot, str(tmp_path / "whole"), found.closure.program[0], str(tmp_path / "main.py")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, env=dict(found.closure.env))
+    assert done.stdout == "0.5\n", done.stderr
+
+
+def test_without_strace_what_is_no_python_is_refused(tmp_path, no_strace):
+    with pytest.raises(MissingStrace, match=r"no Python.*apt-get install strace"):
+        analyse(Program(argv=("true",), workdir=str(tmp_path)))

@@ -14,12 +14,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tenure.closures import Closure, Reason, SystemCall, Why
 from tenure.errors import NotFound, SpecError
-from tenure.images import closure_findings, closure_python
+from tenure.images import closure_findings, closure_python, trace_audit
 from tenure.images.closure_rules import Rules, own_folders
 from tenure.images.closure_tree import Tree
 from tenure.images.elf import ElfObject, find_library, read_elf
@@ -27,7 +27,7 @@ from tenure.images.findings import Finding, Matter, some
 from tenure.images.imports import Interpreter
 from tenure.images.strace import Record, StraceParser, parse
 from tenure.images.system_calls import merged, system_calls
-from tenure.images.trace import Bounds, Life, Lived, live
+from tenure.images.trace import Bounds, Life, Lived, MissingStrace, find_strace, live
 from tenure.images.trace_read import TraceReader, Watched
 
 CARRIED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TZ")
@@ -80,22 +80,30 @@ def analyse(
     argv = (find_program(program.argv, program.workdir, _search_path(program.env)), *program.argv[1:])
     env = environment(program.env)
     lives = program.lives or (Life(argv=argv),)
-    watched, lived, calls = Watched(), [], []
+    watched, lived = Watched(), []
+    calls: list[tuple[SystemCall, ...]] = []
+    with_strace = find_strace() is not None
     parser = StraceParser()
     with _folder(trace_dir) as folder:
+        hook = {} if with_strace else _hook(folder, env)
         for number, life in enumerate(lives):
             say(f"watching {' '.join(life.argv)} ({number + 1} of {len(lives)})")
-            trace = folder / f"trace.{number}"
+            trace = folder / f"trace.{number}" if with_strace else None
             run = Life(
                 argv=(find_program(life.argv, program.workdir, env["PATH"]), *life.argv[1:]),
                 drives=life.drives,
                 stop_signal=life.stop_signal,
             )
-            lived.append(live(run, env=env, workdir=program.workdir, trace=trace, bounds=bounds))
+            lived.append(live(run, env={**env, **hook}, workdir=program.workdir, trace=trace, bounds=bounds))
+            if trace is None:
+                _read_audit(folder, watched, run)
+                continue
             reader = TraceReader(watched, program.workdir)
             with open(trace, encoding="utf-8", errors="surrogateescape") as lines:
                 calls.append(system_calls(_through(parse(lines, parser), reader)))
     say("analysing libraries and modules")
+    if not with_strace:
+        lived[0] = replace(lived[0], findings=(trace_audit.LESS, *lived[0].findings))
     return _assemble(program, argv, env, watched, lived, merged(calls), parser, say, begun_s)
 
 
@@ -139,6 +147,17 @@ class _folder:
     def __exit__(self, *_: object) -> None:
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _hook(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Return what a program must find in its environment to be watched from inside."""
+    found = trace_audit.install(folder)
+    return {**found, "PYTHONPATH": ":".join(filter(None, (found["PYTHONPATH"], env.get("PYTHONPATH", ""))))}
+
+
+def _read_audit(folder: Path, watched: Watched, life: Life) -> None:
+    if not trace_audit.read_audit(folder, watched):
+        raise MissingStrace(f"{life.argv[0]} can't be watched: it is no Python that can be watched from inside, and ")
 
 
 def _through(records: Iterator[Record], reader: TraceReader) -> Iterator[Record]:

@@ -10,11 +10,11 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -24,6 +24,7 @@ from tenure.images.findings import Finding, Matter
 
 PORT_VARIABLE = "TENURE_PORT"
 """Environment of an exercise command: the first TCP port on which the program listens."""
+_PROBE_S = 20.0
 _TICK_S = 0.05
 _TAIL_BYTES = 2000
 
@@ -90,21 +91,27 @@ class Lived:
     findings: tuple[Finding, ...]
 
 
-def find_strace() -> str:
-    """Return where strace is. Raises MissingExtra."""
+def find_strace() -> str | None:
+    """Return where strace is; None when it is not installed, or this machine lets nobody trace."""
     found = shutil.which("strace")
-    if not found:
-        raise MissingStrace
-    return found
+    if found is None:
+        return None
+    probe = [found, "-f", "-qq", "-y", "-o", os.devnull, "--", found, "--version"]
+    try:
+        done = subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found if done.returncode == 0 else None
 
 
 class MissingStrace(MissingExtra):
-    """strace is not installed, or may not watch here."""
+    """strace is not installed."""
 
-    def __init__(self) -> None:
+    def __init__(self, why: str = "") -> None:
         TenureError.__init__(
             self,
-            "watching a program needs strace, which is not installed: apt-get install strace (or dnf, apk, pacman)",
+            f"{why}watching a program needs strace, which is not installed (apt-get install strace; or dnf, apk, pacman), "
+            "or may not trace here (in a container: --cap-add SYS_PTRACE)",
         )
         self.package = "strace"
 
@@ -126,10 +133,12 @@ def live(
     bounds = bounds or Bounds()
     argv = [*prefix, *life.argv]
     if trace is not None:
-        argv = [find_strace(), "-f", "-qq", "-y", "-o", str(trace), "--", *argv]
-    output = (trace or Path(workdir)).with_name(f"output.{os.getpid()}.{time.monotonic_ns()}") if trace else None
+        strace = find_strace()
+        if strace is None:
+            raise MissingStrace
+        argv = [strace, "-f", "-qq", "-y", "-o", str(trace), "--", *argv]
     with contextlib.ExitStack() as stack:
-        out: IO[bytes] | int = stack.enter_context(open(output, "wb")) if output else subprocess.DEVNULL
+        out = stack.enter_context(tempfile.NamedTemporaryFile(prefix="tenure-output-"))
         try:
             outer = subprocess.Popen(
                 argv,
@@ -143,7 +152,7 @@ def live(
         except OSError as error:
             raise SpecError(f"{argv[0]} can't be started in {workdir}: {error.strerror}") from error
         stack.callback(_end_all, outer)
-        return _Driver(life, outer, trace, output, bounds, env, workdir).run()
+        return _Driver(life, outer, trace, Path(out.name), bounds, env, workdir).run()
 
 
 class _Driver:
@@ -154,7 +163,7 @@ class _Driver:
         life: Life,
         outer: subprocess.Popen[bytes],
         trace: Path | None,
-        output: Path | None,
+        output: Path,
         bounds: Bounds,
         env: Mapping[str, str],
         workdir: str,
@@ -238,7 +247,7 @@ class _Driver:
             ports=self.ports,
             env=self.env,
             workdir=self.workdir,
-            output=self.output or Path(os.devnull),
+            output=self.output,
         )
         argv = ("sh", "-c", drive.command) if drive.command else ()
         code, said = self._command(drive.command, running) if drive.command else _called(drive, running)
@@ -324,8 +333,6 @@ class _Driver:
         return Finding(matter=Matter.EXERCISE, found=found, means=means)
 
     def _tail(self) -> str:
-        if self.output is None:
-            return ""
         with open(self.output, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
             return file.read().decode(errors="replace")
