@@ -345,3 +345,9 @@ class AsyncLineClient:
                     future.set_exception(Unavailable(f"{self._path} closed the connection"))
             if self._on_close is not None:
                 self._on_close()
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody has now; until it is bound somebody may take it."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])

@@ -129,9 +129,9 @@ def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told
 
 def _asked_by_v2(spec: BuildSpec, program: Sequence[str]) -> BuildSpec:
     """Return the spec of a served model with how it is asked. program: its command as it is on this machine."""
-    from tenure.experiments.image_command import free_port
     from tenure.images.answers import Asked
     from tenure.images.ask_v2 import ask_v2
+    from tenure.sockets import free_port
 
     port = free_port()
     # One thread, so that sums are added up in one order.

@@ -9,7 +9,6 @@ Not for: holding the lease (`stage_serve`), building (`images.build`).
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tenure.experiments.architectures import DRAIN_S, LEAVE_S, server_flags
 from tenure.forms import Form
 from tenure.images.store import read_image
 from tenure.jobs import Command, Job, RuntimeName
+from tenure.sockets import free_port
 
 RUNTIMES: Mapping[Form, RuntimeName] = {Form.ROOT: "process", Form.OCI: "container", Form.MICROVM: "microvm"}
 """Form -> the runtime that runs it."""
@@ -68,9 +68,3 @@ def image_command(job: Job) -> Command:
         image=job.image,
         announces=manifest.door == "v2" and job.runtime != "microvm",
     )
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody has now; until it is bound somebody may take it."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])

@@ -30,10 +30,9 @@ from tenure.experiments.architectures import (
 from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.foreground import Listening, answered, look
 from tenure.experiments.foreground_image import served_names
-from tenure.experiments.image_command import free_port, image_command, is_image
+from tenure.experiments.image_command import image_command, is_image
 from tenure.experiments.stage_search import run_search
 from tenure.experiments.stage_sweep import run_sweep
-from tenure.experiments.sweep_boxes import free_port
 from tenure.jobs import Command, Job, ServeGoal
 from tenure.leases import LeaseState
 from tenure.protocols import Exit, ExitKind, Launched, LaunchRequest
@@ -43,6 +42,7 @@ from tenure.recommend.tune import tune
 from tenure.resources import Envelope, show_bytes
 from tenure.serve.client import Model
 from tenure.serve.repository import ModelFiles
+from tenure.sockets import free_port
 from tenure.trials import Candidate, Configuration, Recommendation, Trial
 
 BATCHES = (1, 8, 32)

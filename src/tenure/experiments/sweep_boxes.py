@@ -9,7 +9,6 @@ Servers in the same lease as their node are `sweep_nodes`'.
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from tenure.experiments.architectures import server_command
 from tenure.meter.sample import CgroupSampler
 from tenure.protocols import Launched, LaunchRequest
 from tenure.resources import Envelope
+from tenure.sockets import free_port
 
 if TYPE_CHECKING:
     from tenure.experiments.sweep_nodes import Bench
@@ -83,12 +83,6 @@ def boxed(bench: Bench, runtime: str, envelope: Envelope, joined: links.Joined |
             )
     finally:
         launched.stop()
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def _found(port: int, proc: Path = Path("/proc")) -> int:
