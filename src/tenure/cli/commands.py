@@ -17,7 +17,7 @@ from tenure.cli import exits, leasing, output, tenants
 from tenure.cli.bench_loading import bench_load
 from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
-from tenure.cli.image_verbs import image as image
+from tenure.cli.imaging_repair import image
 from tenure.cli.replaying import replay
 from tenure.cli.serving import serve
 from tenure.errors import SpecError

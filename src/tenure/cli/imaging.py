@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tenure.cli import output
-from tenure.errors import SpecError
+from tenure.errors import NotFound, SpecError
 
 if TYPE_CHECKING:  # what is needed to analyse costs time, which `tenure --help` need not pay
     from tenure.images.closure import Analysis, Program
@@ -107,7 +107,6 @@ def the_program(
     command: list[str], exercises: list[str], also: list[str], env: list[str], add: list[str], workdir: Path | None
 ) -> Program:
     """Return what a command line means: our own server with a model, or any program with what drives it. Raises SpecError."""
-    import shlex
     from dataclasses import replace
 
     from tenure.cli.imaging_serve import serving_program
@@ -125,14 +124,17 @@ def the_program(
         )
     argv = tuple(command)
     drives = tuple(Drive(command=text, description=text) for text in exercises)
-    lives = [Life(argv=argv, drives=drives), *(Life(argv=(*_words(shlex.split, text),)) for text in also)]
+    lives = [Life(argv=argv, drives=drives), *(Life(argv=tuple(words_of(text))) for text in also)]
     folder = str(workdir.absolute() if workdir else Path.cwd())
     return Program(argv=argv, workdir=folder, env=given, add=tuple(add), lives=tuple(lives))
 
 
-def _words(split: Any, text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Return the words of a command line. Raises SpecError."""
+    import shlex
+
     try:
-        found: list[str] = split(text)
+        found = shlex.split(text)
     except ValueError as error:
         raise SpecError(f"--also {text!r} is no command line: {error}") from error
     if not found:
@@ -202,9 +204,12 @@ def lock_of(image: str, home: Path | None) -> Path:
     path = Path(image)
     if path.is_file() and path.name != MANIFEST_FILE:
         return path
-    if (path / LOCK_FILE).is_file():
-        return path / LOCK_FILE
-    return ImageStore(app.find_home(home)).find(image).folder / LOCK_FILE
+    try:
+        return ImageStore(app.find_home(home)).find(image).folder / LOCK_FILE
+    except NotFound:
+        if (path / LOCK_FILE).is_file():  # what `analyse --out` wrote
+            return path / LOCK_FILE
+        raise
 
 
 def _explained(found: Explained) -> str:

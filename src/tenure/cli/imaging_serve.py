@@ -38,11 +38,19 @@ _QUESTIONS = (
 
 
 def serving_program(
-    model: Path, *, host: str = "0.0.0.0", http_port: int = 8000, grpc_port: int = 8001, options: Sequence[str] = ()
+    model: Path,
+    *,
+    host: str = "0.0.0.0",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    options: Sequence[str] = (),
+    python: str = "",
+    further: Sequence[Sequence[str]] = (),
 ) -> Program:
     """Return our server with a model as a program to analyse: started as an image will start it, driven on free ports.
 
-    options: further ones of ``python -m tenure.serve``. Raises NotFound.
+    options: further ones of ``python -m tenure.serve``. python: which runs it; empty: this one. further: options of lives
+    beside the two that every analysis has. Raises NotFound.
     """
     from tenure.images.closure import Program
     from tenure.images.trace import Drive, Life
@@ -50,16 +58,17 @@ def serving_program(
     if not model.exists():
         raise NotFound(f"there is no model at {model}")
     path = model.absolute()
-    base = (sys.executable, "-m", "tenure.serve", "--model", str(path), *options)
+    base = (python or sys.executable, "-m", "tenure.serve", "--model", str(path), *options)
     usual = (*base, "--http-port", "0", "--grpc-port", "0")
     crowded = (*usual, "--instances", "2", "--threads", "2", "--max-delay-ms", "1", "--no-warmup")
     whole = Drive(call=_whole, description="all doors, batches, refusals, questions, many at once")
     brief = Drive(call=_brief, description="two instances, batching by delay")
+    more = tuple(Life(argv=(*usual, *words), drives=(brief,)) for words in further)
     return Program(
         argv=(*base, "--host", host, "--http-port", str(http_port), "--grpc-port", str(grpc_port)),
         workdir="/",
         add=(str(path),),
-        lives=(Life(argv=usual, drives=(whole,)), Life(argv=crowded, drives=(brief,), stop_signal=signal.SIGINT)),
+        lives=(Life(argv=usual, drives=(whole,)), Life(argv=crowded, drives=(brief,), stop_signal=signal.SIGINT), *more),
         own_sources=False,  # a server loads what it was told to load: every engine is imported by name, and one is used
     )
 

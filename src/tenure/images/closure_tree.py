@@ -88,7 +88,7 @@ class Tree:
 
     def files(self) -> tuple[ClosureFile, ...]:
         """Return all that was added, sorted and hashed; without what has gone since, sockets, pipes and devices."""
-        found = (self._file(path, tuple(reasons)) for path, reasons in sorted(self._reasons.items()))
+        found = (self._file(path, tuple(reasons)) for path, reasons in sorted(self._reasons.items()) if path != "/")
         return tuple(file for file in found if file is not None)
 
     def _note(self, path: str, reason: Reason) -> None:

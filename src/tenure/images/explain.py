@@ -57,14 +57,15 @@ def _lines(closure: Closure, file: ClosureFile, depth: int, seen: frozenset[str]
         return [indent + _without_reason(closure, file)]
     lines = []
     for reason in file.reasons:
-        lines.append(indent + _words(reason))
+        lines.append(indent + words(reason))
         above = closure.file(reason.detail) if reason.kind in (Why.NEEDED, Why.IMPORTED) else None
         if above is not None and above.path not in seen and depth < MAX_DEPTH:
             lines += _lines(closure, above, depth + 1, seen | {file.path})
     return lines
 
 
-def _words(reason: Reason) -> str:
+def words(reason: Reason) -> str:
+    """Return a reason in words, such as ``opened by python main.py``."""
     detail = reason.detail
     if reason.kind in (Why.ADDED, Why.REPAIRED):
         return _WORDS[reason.kind].format(f": {detail}" if detail else "")

@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 from tenure.closures import Closure, ClosureFile, Exercise, FileKind, Reason, Why
 from tenure.images.closure_rules import Rules, own_folders
 from tenure.images.closure_tree import Tree
+from tenure.images.explain import words
 from tenure.images.imports import Interpreter, module_files
 from tenure.images.system_calls import merged
 
@@ -75,6 +77,8 @@ def with_seen(closure: Closure, seen: Closure) -> Repaired:
     moved = set(sources_of(closure).values())
     known = {file.path for file in closure.files}
     new = [file for file in seen.files if file.path not in known and file.path not in moved]
+    led_to = {str(parent) for file in new if file.kind is not FileKind.DIRECTORY for parent in PurePosixPath(file.path).parents}
+    new = [file for file in new if file.kind is not FileKind.DIRECTORY or file.path in led_to]
     marked = tuple(_marked(file, _seen_how(file)) for file in new)
     return Repaired(
         closure=_merged(closure, marked, seen.exercises, seen),
@@ -83,8 +87,7 @@ def with_seen(closure: Closure, seen: Closure) -> Repaired:
 
 
 def _seen_how(file: ClosureFile) -> str:
-    reason = next(iter(file.reasons), None)
-    return f"{reason.kind} by {reason.detail}" if reason is not None and reason.detail else "on the way to another"
+    return words(file.reasons[0]) if file.reasons else "on the way to another"
 
 
 def with_paths(closure: Closure, missing: Sequence[Missing]) -> Repaired:
