@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from tenure.images.shrink_blas import SAID, UnusedBlas, stand_in
 from tenure.images.shrink_elf import Symbols, cut_off
 from tenure.images.shrink_folders import Folders
 from tenure.images.shrink_python import DocStrings, Sources, add_bytecode, compiled, packages
+from tenure.images.shrink_tls import SAID as NO_TLS
+from tenure.images.shrink_tls import Tls
+from tenure.images.shrink_zip import ZippedLibrary
 
 VERSION = platform.python_version()
 SOURCE = '''"""Of the module."""
@@ -223,3 +227,58 @@ def test_a_dropped_step_leaves_the_very_same_tree(tmp_path):
     assert not report.kept
     assert report.saved_bytes > 0
     assert tree.scan(place) == before
+
+
+@pytest.fixture
+def library(tmp_path):
+    """The standard library in a tree, at its own place, as code alone; and how a program is run from it."""
+    here = Path(sysconfig.get_path("stdlib")).resolve()
+    place = tmp_path / "lib" / here.name
+    kept = ("asyncio", "collections", "concurrent", "encodings", "importlib", "json", "lib-dynload", "logging", "re")
+
+    def others(folder, names):
+        return {name for name in names if name == "__pycache__" or (Path(folder) == here and (here / name).is_dir())} - {*kept}
+
+    shutil.copytree(here, place, ignore=others)
+    if not list(place.glob("lib-dynload/_ssl.*.so")):
+        pytest.skip("this interpreter's _ssl is no library of its own")
+    add_bytecode(tmp_path, VERSION)
+    Sources().apply(tmp_path)
+
+    def run(code):
+        archive = tmp_path / "lib" / f"{here.name.replace('.', '')}.zip"
+        before = f"import sys; sys.path[:] = [{str(archive)!r}, {str(place)!r}, {str(place / 'lib-dynload')!r}];"
+        forget = "[sys.modules.pop(n) for n in list(sys.modules) if n.partition('.')[0] in ('ssl', '_ssl', 'hashlib', 'json')];"
+        return subprocess.run([sys.executable, "-S", "-c", before + forget + code], capture_output=True, text=True, check=False)
+
+    return tmp_path, place, run
+
+
+def test_a_program_without_tls_imports_it_hashes_and_is_told_when_it_needs_it(library):
+    folder, place, run = library
+    names = ("md5", "sha1", "sha256", "sha512", "sha3_256", "blake2b")
+    hashes = f"import hashlib; print(*(hashlib.new(name, b'x').hexdigest() for name in {names}))"
+    before = run(hashes).stdout
+    assert Tls().apply(folder) == ""
+    assert not [path for path in place.rglob("*") if "_hashlib" in path.name or path.name.startswith("_ssl.cpython")]
+    assert run(hashes).stdout == before
+    done = run("import ssl, asyncio; print(ssl.__file__, len(ssl.RAND_bytes(8))); ssl.create_default_context()")
+    assert done.stdout == f"{place / 'ssl.pyc'} 8\n"
+    assert f"OSError: {NO_TLS}" in done.stderr
+    assert Tls().apply(folder) == "it is not there"
+
+
+def test_the_standard_library_runs_from_an_archive_that_is_the_same_each_time(library, tmp_path_factory):
+    folder, place, run = library
+    other = tmp_path_factory.mktemp("other") / "tree"
+    shutil.copytree(folder, other)
+    assert ZippedLibrary().apply(folder) == ""
+    assert not (place / "json").exists()
+    assert (place / "encodings" / "__init__.pyc").exists()
+    done = run("import json; print(json.__file__, json.dumps({'a': 1}))")
+    assert done.stdout.endswith('/json/__init__.pyc {"a": 1}\n'), done.stderr
+    assert ".zip/" in done.stdout
+    assert ZippedLibrary().apply(folder) == "there is an archive already"
+    assert ZippedLibrary().apply(other) == ""
+    first, second = (next((each / "lib").glob("python*.zip")).read_bytes() for each in (folder, other))
+    assert first == second

@@ -13,8 +13,8 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from tenure.images.elf_file import X86_64, ElfFile
-from tenure.images.shrink_elf import elf_files
+from tenure.images.elf_file import X86_64
+from tenure.images.shrink_elf import elf_files, remove_needless
 from tenure.images.tree import replace_file
 
 _BLAS = re.compile(r"/lib(?:scipy_)?(?:open|f|c)?blas[^/]*\.so[^/]*$")
@@ -47,23 +47,8 @@ class UnusedBlas:
             users = [user for name, user in files.items() if name != path and library.soname in user.needed]
             wanted = set().union(*(user.symbols(defined=False) for user in users)) & library.symbols(defined=True)
             replace_file(tree / path.lstrip("/"), stand_in(library.soname, wanted))
-        _remove_needless(tree, files, blas)
+        remove_needless(tree, _SUPPORT, {path: elf for path, elf in files.items() if path not in blas})
         return ""
-
-
-def _remove_needless(tree: Path, files: dict[str, ElfFile], replaced: Collection[str]) -> None:
-    """Remove what only the replaced libraries needed."""
-    left = {path: elf for path, elf in files.items() if path not in replaced}
-    while True:
-        needed = {name for elf in left.values() for name in elf.needed}
-        needless = [
-            path for path, elf in left.items() if _SUPPORT.search(path) and {elf.soname, Path(path).name}.isdisjoint(needed)
-        ]
-        if not needless:
-            return
-        for path in needless:
-            (tree / path.lstrip("/")).unlink()
-            del left[path]
 
 
 # --- the stand-in: one page of headers, tables and code, one of what the loader writes to ---

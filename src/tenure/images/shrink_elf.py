@@ -8,7 +8,9 @@ only debuggers and linkers read. What patchelf moved behind the tables keeps the
 from __future__ import annotations
 
 import os
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from tenure.images.elf_file import MAGIC, ElfFile
@@ -69,3 +71,23 @@ def elf_files(tree: Path) -> dict[str, ElfFile]:
             except ValueError:
                 continue
     return found
+
+
+def remove_needless(tree: Path, pattern: re.Pattern[str], files: Mapping[str, ElfFile]) -> None:
+    """Remove the libraries whose paths match and that no other of these files needs, again and again, and links to them."""
+    left = dict(files)
+    while True:
+        needed = {name for elf in left.values() for name in elf.needed}
+        needless = [
+            path
+            for path, elf in left.items()
+            if pattern.search(path) and {elf.soname, os.path.basename(path)}.isdisjoint(needed)
+        ]
+        if not needless:
+            break
+        for path in needless:
+            (tree / path.lstrip("/")).unlink()
+            del left[path]
+    for inside, place in list(walk(tree)):
+        if place.is_symlink() and pattern.search(inside) and not place.exists():
+            place.unlink()
