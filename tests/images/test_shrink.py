@@ -20,6 +20,7 @@ from tenure.images.shrink import shrink
 from tenure.images.shrink_blas import SAID, UnusedBlas, stand_in
 from tenure.images.shrink_elf import Symbols, cut_off
 from tenure.images.shrink_folders import Folders
+from tenure.images.shrink_packages import LEAST_BYTES, Package, large_packages
 from tenure.images.shrink_python import DocStrings, Sources, add_bytecode, compiled, packages
 from tenure.images.shrink_tls import SAID as NO_TLS
 from tenure.images.shrink_tls import Tls
@@ -207,6 +208,24 @@ def test_numpy_imports_with_a_stand_in_and_ends_at_a_product_of_matrices(tmp_pat
     assert ended.stdout == b"18.0\n"
     assert SAID in ended.stderr
     assert ended.returncode == -6
+
+
+def test_a_package_goes_as_a_whole_and_only_large_ones_are_tried(tmp_path):
+    place = tmp_path / "app/site-packages"
+    for name in (
+        "big/__init__.py",
+        "big/data.bin",
+        "big.libs/x.so",
+        "big-1.0.dist-info/METADATA",
+        "bigger/x",
+        "small/__init__.py",
+    ):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(b"#" * (LEAST_BYTES if name in ("big/data.bin", "bigger/x") else 10))
+    assert set(large_packages(tmp_path)) == {"big", "bigger"}
+    assert Package("big").apply(tmp_path) == ""
+    assert sorted(os.listdir(place)) == ["bigger", "small"]
+    assert Package("big").apply(tmp_path) == "it is not there"
 
 
 def test_tests_and_headers_of_packages_go(tmp_path):

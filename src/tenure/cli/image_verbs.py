@@ -63,8 +63,8 @@ def build(
         typer.Option(
             "--keep",
             metavar="WHAT,...",
-            help="What not to leave out, though the answers would stay the same: symbols, docs, sources, tls, zip, blas, "
-            "folders, or all.",
+            help="What not to leave out, though the answers would stay the same: packages, symbols, docs, sources, zip, tls, "
+            "blas, folders, or all.",
         ),
     ] = "",
     home: Home = None,
@@ -83,7 +83,7 @@ def build(
     kept = tuple(word.strip() for word in keep.split(",") if word.strip())
     store = ImageStore(app.find_home(home))
     with make_display(sys.stdout, sys.stderr, json=json) as display:
-        told = _Telling(display)
+        told = Telling(display)
         if words[0] == "serve":
             _only_a_model(words, exercise=exercise, also=also, workdir=workdir, port=port)
             program = the_program(words, [], [], env or [], add or [], None)
@@ -217,18 +217,20 @@ def rm(
 # --- helpers ---
 
 
-class _Telling:
+class Telling:
     """Shows what a build is doing, a step with its time after the other."""
 
     def __init__(self, display: SilentDisplay) -> None:
         self._display, self._text, self._begun_s = display, "", 0.0
 
     def __call__(self, text: str) -> None:
+        """Show the next step."""
         self.done()
         self._text, self._begun_s = text, time.monotonic()
         self._display.stage_started("image", "build", output.clean(text))
 
     def done(self) -> None:
+        """Close the step that is shown."""
         if self._text:
             self._display.step_done("image", "build", f"{output.clean(self._text)}: {time.monotonic() - self._begun_s:.1f} s")
             self._text = ""

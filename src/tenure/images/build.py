@@ -25,13 +25,14 @@ from tenure.images.shrink import Check, Shrunk, Step, shrink
 from tenure.images.shrink_blas import UnusedBlas
 from tenure.images.shrink_elf import Symbols
 from tenure.images.shrink_folders import Folders
+from tenure.images.shrink_packages import Package, large_packages
 from tenure.images.shrink_python import DocStrings, Sources, add_bytecode, packages
 from tenure.images.shrink_tls import Tls
 from tenure.images.shrink_zip import ZippedLibrary
 from tenure.images.store import ImageStore, StoredImage
 from tenure.images.tree import make_tree, remove_tree, scan, tree_bytes
 
-STEPS = ("symbols", "docs", "sources", "zip", "blas", "tls", "folders")
+STEPS = ("packages", "symbols", "docs", "sources", "zip", "blas", "tls", "folders")
 """Kinds of steps, as `keep` names them."""
 _MAX_PACKAGES = 6
 """Packages whose sources are tried one by one, when some need theirs."""
@@ -246,6 +247,7 @@ def _shrink(tree: Path, spec: BuildSpec, check: Check, programs: set[str], told:
     if "all" in spec.keep:
         return ()
     steps: list[tuple[str, Step]] = [
+        *(("packages", Package(name)) for name in large_packages(tree)),
         ("symbols", Symbols()),
         ("docs", DocStrings(leave=programs)),
         ("sources", Sources(leave=programs)),
