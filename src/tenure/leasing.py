@@ -127,7 +127,7 @@ def lease(
             client.set_run(run.id, RunState.FAILED, "its lease was refused")
             raise
         try:
-            return _granted(client, got, wait_s)
+            return _granted(client, got, wait_s, told)
         except KeyboardInterrupt:
             client.release((got.id,), reason=EndReason.CANCELLED, why="the command that asked for it was interrupted")
             raise
@@ -388,12 +388,15 @@ def _submit(client: BrokerClient, name: str, tenant: str, command: Command, enve
     return client.submit_run(run)
 
 
-def _granted(client: BrokerClient, got: Lease, wait_s: float) -> Lease:
-    """Return the lease once it runs. Raises Refused when it was not granted in time, JobFailed when it ended at once."""
-    end_s = time.monotonic() + wait_s + 60.0
+def _granted(client: BrokerClient, got: Lease, wait_s: float, told: Callable[[str], None]) -> Lease:
+    """Return the lease once it runs; told: why its start takes long.
+
+    Raises Refused when it was not granted in time, JobFailed when it ended at once.
+    """
+    end_s, said = time.monotonic() + wait_s + 60.0, ""
     while True:
         reserved = got.state is LeaseState.RESERVED
-        (view,) = client.wait_leases((got.id,), until="active", timeout_s=0.0 if reserved else 30.0)
+        (view,) = client.wait_leases((got.id,), until="active", timeout_s=0.0 if reserved else 5.0)
         held = view.lease
         if held.state is LeaseState.ENDED and not view.exits:
             raise Refused(f"lease {held.id} was not granted: {held.end_detail or held.end_reason}")
@@ -401,6 +404,15 @@ def _granted(client: BrokerClient, got: Lease, wait_s: float) -> Lease:
             raise JobFailed(f"lease {held.id} ended at once: {held.end_detail}", reason=str(held.end_reason))
         if held.state not in (LeaseState.REQUESTED, LeaseState.QUEUED, LeaseState.GRANTING):
             return held  # a reservation among them: its time is to come
+        if held.state is LeaseState.GRANTING and (late := _why_late(client, held)) != said:
+            said = late
+            told(late)
         if time.monotonic() > end_s:
             client.release((held.id,), why="it did not start in time")
             raise Unavailable(f"lease {held.id} is {held.state} since {wait_s + 60.0:g} s and was given back")
+
+
+def _why_late(client: BrokerClient, held: Lease) -> str:
+    """Return what its node last said of why it does not start yet."""
+    mine = [event.why for event in client.events(run_id=held.run_id) if event.lease_id == held.id]
+    return next((why for why in reversed(mine) if why.startswith("started again: ")), "")

@@ -30,6 +30,8 @@ from tenure.sockets import Connection, LineServer
 
 T = TypeVar("T")
 NOTE_EVERY_S = 1.0
+STAYING_TERM_S = 300.0
+"""A term of so long comes from a broker that is there to stay: what first leases would wait for is made ahead of them."""
 _MAX_ORDERS = 16
 _MAX_EXECS = 8
 
@@ -67,6 +69,7 @@ class Agent:
         self._orders = ThreadPoolExecutor(_MAX_ORDERS, thread_name_prefix="order")
         self._execs = ThreadPoolExecutor(_MAX_EXECS, thread_name_prefix="exec")
         self._over = asyncio.Event()
+        self._prepared = False
         handlers: dict[str, Callable[[Any, Connection], Awaitable[Any]]] = {
             "describe": self._describe,
             "term": self._term,
@@ -146,6 +149,9 @@ class Agent:
             self._ordering = connection
         self._fences[connection] = args.broker_fence
         ends_s = self._clock.boot_s() + args.term_s
+        if args.term_s >= STAYING_TERM_S and not self._prepared:
+            self._prepared = True
+            self._orders.submit(self._runtime.prepare)
         self._set_term(args.term_s, min(ends_s, args.ends_boot_s) if args.boot_id == self._clock.boot_id() else ends_s)
         return wire.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
 

@@ -286,9 +286,10 @@ class Attempts:
         elif lease.state is LeaseState.GRANTING and self._book.clock.utc_s() >= lease.ends_at_s:
             self.end(lease, EndReason.FAILED, f"node {lease.node} could not start it within its first slot")
         elif lease.state is LeaseState.GRANTING:
+            why = self._not_started.pop(lease.id, "the node never got the first order")
             with self._book.transaction() as tx:
                 again = replace(lease, attempt=self.next_attempt(tx, lease))
-                tx.put_lease(again, who="broker", why="started again: the node never got the first order")
+                tx.put_lease(again, who="broker", why=f"started again: {why}")
             self.order(lease.id)
         elif lease.id in self._book.busy:
             why = self._not_started.pop(lease.id, "")

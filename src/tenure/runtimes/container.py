@@ -26,6 +26,7 @@ from tenure.protocols import Clock, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.acting import acting_as, actor_of
+from tenure.runtimes.base_image import BaseImage
 from tenure.runtimes.confine import CPU_PERIOD_US, Confinement
 from tenure.runtimes.container_checks import check_container_spec, mounts_of, tenant_of, user_of
 from tenure.runtimes.container_engine import Engine, EngineError, find_socket
@@ -35,7 +36,7 @@ from tenure.runtimes.container_network import LABEL, TenantNetworks, close_machi
 from tenure.runtimes.environment import container_environment
 from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.gpus import Gpus
-from tenure.runtimes.images import USER_ID, ensure_base_image, own_folder, python_mounts
+from tenure.runtimes.images import USER_ID, own_folder, python_mounts
 from tenure.runtimes.rooted import read_image
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
@@ -62,18 +63,21 @@ class ContainerRuntime(ShimmedRuntime):
         socket: str = "",
         engine_runtime: str = "",
         sealed: Sequence[str] = (),
+        base_image: BaseImage | None = None,
+        image_wait_s: float = 300.0,
         gpus: Gpus | None = None,
     ) -> None:
         """socket: of the engine; empty: found. engine_runtime: what the engine runs containers with, e.g. ``runsc``.
 
         sealed: folders of this machine of which no container may see anything, besides those that none ever does.
+        image_wait_s: how long a start waits for the base image; it then is Unavailable, and may be ordered again.
         """
         super().__init__(state_dir, clock=clock, fork_server=fork_server, term_dir=term_dir, gpus=gpus)
         self._owner = hashlib.sha256(str(self._state_dir).encode()).hexdigest()[:8]
         self._socket, self._engine_runtime = socket, engine_runtime
         self._sealed = (*sealed, str(self._state_dir))
-        self._base_lock = threading.Lock()
-        self._base_image = ""
+        self._networks_lock = threading.Lock()
+        self._base_image, self._image_wait_s = base_image or BaseImage(), image_wait_s
         self._networks: TenantNetworks | None = None
         with contextlib.suppress(TenureError):
             self._sweep(self._engine())
@@ -189,16 +193,18 @@ class ContainerRuntime(ShimmedRuntime):
         }
 
     def _tenant_networks(self, engine: Engine) -> TenantNetworks:
-        with self._base_lock:
+        with self._networks_lock:
             if self._networks is None:
                 self._networks = TenantNetworks(engine, self._owner)
             return self._networks
 
     def _base(self, engine: Engine) -> str:
-        with self._base_lock:
-            if not self._base_image:
-                self._base_image = ensure_base_image(engine)
-            return self._base_image
+        return self._base_image.name(engine.path, wait_s=self._image_wait_s)
+
+    def prepare(self) -> None:
+        """Have the base image made, where there is an engine, before a container wants it. Returns at once."""
+        with contextlib.suppress(TenureError):
+            self._base_image.begin(self._engine().path)
 
     def _image(self, engine: Engine, spec: StartSpec) -> str:
         """Return what the engine calls the spec's image: one of Tenure, loaded first; one that it has; the base image."""
@@ -206,8 +212,7 @@ class ContainerRuntime(ShimmedRuntime):
 
     def forget_base_image(self) -> None:
         """Have the next start look for the base image again, and make it where somebody has removed it."""
-        with self._base_lock:
-            self._base_image = ""
+        self._base_image.forget()
 
     def _body(self, spec: StartSpec, *, image: str, network: str, user: str) -> dict[str, Any]:
         """Return what the engine is asked to make (Docker Engine API 1.40, ContainerCreate), the environment apart."""

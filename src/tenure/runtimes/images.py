@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,9 +56,11 @@ _TEXTS = {
 _COPIED = ("/etc/ssl/certs/ca-certificates.crt",)
 
 
-def ensure_base_image(engine: Engine) -> str:
-    """Return the base image's name, after making it in the engine where it is missing. Raises Unavailable."""
+def ensure_base_image(engine: Engine, *, told: Callable[[str], None] = lambda step: None) -> str:
+    """Return the base image's name, after making it in the engine where it is missing; told: each step. Raises Unavailable."""
+    told("looking for what belongs in it")
     entries = gather()
+    told(f"comparing {len(entries):,} files")
     name = f"{REPOSITORY}:{digest(entries)}"
     try:
         engine.call("GET", f"/images/{name}/json")
@@ -67,7 +69,9 @@ def ensure_base_image(engine: Engine) -> str:
         if error.status != 404:
             raise Unavailable(f"the engine does not say whether it has the image {name}: {error}") from error
     with tempfile.TemporaryFile() as archive:
+        told(f"packing {len(entries):,} files")
         write_archive(archive, entries)
+        told(f"sending {archive.tell() / 1e6:.0f} MB to the engine")
         try:
             engine.call("POST", "/images/create", archive=archive, timeout_s=300.0, fromSrc="-", repo=name)
             engine.call("GET", f"/images/{name}/json")

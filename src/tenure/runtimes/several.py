@@ -20,6 +20,9 @@ from tenure.runtimes.process import ProcessRuntime
 from tenure.runtimes.shimmed import ShimmedRuntime
 from tenure.usage import Usage
 
+IMAGE_WAIT_S = 20.0
+"""How long an order to start a container waits for the base image, within the time that the broker waits for its answer."""
+
 
 class Runtimes:
     """All runtimes of a node. `state_dir` is private to it. Raises Unsupported when `confine` can't be had."""
@@ -34,6 +37,7 @@ class Runtimes:
             fork_server=self._process.fork_server,
             term_dir=state_dir,
             sealed=(str(state_dir.parent),),
+            image_wait_s=IMAGE_WAIT_S,
             gpus=gpus,
         )
         self._all: tuple[ShimmedRuntime, ...] = (self._process, self._container)
@@ -64,6 +68,10 @@ class Runtimes:
     def newest_fence(self, lease_id: str) -> int:
         """Return the newest fence seen for a lease. Raises NotFound."""
         return self._of(lease_id).newest_fence(lease_id)
+
+    def prepare(self) -> None:
+        """Have made, beside, what a first lease would wait for. Returns at once."""
+        self._container.prepare()
 
     # --- leases: see `protocols.Runtime` ---
 
