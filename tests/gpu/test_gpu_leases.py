@@ -75,51 +75,25 @@ def tenure(made_up: MadeUp):
 WORK = (sys.executable, "-m", "tests.gpu.work", "alloc")
 
 
-def test_a_part_of_a_device_is_bounded_by_mps_metered_and_says_how_it_is_held(tenure):
+def test_a_part_is_bounded_metered_and_says_how_it_is_held_and_outlives_its_agent(tenure, made_up):
     tenure("up")
     (gpu,) = tenure.json("nodes")[0]["capacity"]["gpus"]
     assert (gpu["parts"], gpu["model"]) == ("mps", "NVIDIA Fake")
     part = tenure.lease("--gpu", 0.5, "--gpu-memory", "2GiB", work=(*WORK, GIB, 2 * GIB, "--stay"))
+    stranger = tenure.lease(work=("env", f"CUDA_VISIBLE_DEVICES={gpu['uuid']}", *WORK, 1 << 20, "--stay"))
     said = tenure.until(lambda: tenure("logs", part))
     assert json.loads(said)["got"] == [True, False]
-    seen = tenure.until(
-        lambda: [each for each in tenure.json("top", "--once") if (each["usage"] or {}).get("gpu_memory_bytes")]
-    )
-    assert seen[0]["usage"]["gpu_memory_bytes"] >= GIB
-    assert "0.5 on gpu 0, 2.0 GiB (share advisory, memory upper)" in tenure("leases")
-    told = json.loads(next(tenure.home.rglob("lease.json")).read_text())
-    assert told["bounds"]["gpu_memory_bytes"] == "upper"
-    assert told["bounds"]["memory_bytes"] in ("exact", "advisory")
-    assert told["gpus"]["uuids"] == [gpu["uuid"]]
-    assert "CUDA MPS" in told["gpus"]["held_by"]
+    look = lambda: [each for each in tenure.json("top", "--once") if (each["usage"] or {}).get("gpu_memory_bytes")]  # noqa: E731
+    assert tenure.until(look)[0]["usage"]["gpu_memory_bytes"] >= GIB
 
-
-def test_who_goes_around_what_bounds_it_is_ended_with_the_figures_and_its_neighbour_is_not(tenure):
-    tenure("up")
-    neighbour = tenure.lease("--gpu", 0.5, "--gpu-memory", "1GiB", work=(*WORK, 1 << 20, "--stay"))
-    around = ("env", "CUDA_MPS_PIPE_DIRECTORY=/dev/null", *WORK, 3 * GIB, "--stay")
-    greedy = tenure.lease("--gpu", 0.5, "--gpu-memory", "1GiB", work=around)
-    ended = tenure.until(lambda: (lease := tenure.find(greedy))["state"] == "ended" and lease)
-    assert ended["end_reason"] == "out_of_memory"
-    assert "NVML: its processes" in ended["end_detail"]
-    assert str(GIB) in ended["end_detail"]
-    assert tenure.find(neighbour)["state"] == "active"
-
-
-def test_a_lease_without_devices_that_uses_one_is_ended(tenure):
-    tenure("up")
-    (gpu,) = tenure.json("nodes")[0]["capacity"]["gpus"]
-    lease = tenure.lease(work=("env", f"CUDA_VISIBLE_DEVICES={gpu['uuid']}", *WORK, 1 << 20, "--stay"))
-    ended = tenure.until(lambda: (found := tenure.find(lease))["state"] == "ended" and found)
+    # One without devices that uses one is ended; what is said of the other is true.
+    ended = tenure.until(lambda: (found := tenure.find(stranger))["state"] == "ended" and found)
     assert ended["end_reason"] == "failed"
     assert "is not its own" in ended["end_detail"]
+    assert "0.5 on gpu 0, 2.0 GiB (share advisory, memory upper)" in tenure("leases")
 
-
-def test_a_new_agent_finds_the_daemon_of_a_killed_one_and_taking_the_node_down_ends_it(tenure, made_up):
-    tenure("up")
-    part = tenure.lease("--gpu", 0.5, "--gpu-memory", "2GiB", work=(*WORK, GIB, "--stay"))
-    tenure.until(lambda: tenure("logs", part))
-    daemons = {pid for pid in _running(made_up) if "nvidia-cuda-mps-control" in _running(made_up)[pid]}
+    # Its agent dies: lease and daemon live on, and end when they are told to.
+    daemons = {pid for pid, words in _running(made_up).items() if "nvidia-cuda-mps-control" in words}
     assert len(daemons) == 1
     agents = [pid for pid, words in _running(made_up).items() if "tenure.agent" in words]
     os.kill(agents[0], 9)
@@ -165,5 +139,3 @@ def test_declared_devices_are_counted_and_said_to_be_declared_only(tmp_path):
 
 def test_a_model_cannot_be_declared_for_devices_that_are_there(tenure):
     assert "this one has 1 (NVIDIA Fake)" in tenure("up", "--gpus", 1, "--gpu-model", "NVIDIA H100", code=3)
-    tenure("up", "--gpus", 0)
-    assert tenure.json("nodes")[0]["capacity"]["gpus"] == []

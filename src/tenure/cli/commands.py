@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from tenure import __version__
-from tenure.cli import exits, leasing, output, tenants
+from tenure.cli import exits, leasing, output, starting, tenants
 from tenure.cli.bench_loading import bench_load
 from tenure.cli.bench_serving import bench_serve
 from tenure.cli.display import make_display
 from tenure.cli.imaging_repair import image
 from tenure.cli.replaying import replay
 from tenure.cli.serving import serve
+from tenure.cli.starting import LedgerOption, ledger_url
 from tenure.errors import SpecError
 
 app = typer.Typer(
@@ -43,26 +44,6 @@ Home = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
 RunOption = Annotated[str, typer.Option("--run", metavar="RUN", help="Only those of this run.")]
-LedgerOption = Annotated[
-    str,
-    typer.Option(
-        "--ledger",
-        metavar="URL",
-        help="Keep the ledger in PostgreSQL, postgresql://USER@HOST/DATABASE [default: $TENURE_LEDGER, else where it is; "
-        "at first ledger.sqlite in the home].",
-    ),
-]
-
-
-def _url(text: str) -> str:
-    """Return the URL unless it says a password, which everybody on this machine could read there."""
-    user, _, _ = text.rpartition("@")
-    if ":" in user.partition("://")[2] or "password=" in text:
-        raise SpecError(
-            "a password in --ledger can be read by every user of this machine. Keep it in ~/.pgpass, "
-            "or name the whole URL in the environment variable TENURE_LEDGER."
-        )
-    return text
 
 
 def _version(wanted: bool) -> None:
@@ -277,94 +258,8 @@ def report(
         _print(f"report   {html}\nfigures  {figures}")
 
 
-@app.command()
-def up(
-    node: Annotated[str, typer.Option("--node", metavar="NAME", help="What to call this node.")] = "local",
-    cpus: Annotated[
-        float | None,
-        typer.Option("--cpus", metavar="N", help="Offer only so many cores; alone, with that share of the memory."),
-    ] = None,
-    memory: Annotated[
-        str,
-        typer.Option("--memory", metavar="SIZE", help="Offer only so much, e.g. 8GiB; alone, with that share of the cores."),
-    ] = "",
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            "--gpus",
-            metavar="N",
-            min=0,
-            help="Offer only so many GPUs. On a machine without any, declare so many: leases count them, nothing holds them.",
-        ),
-    ] = None,
-    gpu_memory: Annotated[str, typer.Option("--gpu-memory", metavar="SIZE", help="Of each declared GPU.")] = "",
-    gpu_model: Annotated[str, typer.Option("--gpu-model", metavar="NAME", help="Of declared GPUs.")] = "",
-    ledger: LedgerOption = "",
-    order: Annotated[
-        str,
-        typer.Option(
-            "--order", metavar="NAME", help="Whose turn it is from now on: fifo, backfill, las or fair. At first: fifo."
-        ),
-    ] = "",
-    metrics: Annotated[
-        int | None,
-        typer.Option(
-            "--metrics",
-            metavar="PORT",
-            min=1,
-            max=65535,
-            help="Have Prometheus read metrics at http://127.0.0.1:PORT/metrics from now on. At first: nowhere.",
-        ),
-    ] = None,
-    shared: Annotated[
-        bool,
-        typer.Option(
-            "--shared",
-            help="As root: serve all users of this machine, each as a tenant that sees and touches only its own "
-            "[home: $TENURE_HOME, else /var/lib/tenure].",
-        ),
-    ] = False,
-    home: Home = None,
-    json: Json = False,
-) -> None:
-    """Start the broker and a node on this machine, and leave them running for leases that outlive a command.
-
-    Again with another --node, it adds that node: several nodes, each with a part of this machine, stand for several machines.
-    Without --cpus and --memory a node offers all that other agents, of this home or others, have left.
-    """
-    from tenure import verbs
-    from tenure.resources import parse_bytes
-
-    started = verbs.up(
-        home=home,
-        node=node,
-        cpus=cpus,
-        memory=parse_bytes(memory) if memory else None,
-        gpus=gpus,
-        gpu_memory=parse_bytes(gpu_memory) if gpu_memory else 0,
-        gpu_model=gpu_model,
-        ledger=_url(ledger),
-        order=order,
-        metrics_port=metrics or 0,
-        shared=shared,
-    )
-    _show((started,), output.nodes_table, json)
-
-
-@app.command()
-def down(
-    node: Annotated[
-        str, typer.Option("--node", metavar="NAME", help="Only this node; its leases are released, its part is free again.")
-    ] = "",
-    home: Home = None,
-    json: Json = False,
-) -> None:
-    """End every lease, the agents and the broker; or take out one node."""
-    from tenure import verbs
-
-    was_up = verbs.down(home=home, node=node)
-    done = f"node {output.clean(node)} down" if node else "down"
-    _print(output.as_json({"was_up": was_up}) if json else done if was_up else "nothing was up in this home")
+app.command()(starting.up)
+app.command()(starting.down)
 
 
 @app.command()
@@ -503,4 +398,4 @@ def restore(
     """Have the ledger hold what a backup holds; with --ledger, in another place. Only after `tenure down`."""
     from tenure import verbs
 
-    _show(verbs.restore(file, home=home, ledger=_url(ledger), force=force), output.restored_text, json)
+    _show(verbs.restore(file, home=home, ledger=ledger_url(ledger), force=force), output.restored_text, json)
