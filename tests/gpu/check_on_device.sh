@@ -17,6 +17,6 @@ if compgen -G ".whl/*.whl" >/dev/null; then
     timeout 20 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheel" ||
       echo "left out: $wheel"
   done
-  export PYTHONPATH="$site:$PYTHONPATH"
+  export PYTHONPATH="$PYTHONPATH:$site" # behind: what the caller put in front, such as a fake, goes first
 fi
 timeout --signal=TERM --kill-after=9 110 "$python" -m tests.gpu.device_check "$@"

@@ -28,8 +28,9 @@ from tenure.usage import Usage
 
 LOOKS = 2
 """So many looks in a row must find the same before a lease is ended for it."""
-CONTEXT_BYTES = 1 << 30
-"""What contexts may take beside what MPS counts: where it holds the bound, only more than that is an overrun."""
+CONTEXT_BYTES = 256 << 20
+"""How far the driver's count may lie above MPS's, which holds the bound: only more than that is an overrun. Seen on an H200
+with driver 580: allocations up to a bound of 2048 MiB ended where the driver counted 2002 MiB, the context among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
