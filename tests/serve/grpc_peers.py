@@ -64,9 +64,7 @@ class OpenDoor:
 
         def look():
             self.clock_s += seconds
-            for connection in list(self.door.connections):
-                self.door.look(connection, self.clock_s)
-            self.door.make_room(self.clock_s)
+            self.door.look_after(self.clock_s)
 
         self.run(look)
 

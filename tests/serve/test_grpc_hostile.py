@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tenure.serve import http2_send as wire
 from tenure.serve import v2
 from tenure.serve.codec_infer import encode_varint
+from tenure.serve.grpc import TICK_S
 from tenure.serve.http2_send import FIRST_WINDOW, PREFACE, frame
 from tenure.serve.limits import DoorLimits
 from tenure.serve.tensors import TensorMetadata
@@ -315,6 +316,42 @@ def test_past_the_bound_new_connections_wait_until_another_leaves(door):
         assert set(answered) == {LIMITS.max_connections}
         peers.pop().socket.close()
         assert late.status(1)["grpc-status"] == "0"
+    for peer in peers:
+        peer.socket.close()
+
+
+def test_idle_connections_do_not_keep_others_out_for_long(door, plane):
+    peers = [RawPeer(door.port) for _ in range(LIMITS.max_connections)]
+    for peer in peers:
+        peer.request(1, infer(row()))
+        assert peer.status(1)["grpc-status"] == "0"
+    door.pass_time(1.0)  # what came until now is seen
+    plane.paused = True
+    peers[1].request(3, infer(row(3)))  # busy ones stay
+    door.until(lambda: len(plane.calls) == LIMITS.max_connections + 1)
+    with RawPeer(door.port) as late:
+        late.request(1, infer(row(5)))
+        door.until(lambda: door.door._acceptor.some_wait())
+        door.pass_time(2 * TICK_S)
+        assert int.from_bytes(peers[0].until(wire.GOAWAY)[:4], "big") == 1  # idle longest, the first opened
+        assert peers[0].ended() is None
+        door.until(lambda: len(plane.calls) == LIMITS.max_connections + 2)
+        plane.paused = False
+        door.run(plane.resume)
+        assert peers[1].status(3)["grpc-status"] == "0"
+        assert late.status(1)["grpc-status"] == "0"
+    for peer in peers:
+        peer.socket.close()
+
+
+def test_idle_connections_that_keep_nobody_out_stay(door):
+    peers = [RawPeer(door.port) for _ in range(LIMITS.max_connections)]
+    for id in (1, 3):
+        for peer in peers:
+            peer.request(id, infer(row()))
+            assert peer.status(id)["grpc-status"] == "0"
+        door.pass_time(TICK_S)  # what came until now is seen
+        door.pass_time(10 * TICK_S)
     for peer in peers:
         peer.socket.close()
 

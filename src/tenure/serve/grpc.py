@@ -22,7 +22,7 @@ from tenure.serve.grpc_connection import GrpcConnection
 from tenure.serve.grpc_request import Request
 from tenure.serve.grpc_service import Service
 from tenure.serve.grpc_status import DEADLINE_EXCEEDED, StatusError
-from tenure.serve.limits import DoorLimits
+from tenure.serve.limits import ROOM_SHARE, DoorLimits
 from tenure.serve.plane import Plane
 
 READ_BYTES = 256 << 10
@@ -59,7 +59,8 @@ class GrpcDoor:
         self.unsent = 0
         """Answer bytes that clients have not taken."""
         self._full_since_s: float | None = None
-        self.connections: set[GrpcConnection] = set()
+        self.connections: dict[GrpcConnection, None] = {}
+        """Those open, in the order in which they were opened."""
         self._dirty: list[GrpcConnection] = []
         self._acceptor: Acceptor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -114,12 +115,12 @@ class GrpcDoor:
         """Take a new connection in, unless the door is closing."""
         if self._closing:
             return False
-        self.connections.add(connection)
+        self.connections[connection] = None
         return True
 
     def dismiss(self, connection: GrpcConnection) -> None:
         """Forget a connection that is gone."""
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
         self.unsent -= connection.unsent
         connection.unsent = 0
         if self._acceptor is not None:
@@ -160,13 +161,18 @@ class GrpcDoor:
     def _tick(self) -> None:
         """Look after every connection; the one timer of the door."""
         assert self._loop is not None
-        now_s = self.now_s()
+        self.look_after(self.now_s())
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def look_after(self, now_s: float) -> None:
+        """End what was kept waiting too long, make room for answers and for clients that wait to be accepted."""
         for connection in list(self.connections):
             self.look(connection, now_s)
         self.make_room(now_s)
         if self._acceptor is not None:
+            if self._acceptor.some_wait():
+                self.part_with_idle(now_s)
             self._acceptor.resume()
-        self._timer = self._loop.call_later(TICK_S, self._tick)
 
     def make_room(self, now_s: float) -> None:
         """Part with the client that takes least of its answers, once such clients have kept others out for a while."""
@@ -176,6 +182,13 @@ class GrpcDoor:
             self._full_since_s = now_s
         elif now_s - self._full_since_s > self.limits.write_timeout_s / 3:
             max(self.connections, key=lambda connection: connection.unsent).transport.abort()
+
+    def part_with_idle(self, now_s: float) -> None:
+        """Close the connections that have been idle longest: others wait, and these can come back."""
+        idle = [connection for connection in self.connections if connection.is_idle(now_s, TICK_S)]
+        idle.sort(key=lambda connection: connection.last_seen_s)
+        for connection in idle[: max(1, self.limits.max_connections // ROOM_SHARE)]:
+            connection.leave()
 
     def look(self, connection: GrpcConnection, now_s: float) -> None:
         """End what a client has kept waiting longer than the limits say."""
@@ -201,9 +214,7 @@ class GrpcDoor:
             connection.pinged = False
         elif not h2.streams:
             if quiet_s > limits.idle_timeout_s:
-                h2.go_away(last=True)
-                connection.flush()
-                connection.transport.close()
+                connection.leave()
         elif not connection.pinged:  # calls are open and nothing comes: is anybody there?
             connection.pinged = True
             h2.ping()

@@ -129,6 +129,17 @@ class GrpcConnection(Calls, asyncio.BufferedProtocol):
         if self.h2.fault is not None:
             transport.close()
 
+    def is_idle(self, now_s: float, for_s: float) -> bool:
+        """Whether no call is open here, nothing has come for so long, and nothing is half read or not yet taken."""
+        quiet = not self.seen and now_s - self.last_seen_s >= for_s
+        return quiet and not (self.h2.streams or self.kept or self.h2.midway or self.unsent)
+
+    def leave(self) -> None:
+        """Tell the client which calls were taken on, and close: it may come back, and has lost none."""
+        self.h2.go_away(last=True)
+        self.flush()
+        self.transport.close()
+
     def mark(self) -> None:
         """See Calls."""
         if not self.dirty:

@@ -22,13 +22,11 @@ from tenure.serve.http1 import Head, parse_head
 from tenure.serve.http_connection import Connection
 from tenure.serve.http_requests import MAX_DIRECT_BYTES, Known
 from tenure.serve.http_routes import infer_target
-from tenure.serve.limits import DoorLimits
+from tenure.serve.limits import ROOM_SHARE, DoorLimits
 from tenure.serve.plane import Buffer, Plane
 
 _SCRATCH_BYTES = 64 << 10
 _MAX_KNOWN = 1024
-_ROOM_SHARE = 16
-"""Of all connections, closed at a time while idle ones keep others out."""
 _MAX_KNOWN_BYTES = 4 << 10
 """Of one head or JSON that is remembered: 2 × 1024 × 4 KiB in all."""
 _T = TypeVar("_T")
@@ -220,7 +218,7 @@ class HttpDoor:
     def _make_room(self) -> None:
         """Close the connections that have been idle longest: others wait, and these can come back."""
         idle = sorted((c for c in self._connections if c.is_idle(self.tick_s)), key=lambda c: c.since_s)
-        for connection in idle[: max(1, self.limits.max_connections // _ROOM_SHARE)]:
+        for connection in idle[: max(1, self.limits.max_connections // ROOM_SHARE)]:
             connection.leave()
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 from tenure.errors import SpecError
 
+ROOM_SHARE = 16
+"""Of all connections, closed at a time while idle ones keep others out."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorLimits:
@@ -20,7 +23,7 @@ class DoorLimits:
     max_head_bytes: int = 64 << 10
     """Request line and headers."""
     max_connections: int = 4096
-    """Open at a time; past it, new ones wait to be accepted. Over HTTP, those idle longest are closed while some wait."""
+    """Open at a time; past it, new ones wait to be accepted, and those idle longest are closed while some wait."""
     head_timeout_s: float = 10.0
     """From the first byte of a head to its last."""
     body_timeout_s: float = 60.0
