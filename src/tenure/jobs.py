@@ -46,6 +46,8 @@ class Command:
     this machine's own files (in a container: its Python, `runtimes/images.py`)."""
     mounts: Mapping[str, str] = field(default_factory=dict)
     """What a container sees of the machine: path there -> path inside, with ``:ro`` at its end only to be read."""
+    seccomp: str = ""
+    """Profile of system calls in Docker's format, an absolute path on the node; empty: the image's, or the runtime's own."""
 
     def __post_init__(self) -> None:
         if not self.argv or not self.argv[0]:

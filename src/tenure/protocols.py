@@ -116,6 +116,9 @@ class StartSpec:
     pids_max: int = 1024
     read_only_root: bool = False
     capabilities: tuple[str, ...] = ()
+    seccomp: str = ""
+    """Absolute path of a profile of system calls, in Docker's format. Empty: that of the image, if it is one of Tenure with a
+    profile; else the engine's for a container, and none for a process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tenure.data.system_calls import numbers
 from tenure.errors import Conflict, NotFound, Refused, SpecError, StaleFence, Unsupported
 from tenure.protocols import ExitKind, StartSpec, SystemClock
 from tenure.resources import Envelope
-from tenure.runtimes import procfs
+from tenure.runtimes import procfs, seccomp
 
 CLOCK = SystemClock()
 MIB = 1 << 20
@@ -289,6 +290,33 @@ class RuntimeContract:
         bench.runtime.stop(handle, grace_s=0, fence=1)
         bench.end(handle)
         until(lambda: bench.gone(int(output)), "the inner process is gone")
+
+    def test_a_profile_of_system_calls_holds_for_the_job_and_for_commands_inside(self, bench, tmp_path):
+        profile = tmp_path / "seccomp.json"
+        let_through = sorted(set(numbers(os.uname().machine)) - seccomp._NEVER - {"mkdir", "mkdirat"})
+        rules = [
+            {"names": let_through, "action": "SCMP_ACT_ALLOW"},
+            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+        ]
+        profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules}))
+        refusal = ""
+        try:
+            handle = bench.start("sh", "-c", "mkdir made || echo refused; sleep 60", seccomp=str(profile))
+        except Unsupported as error:
+            refusal = str(error)
+        if refusal:
+            assert "seccomp" in refusal
+            return
+        bench.said(handle, "refused")
+        code, output = bench.runtime.exec(handle, ["sh", "-c", "mkdir made || exit 9"], timeout_s=LONG_S)
+        assert code == 9, output
+        bench.runtime.stop(handle, grace_s=0, fence=1)
+        bench.end(handle)
+
+    def test_a_profile_that_is_none_is_refused_at_the_start(self, bench, tmp_path):
+        (tmp_path / "seccomp.json").write_text("{}")
+        with pytest.raises((SpecError, Unsupported), match="seccomp"):
+            bench.start("true", seccomp=str(tmp_path / "seccomp.json"))
 
     def test_sixteen_leases_run_at_once_and_end_each_for_itself(self, bench):
         handles = [bench.start("sh", "-c", f"exit {i}", lease=f"many-{i}") for i in range(16)]

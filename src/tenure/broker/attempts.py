@@ -210,6 +210,7 @@ class Attempts:
             user=user,
             image=lease.command.image,
             mounts=lease.command.mounts,
+            seccomp=lease.command.seccomp,
         )
 
     # --- hearing of attempts ---

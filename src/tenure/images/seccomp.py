@@ -1,8 +1,9 @@
 """The profile of system calls of a program: what it was seen to call and what any Python needs, and nothing else.
 
-In Docker's format, so that Docker, Podman and the process runtime take the same file. Whatever is not in it is answered with
-ENOSYS, as by a kernel that does not have it: a library that only tries a newer call goes on with an older one. Calls that are
-tried and not needed (`system_calls.FALLBACKS`) are left out for the same reason, and what is called instead is let in.
+In Docker's format, so that Docker, Podman and the process runtime take the same file. What is not in it is refused with EPERM,
+and calls younger than the C libraries about with ENOSYS, as by a kernel that does not have them: a library that only tries one
+goes on with an older one. So calls that are tried and not needed (`system_calls.FALLBACKS`) are left out, and what is called
+instead is let in.
 
 Arguments are held where a trace is enough to know them: a clone makes no namespace, and no process either when none was seen
 to; sockets are of the families seen; prctl does what it was seen to do. Commands of ioctl are not held: a filter sees their
@@ -41,6 +42,43 @@ ALWAYS = (
 )
 """What a C library and CPython may need without a trace showing it: memory, the end of threads and of the process, the return
 from a signal's handler, a call that goes on after a stop, abort(3), the clock where the kernel maps no vDSO."""
+
+_YOUNG = (
+    *(
+        "statx",
+        "io_pgetevents",
+        "rseq",
+        "pidfd_send_signal",
+        "io_uring_setup",
+        "io_uring_enter",
+        "io_uring_register",
+        "openat2",
+    ),
+    *(
+        "open_tree",
+        "move_mount",
+        "fsopen",
+        "fsconfig",
+        "fsmount",
+        "fspick",
+        "pidfd_open",
+        "clone3",
+        "close_range",
+        "pidfd_getfd",
+    ),
+    *(
+        "faccessat2",
+        "process_madvise",
+        "epoll_pwait2",
+        "mount_setattr",
+        "quotactl_fd",
+        "landlock_create_ruleset",
+        "memfd_secret",
+    ),
+    *("landlock_add_rule", "landlock_restrict_self", "process_mrelease", "futex_waitv", "set_mempolicy_home_node", "cachestat"),
+    *("fchmodat2", "map_shadow_stack", "futex_wake", "futex_wait", "futex_requeue", "preadv2", "pwritev2", "copy_file_range"),
+)
+"""Calls of Linux 4.5 and later, which programs try and do without. An engine leaves out those that it does not know."""
 
 _CLONE_THREAD = 0x00010000
 _NAMESPACES = 0x7E020000
@@ -85,11 +123,10 @@ def profile(calls: Iterable[SystemCall], *, machine: str) -> dict[str, Any]:
         for name, arguments in sorted(conditions.items())
         for argument in arguments
     ]
-    refused = sorted(set(FALLBACKS) - set(names))
-    rules.append({"names": refused, "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS})  # an old Docker knows no defaultErrnoRet
+    refused = sorted({*FALLBACKS, *_YOUNG} - set(names))
+    rules.append({"names": refused, "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS})
     return {
         "defaultAction": "SCMP_ACT_ERRNO",
-        "defaultErrnoRet": ENOSYS,
         "architectures": [ARCHITECTURES[machine]] if machine in ARCHITECTURES else [],
         "syscalls": rules,
     }

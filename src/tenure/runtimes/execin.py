@@ -21,7 +21,7 @@ from tenure.errors import Conflict, Unavailable
 from tenure.protocols import RuntimeHandle
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
-from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
+from tenure.runtimes.become import become_user, die_with_parent, enter_network, filter_calls, limit_self
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.rooted import join_root
 
@@ -116,6 +116,7 @@ def main() -> None:
         become_user(plan["user"], plan["uid"], plan["gid"])
         die_with_parent()
         os.chdir(plan["workdir"])
+        filter_calls(bytes.fromhex(plan["filter"]))
         os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
     except OSError as error:
         os.write(2, f"cannot run {plan['argv'][0]!r} inside the lease: {error}\n".encode())

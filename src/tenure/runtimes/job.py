@@ -13,7 +13,7 @@ from typing import Any
 
 from tenure.resources import Envelope
 from tenure.runtimes.acting import acting_as, actor_from, open_regular
-from tenure.runtimes.become import become_user, die_with_parent, enter_network, limit_self
+from tenure.runtimes.become import become_user, die_with_parent, enter_network, filter_calls, limit_self
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_job import attend
 from tenure.runtimes.rooted import Root, enter_root
@@ -61,6 +61,8 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
             os._exit(CANNOT_RUN)
         if not root:
             os.chdir(spec["workdir"])
+        step = "filter"
+        filter_calls(bytes.fromhex(plan["filter"]))
         step = "exec"
         os.execvpe(spec["argv"][0], spec["argv"], plan["env"])
     except BaseException as error:

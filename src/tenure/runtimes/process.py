@@ -31,6 +31,7 @@ from tenure.runtimes.environment import container_environment, job_environment
 from tenure.runtimes.execin import run_inside
 from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.rooted import root_of
+from tenure.runtimes.seccomp import compiled, profile_of
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
 from tenure.usage import Usage
@@ -58,6 +59,7 @@ class ProcessRuntime(ShimmedRuntime):
 
     def _check(self, spec: StartSpec) -> None:
         check_spec(spec, self._boot_id)
+        filter_of(spec)
 
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
         entry = pwd.getpwnam(spec.user) if spec.user and os.geteuid() == 0 else None
@@ -80,6 +82,7 @@ class ProcessRuntime(ShimmedRuntime):
             "uid": entry.pw_uid if entry else None,
             "gid": entry.pw_gid if entry else None,
             "netns": netns_path(spec.network.removeprefix("netns:")) if spec.network != "host" else "",
+            "filter": filter_of(spec),
         }
 
     def usage(self, handle: RuntimeHandle) -> Usage:
@@ -138,6 +141,7 @@ class ProcessRuntime(ShimmedRuntime):
             "worker_dir": last["spec"]["worker_dir"],
             "workdir": last["root"]["workdir"] if last.get("root") else last["spec"]["workdir"],
             "root_of": int(shim.get("job_pid", 0)) if last.get("root") else 0,
+            "filter": last.get("filter", ""),  # an attempt of an older version has none
         }
         return run_inside(plan, handle, job_pid=int(shim.get("job_pid", 0)), timeout_s=timeout_s)
 
@@ -155,6 +159,12 @@ class ProcessRuntime(ShimmedRuntime):
 
     def _remove(self, last: Mapping[str, Any]) -> None:
         Confinement.from_plan(last["confinement"]).remove()
+
+
+def filter_of(spec: StartSpec) -> str:
+    """Return the filter that a spec's profile makes, in hex; empty when it names none. Raises SpecError, Unsupported."""
+    text = profile_of(spec)
+    return compiled(text).hex() if text else ""
 
 
 def _kill_named(worker_dir: str, *, rounds: int = 100) -> int:
