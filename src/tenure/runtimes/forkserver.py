@@ -26,9 +26,10 @@ from typing import Any
 from tenure.errors import Unavailable
 from tenure.runtimes import shim
 from tenure.runtimes.container_shim import ContainerShim
+from tenure.runtimes.microvm_shim import MicrovmShim
 from tenure.runtimes.state import read_json
 
-_KINDS = {"container": ContainerShim}
+_KINDS = {"container": ContainerShim, "microvm": MicrovmShim}
 """Key of a plan -> the shim it wants."""
 _READY = b"+"
 _REFILL_S = 0.02

@@ -16,6 +16,7 @@ from tenure.runtimes.acting import acting_as, actor_from, open_regular
 from tenure.runtimes.become import become_user, die_with_parent, enter_network, filter_calls, limit_self
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_job import attend
+from tenure.runtimes.microvm_job import attend as attend_guest
 from tenure.runtimes.rooted import Root, enter_root
 
 _RESET = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
@@ -39,6 +40,8 @@ def wait_and_become(orders: int, failure: int, shim_pid: int) -> None:
         spec = plan["spec"]
         if "container" in plan:
             attend(plan, failure)
+        if "microvm" in plan:
+            attend_guest(plan, failure)
         with acting_as(actor_from(plan.get("acting"))):
             log = open_regular(spec["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(log, 1)

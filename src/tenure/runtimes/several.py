@@ -16,6 +16,7 @@ from tenure.resources import Bound, Envelope
 from tenure.runtimes.confine import Confine
 from tenure.runtimes.container import ContainerRuntime
 from tenure.runtimes.gpus import Gpus
+from tenure.runtimes.microvm import MicrovmRuntime
 from tenure.runtimes.process import ProcessRuntime
 from tenure.runtimes.shimmed import ShimmedRuntime
 from tenure.usage import Usage
@@ -28,8 +29,15 @@ class Runtimes:
     """All runtimes of a node. `state_dir` is private to it. Raises Unsupported when `confine` can't be had."""
 
     def __init__(
-        self, state_dir: Path, *, confine: Confine = "auto", clock: Clock | None = None, gpus: Gpus | None = None
+        self,
+        state_dir: Path,
+        *,
+        confine: Confine = "auto",
+        clock: Clock | None = None,
+        gpus: Gpus | None = None,
+        images_dir: Path | None = None,
     ) -> None:
+        """images_dir: where images are found by name (`forms`)."""
         self._process = ProcessRuntime(state_dir, confine=confine, clock=clock, gpus=gpus)
         self._container = ContainerRuntime(
             state_dir / "containers",
@@ -40,7 +48,15 @@ class Runtimes:
             image_wait_s=IMAGE_WAIT_S,
             gpus=gpus,
         )
-        self._all: tuple[ShimmedRuntime, ...] = (self._process, self._container)
+        self._microvm = MicrovmRuntime(
+            state_dir / "microvms",
+            images_dir=images_dir,
+            confine=confine,
+            clock=clock,
+            fork_server=self._process.fork_server,
+            term_dir=state_dir,
+        )
+        self._all: tuple[ShimmedRuntime, ...] = (self._process, self._container, self._microvm)
 
     def close(self) -> None:
         """End what serves starts. Attempts and their shims live on."""
@@ -53,7 +69,7 @@ class Runtimes:
     # --- what there is ---
 
     def _there(self) -> list[ShimmedRuntime]:
-        return [self._process, *([self._container] if self._container.available() else [])]
+        return [self._process, *(each for each in (self._container, self._microvm) if each.available())]
 
     def describe(self) -> tuple[tuple[str, ...], dict[str, Mapping[str, Bound]], dict[str, str]]:
         """Return the names of those that can be used now, how each holds bounds, and by what means."""
