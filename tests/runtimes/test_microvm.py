@@ -1,8 +1,12 @@
 """The contract of every runtime over guests in QEMU, and what microVMs promise beyond it. Emulated."""
 
 import json
+import os
+import shutil
 import socket
+import tempfile
 import urllib.request
+from pathlib import Path
 
 import pytest
 from tests.contracts.runtime_contract import MIB, SLOWNESS, Bench, RuntimeContract, until
@@ -38,6 +42,7 @@ class GuestBench(Bench):
     def end(self, handle):
         ended = self.runtime.wait(handle, GUEST_MAX_S)
         assert ended is not None, "the guest did not end"
+        print(ended)
         return ended
 
     def said(self, handle, word):
@@ -214,8 +219,6 @@ class TestMicrovm(RuntimeContract):
 
 
 def test_an_image_that_was_changed_is_refused_by_name(guest_image, tmp_path, state_dir):
-    import shutil
-
     copy = tmp_path / "images/changed/000000000000"
     shutil.copytree(guest_image, copy)
     with open(copy / "microvm/root.squashfs", "r+b") as stream:
@@ -233,15 +236,22 @@ def test_an_image_that_was_changed_is_refused_by_name(guest_image, tmp_path, sta
     runtime.close()
 
 
-def test_without_qemu_or_where_it_dies_at_once_the_start_says_so(guest_image, tmp_path, monkeypatch):
+@pytest.fixture
+def open_folder():
+    """A folder that every user of this machine may enter: machines run as nobody."""
+    with tempfile.TemporaryDirectory(prefix="tg-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_without_qemu_or_where_it_dies_at_once_the_start_says_so(guest_image, tmp_path, open_folder, monkeypatch):
     runtime = MicrovmRuntime(tmp_path / "state", accel="tcg")
     bench = GuestBench(runtime, tmp_path / "leases")
     bench.image = guest_image
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PATH", str(open_folder))
     with pytest.raises(Unsupported, match="qemu-system-x86"):
         bench.start("true")
-    (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin/qemu-system-x86_64"
+    fake = open_folder / "qemu-system-x86_64"
     fake.write_text("#!/bin/sh\necho 'this machine is broken' >&2\nexit 1\n")
     fake.chmod(0o755)
     with pytest.raises(Unavailable, match="this machine is broken"):

@@ -69,9 +69,7 @@ async def _run(options: argparse.Namespace, state_dir: Path) -> None:
     )
     try:
         with node_gpus(declared or offered.gpus, state_dir) as (gpus, watch):
-            runtimes = Runtimes(
-                state_dir, confine=options.confine, clock=clock, gpus=gpus, images_dir=options.home / "images"
-            )
+            runtimes = Runtimes(state_dir, confine=options.confine, clock=clock, gpus=gpus, images_dir=options.home / "images")
             agent = Agent(
                 options.node,
                 options.socket,

@@ -43,11 +43,12 @@ class Finished:
     analysis: Analysis
 
 
-def makers() -> dict[Form, Maker]:
-    """Return what makes each form."""
+def makers(home: Path) -> dict[Form, Maker]:
+    """Return what makes each form. home: there kernels of microVMs are looked for."""
     from tenure.images.build import make_oci_form, make_root_form
+    from tenure.images.microvm import microvm_form
 
-    return {Form.ROOT: make_root_form, Form.OCI: make_oci_form}
+    return {Form.ROOT: make_root_form, Form.OCI: make_oci_form, Form.MICROVM: microvm_form(home)}
 
 
 def enter() -> Enter | None:
@@ -99,7 +100,7 @@ def build_serving(
         keep=tuple(keep),
     )
     spec = _asked_by_v2(spec, analysis.closure.program)
-    return Finished(built=build(spec, store, makers(), enter=enter(), told=told), analysis=analysis)
+    return Finished(built=build(spec, store, makers(store.folder.parent), enter=enter(), told=told), analysis=analysis)
 
 
 def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told: Say = lambda _: None) -> Built:
@@ -122,9 +123,9 @@ def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told
     )
     program = here(closure.program, sources)
     if manifest.door == "v2":
-        return build(_asked_by_v2(spec, program), store, makers(), enter=enter(), told=told)
+        return build(_asked_by_v2(spec, program), store, makers(store.folder.parent), enter=enter(), told=told)
     commands = tuple(exercise.argv[2] for exercise in closure.exercises if exercise.argv[:2] == ("sh", "-c"))
-    return build(_asked_by_commands(spec, program, commands), store, makers(), enter=enter(), told=told)
+    return build(_asked_by_commands(spec, program, commands), store, makers(store.folder.parent), enter=enter(), told=told)
 
 
 def _asked_by_v2(spec: BuildSpec, program: Sequence[str]) -> BuildSpec:
@@ -180,7 +181,7 @@ def build_program(
     found = tuple(ports) or (_listening(closure, told) if exercises else ())
     spec = BuildSpec(name=name, closure=closure, forms=tuple(forms), ports=found, keep=tuple(keep))
     spec = _asked_by_commands(spec, closure.program, exercises)
-    return Finished(built=build(spec, store, makers(), enter=enter(), told=told), analysis=analysis)
+    return Finished(built=build(spec, store, makers(store.folder.parent), enter=enter(), told=told), analysis=analysis)
 
 
 def _run_env(closure: Closure) -> dict[str, str]:

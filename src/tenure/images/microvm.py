@@ -9,7 +9,6 @@ Not for: what belongs into the tree (`closures`), starting it (`runtimes.microvm
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,11 +17,13 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from tenure.closures import ClosureFile, FileKind, files_hash
+from tenure.closures import files_hash
 from tenure.cpio import Archive
-from tenure.errors import JobFailed, SpecError, Unavailable, Unsupported
+from tenure.errors import JobFailed, NotFound, SpecError, Unavailable, Unsupported
 from tenure.forms import FormRecord
-from tenure.images.microvm_kernel import Kernel, bootable, read_modules
+from tenure.images.build import Made, Maker
+from tenure.images.microvm_kernel import Kernel, bootable, find_kernel, read_modules
+from tenure.images.tree import scan
 
 FOLDER = "microvm"
 MAKER = "mksquashfs"
@@ -82,6 +83,20 @@ def build_microvm(
     return record
 
 
+def microvm_form(home: Path | None = None, kernel: Path | None = None) -> Maker:
+    """Return what makes form microvm (`build.Maker`) with the kernel given, else with one that is found (`find_kernel`)."""
+
+    def make(made: Made) -> FormRecord:
+        check_tools()
+        try:
+            found = find_kernel(kernel, home=home)
+        except NotFound as error:
+            raise Unsupported("form microvm", str(error)) from error
+        return build_microvm(made.tree, made.folder / FOLDER, kernel=found)
+
+    return make
+
+
 def initrd(modules: list[tuple[str, bytes]]) -> bytes:
     """Return the archive that every start of the image unpacks first: first program, modules, console."""
     archive = Archive()
@@ -106,14 +121,12 @@ def _make_root(tree: Path, into: Path, compression: tuple[str, ...]) -> None:
     if made.returncode != 0 or not into.exists():
         said = (made.stderr or made.stdout).strip()[-500:]
         raise JobFailed(f"{MAKER} could not make a root of {tree} (exit {made.returncode}): {said or 'it said nothing'}")
-    os.chmod(into, 0o644)
 
 
 def _record(folder: Path, kernel: Kernel, modules: list[str], is_elf: bool) -> FormRecord:
-    files = []
-    for path in sorted(folder.iterdir()):
-        size_bytes, sha256 = path.stat().st_size, _hash(path)
-        files.append(ClosureFile(path=f"/{path.name}", kind=FileKind.FILE, mode=0o644, size_bytes=size_bytes, sha256=sha256))
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    files = scan(folder)
     hashes = {f"{file.path[1:]}_sha256": file.sha256 for file in files}
     return FormRecord(
         path=FOLDER,
@@ -130,8 +143,3 @@ def _record(folder: Path, kernel: Kernel, modules: list[str], is_elf: bool) -> F
         }
         | hashes,
     )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import pwd
 import secrets
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,9 @@ class MicrovmRuntime(ShimmedRuntime):
             raise SpecError(f"lease {spec.lease_id}: {error}") from error
 
     def _user(self, spec: StartSpec) -> tuple[int | None, int | None]:
-        """Return whom the machine runs as; None: as the agent. Raises SpecError, Unsupported."""
+        """Return whose the attempt is; None: the agent's own. Raises SpecError, Unsupported."""
         if not spec.user:
-            return (NOBODY, NOBODY) if os.geteuid() == 0 else (None, None)
+            return None, None
         try:
             entry = pwd.getpwnam(spec.user)
         except KeyError as error:
@@ -162,6 +163,7 @@ class MicrovmRuntime(ShimmedRuntime):
             accel, _ = accel_for(image, qemu, state_dir=self._state_dir, boot_id=self._boot_id)
         firecracker = find_firecracker() if accel == "kvm" and image.kernel_format == "elf" and not spec.ports else ""
         uid, gid = self._user(spec)
+        runs_as = (NOBODY, NOBODY) if uid is None and os.geteuid() == 0 else (uid, gid)
         own_workdir = image.workdir if spec.workdir == spec.worker_dir else spec.workdir
         return {
             "spec": wire.to_builtins(spec),
@@ -186,6 +188,8 @@ class MicrovmRuntime(ShimmedRuntime):
                 "cpus": spec.envelope.cpus,
                 "ports": sorted({port for port in spec.ports.values() if port}),
                 "workdir": own_workdir,
+                "uid": runs_as[0],
+                "gid": runs_as[1],
                 "token": secrets.token_hex(16),
                 "boot_max_s": BOOT_MAX_S[accel],
             },
@@ -223,6 +227,14 @@ class MicrovmRuntime(ShimmedRuntime):
             processes=tree.processes,
         )
 
+    def pids(self, handle: RuntimeHandle) -> frozenset[int]:
+        """Return the machine's processes, attendant and shim's other children included; none of an attempt that has ended."""
+        _, last = self._last(handle.lease_id)
+        if not procfs.is_alive(handle.pid, handle.start_ticks):
+            return frozenset()
+        inside = Confinement.from_plan(last["confinement"]).members()
+        return frozenset({*procfs.descendants(handle.pid), *inside})
+
     def accel_of(self, handle: RuntimeHandle) -> str:
         """Return what carries an attempt's guest: ``kvm``, or ``tcg`` for software emulation. Raises NotFound."""
         _, last = self._last(handle.lease_id)
@@ -250,7 +262,7 @@ class MicrovmRuntime(ShimmedRuntime):
         machine = read_json(LeaseFiles(self._state_dir, str(last["spec"]["lease_id"])).root / "machine.json")
         if machine and last["boot_id"] == self._boot_id:
             pid, ticks = int(machine["pid"]), int(machine["start_ticks"])
-            pidfds.send(pid, ticks, 9)
+            pidfds.send(pid, ticks, signal.SIGKILL)
             pidfds.wait(pid, ticks, 10.0)
             left += int(procfs.is_alive(pid, ticks))
         return left

@@ -22,9 +22,9 @@ from typing import Any, NoReturn
 
 from tenure.resources import Envelope
 from tenure.runtimes import procfs
+from tenure.runtimes.acting import acting_as, actor_from, open_regular
 from tenure.runtimes.become import become_user, die_with_parent, limit_self
 from tenure.runtimes.confine import Confinement
-from tenure.runtimes.environment import lease_file
 from tenure.runtimes.microvm_config import RELAYED, Console, KernelWords, Said, note_of, start_archive
 from tenure.runtimes.microvm_machine import firecracker_config, qemu_command
 from tenure.runtimes.state import read_json, write_json
@@ -48,9 +48,8 @@ def attend(plan: dict[str, Any], failure: int) -> NoReturn:
     try:
         confinement = Confinement.from_plan(plan["confinement"])
         confinement.join()
-        if not confinement.enforced:
-            confinement = Confinement("v1")  # guest memory is one reservation: a bound on those would refuse it
-        limit_self(confinement, Envelope(**plan["spec"]["envelope"]))
+        # Guest memory is one reservation: where no group holds memory, the shim looks at it, and nothing bounds reservations.
+        limit_self(confinement if confinement.enforced else Confinement("v1"), Envelope(**plan["spec"]["envelope"]))
         step = "machine"
         attendant = _Attendant(plan)
         attendant.boot()
@@ -73,7 +72,9 @@ class _Attendant:
     def __init__(self, plan: dict[str, Any]) -> None:
         self._plan, self._folder, self._asked = plan, plan["folder"], plan["microvm"]
         self._token: str = self._asked["token"]
-        self._log = os.open(plan["spec"]["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._actor = actor_from(plan.get("acting"))
+        with acting_as(self._actor):
+            self._log = open_regular(plan["spec"]["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._complaints = os.memfd_create("complaints", os.MFD_CLOEXEC)
         self._boots = 0
         self._pid = 0
@@ -116,7 +117,8 @@ class _Attendant:
         """Return a file in memory with the image's archive and this start's: the latter holds secrets, and touches no disk."""
         spec, asked = self._plan["spec"], self._asked
         control = read_json(f"{self._folder}/control.json") or {}
-        lease = lease_file(spec["lease_id"], spec, control)
+        with acting_as(self._actor):
+            lease = read_json(f"{spec['worker_dir']}/lease.json") or {}
         # The guest counts from its own boot, which is now.
         left_s = float(control["deadline_boot_s"]) - time.clock_gettime(time.CLOCK_BOOTTIME)
         lease |= {"deadline_boot_s": left_s, "boot_id": ""}
@@ -158,7 +160,7 @@ class _Attendant:
             else:
                 argv = qemu_command(asked, accel=asked["accel"], initrd=initrd_path, qmp_fd=qmp)
             parent = os.getppid()
-            become_user(self._plan["spec"]["user"] or "nobody", self._plan["uid"], self._plan["gid"])
+            become_user(self._plan["spec"]["user"] or "nobody", asked["uid"], asked["gid"])
             die_with_parent()
             if os.getppid() == parent:
                 os.execve(argv[0], argv, {"PATH": os.defpath})
@@ -254,13 +256,13 @@ class _Attendant:
         name, text = (*said.rest, "", "")[:2]
         if name not in RELAYED or len(text) > 2 * _MAX_RELAY_BYTES:
             return
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), acting_as(self._actor):
             data = bytes.fromhex(text)
             if name == "endpoints.json":
                 data = _from_outside(data)
             path = f"{self._plan['spec']['worker_dir']}/{name}"
             draft = f"{path}.{os.getpid()}.part"
-            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            fd = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 os.write(fd, data)
             finally:

@@ -116,9 +116,9 @@ def _measured_tsc_khz() -> int:
     page.write(_RDTSC)
     first = ctypes.c_char.from_buffer(page)
     read = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(first))
-    begun, begun_ns = read(), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+    begun, begun_ns = int(read()), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
     time.sleep(0.02)
-    ended, ended_ns = read(), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+    ended, ended_ns = int(read()), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
     del read, first
     with contextlib.suppress(BufferError):
         page.close()
