@@ -92,10 +92,23 @@ def test_an_errors_text_is_enough(repair, built, tmp_path):
     _, program = built
     log = tmp_path / "log"
     log.write_text(f"FileNotFoundError: [Errno 2] No such file or directory: '{program}/more.txt'\n")
-    names, image, code, _ = repair("--error", str(log), "--dry-run")
+    names, image, code, _ = repair("--log", str(log), "--dry-run")
     assert (names, image, code) == (["more.txt"], None, 0)
     log.write_text("FileNotFoundError: '/nowhere'")
-    assert repair("--error", str(log))[2] == exits.NOT_FOUND
+    assert repair("--log", str(log))[:3] == ([], None, 0)  # it names nothing: the program is watched, and lacks nothing
+
+
+def test_what_is_gone_from_a_built_image_is_named_and_comes_back(repair, built):
+    image = ImageStore(built[0]).find("small")
+    (image.folder / f"root{built[1]}/data.txt").unlink()
+    names, again, code, _ = repair("--log", "/dev/null")
+    assert (names, code) == (["data.txt"], 0)
+    assert (ImageStore(built[0]).find(f"small:{again[:12]}").folder / f"root{built[1]}/data.txt").read_text() == "data.txt"
+
+
+def test_a_log_that_is_not_there_is_told(built, capsys):
+    assert run(["image", "repair", "small", "--home", str(built[0]), "--log", "/nowhere"]) == exits.NOT_FOUND
+    assert "/nowhere" in capsys.readouterr().err
 
 
 def test_a_run_with_other_options_names_what_it_needs(repair):

@@ -95,7 +95,7 @@ def analyse(
 
     wanted = the_program(program, exercise or [], also or [], env or [], add or [], workdir)
     bounds = Bounds(total_s=parse_duration(timeout))
-    found = analyse_program(wanted, bounds=bounds, say=_told)
+    found = analyse_program(wanted, bounds=bounds, say=(lambda _: None) if json else _told)
     forms = reports(found.closure.system_calls)
     facts = _facts(found, forms)
     if out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +33,8 @@ def repair(
             help="A further run; of a served model only its options, e.g. '--instances 2'. Repeatable.",
         ),
     ] = None,
-    error: Annotated[
-        str, typer.Option("--error", metavar="FILE", help="What the image said when it failed; - reads it from standard input.")
+    log: Annotated[
+        str, typer.Option("--log", metavar="FILE", help="What the image said when it failed; - reads it from standard input.")
     ] = "",
     add: Annotated[
         list[str] | None, typer.Option("--add", metavar="PATH", help="A file or folder that is to be in it. Repeatable.")
@@ -45,8 +46,9 @@ def repair(
 ) -> None:
     """Name the files that an image lacks, put them in, and build it anew in all its forms.
 
-    The program is watched here under the exercises that failed there: what it uses here and the image has not was missing. With
-    --error alone nothing is run: what the text names is put in. The image as it was stays until it is removed.
+    The program is watched here under the exercises that failed there: what it uses here and the image has not was missing. What
+    --log names, --add says, or is gone from the image since it was built needs no watching. The image as it was stays until it
+    is removed.
     """
     from tenure import app
     from tenure.cli import image_builds
@@ -56,41 +58,51 @@ def repair(
     store = ImageStore(app.find_home(home))
     stored = store.find(name)
     closure = read_lock(stored.folder / "closure.lock.json")
-    found = _named(closure, error, add or [])
-    if exercise or also or not (error or add):
-        found = _with_watched(found, stored, exercise or [], also or [], timeout)
-    built = None
-    if found.missing and not dry_run:
-        built = image_builds.build_again(stored, found.closure, store, told=_told).image
+    told = _silent if json else _told
+    found = _named(closure, log, add or [])
+    gone = _gone(stored)
+    if exercise or also or not (found.missing or gone):
+        found = _with_watched(found, stored, exercise or [], also or [], timeout, told)
+    missing, built = (*gone, *found.missing), None
+    if missing and not dry_run:
+        built = image_builds.build_again(stored, found.closure, store, told=told).image
     if json:
-        _say(output.as_json({"missing": found.missing, "image": built.manifest.id if built else None}))
+        _say(output.as_json({"missing": missing, "image": built.manifest.id if built else None}))
         return
-    _say(_missing_text(found.missing))
+    _say(_missing_text(missing))
     if built is not None:
         _say(f"built     {built.manifest.name}:{built.manifest.short_id} ({', '.join(built.manifest.forms)})")
 
 
-def _named(closure: Closure, error: str, add: list[str]) -> Repaired:
-    """Return the closure with what an error's text and the user name. Raises NotFound."""
+def _gone(stored: StoredImage) -> tuple[Missing, ...]:
+    """Return the files that an image had when it was built and has no more, or no more whole."""
+    from tenure.images.closure_check import verify_image
+    from tenure.images.repair import Missing
+
+    damage = verify_image(stored.folder, stored.manifest)
+    return tuple(
+        Missing(path=each.path, how=f"the image had it when it was built: {each.how}")
+        for each in damage
+        if each.what != "lock file" and each.how != "was not there"
+    )
+
+
+def _named(closure: Closure, log: str, add: list[str]) -> Repaired:
+    """Return the closure with what a log and the user name. Raises NotFound."""
     import os
 
     from tenure.images import closure_python
     from tenure.images.repair import Missing, here, named_in, sources_of, with_paths
 
     missing: list[Missing] = []
-    if error:
+    if log:
         try:
-            text = sys.stdin.read() if error == "-" else Path(error).read_text(errors="replace")
+            text = sys.stdin.read() if log == "-" else Path(log).read_text(errors="replace")
         except OSError as failed:
-            raise NotFound(f"{error} can't be read: {failed.strerror}") from failed
+            raise NotFound(f"{log} can't be read: {failed.strerror}") from failed
         program = here(closure.program, sources_of(closure))
         interpreter, _ = closure_python.interpreter_of(program[:1], program, closure.env, closure.workdir)
         missing += named_in(text, closure, interpreter)
-        if not missing:
-            raise NotFound(
-                "the text names no file that is on this machine and not in the image. Give the exercise that fails "
-                "(--exercise), or the file (--add)"
-            )
     for path in add:
         if not os.path.lexists(path):
             raise NotFound(f"there is nothing at {path} to add")
@@ -99,7 +111,9 @@ def _named(closure: Closure, error: str, add: list[str]) -> Repaired:
     return with_paths(closure, missing)
 
 
-def _with_watched(found: Repaired, stored: StoredImage, exercises: list[str], also: list[str], timeout: str) -> Repaired:
+def _with_watched(
+    found: Repaired, stored: StoredImage, exercises: list[str], also: list[str], timeout: str, told: Callable[[str], None]
+) -> Repaired:
     """Return what was found, and what watching the program here finds besides. Raises JobFailed when no exercise succeeds."""
     from dataclasses import replace
 
@@ -109,10 +123,10 @@ def _with_watched(found: Repaired, stored: StoredImage, exercises: list[str], al
     from tenure.resources import parse_duration
 
     program = _program(found.closure, stored, exercises, also)
-    seen = analyse(program, bounds=Bounds(total_s=parse_duration(timeout)), say=_told)
+    seen = analyse(program, bounds=Bounds(total_s=parse_duration(timeout)), say=told)
     for finding in seen.findings:
         if finding.matter == "exercise":
-            _told(f"{finding.found}: {finding.means}")
+            told(f"{finding.found}: {finding.means}")
     if all(each.exit_code for each in seen.closure.exercises):
         raise JobFailed("no exercise succeeded here either, where nothing is missing: the image is not what is broken")
     more = with_seen(found.closure, seen.closure)
@@ -146,12 +160,19 @@ def _program(closure: Closure, stored: StoredImage, exercises: list[str], also: 
 
 def _missing_text(missing: tuple[Missing, ...]) -> str:
     if not missing:
-        return "nothing is missing: all that the program used here is in the image"
+        return (
+            "nothing is missing: all that the program used here is in the image. If it fails there, say how: "
+            "--exercise, --also, --log"
+        )
     return "\n".join(f"missing   {output.clean(each.path)} ({output.clean(each.how)})" for each in missing)
 
 
 def _told(text: str) -> None:
     output.say(f"image: {output.clean(text)}", sys.stderr)
+
+
+def _silent(text: str) -> None:
+    """Say nothing: with --json one line is all."""
 
 
 def _say(text: Any) -> None:
