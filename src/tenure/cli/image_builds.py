@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenure.errors import JobFailed, SpecError
-from tenure.forms import Form, check_image_name
+from tenure.errors import JobFailed, SpecError, TenureError, Unsupported
+from tenure.forms import LOCK_FILE, Form, check_image_name
 
 if TYPE_CHECKING:
     from tenure.closures import Closure
@@ -103,6 +103,42 @@ def build_serving(
     return Finished(built=build(spec, store, makers(store.folder.parent), enter=enter(), told=told), analysis=analysis)
 
 
+def ready_serving(model: Path, store: ImageStore, *, form: Form, told: Say = lambda _: None) -> StoredImage:
+    """Return an image that serves the model in this form: one whose files are still as they are here, else one built now.
+
+    Raises as `build_serving`; Unsupported when the form cannot be made here.
+    """
+    for image in store.images(serving_name(model)):
+        if image.manifest.door == "v2" and form in image.manifest.forms and _is_of(image, model, told):
+            return image
+    built = build_serving(model, store, forms=(form,), told=told).built
+    if form in built.left_out:
+        raise Unsupported("form", built.left_out[form])
+    return built.image
+
+
+def _is_of(image: StoredImage, model: Path, told: Say) -> bool:
+    """Return whether an image was made of this very model and of files that are on this machine as they were."""
+    from tenure.images.lock import read_lock
+    from tenure.images.repair import sources_of
+    from tenure.images.tree import file_sha256
+
+    told(f"looking whether {image.manifest.name}:{image.manifest.short_id} is still what is here")
+    try:
+        closure = read_lock(image.folder / LOCK_FILE)
+    except TenureError:
+        return False
+    sources, place = sources_of(closure), str(model.absolute())
+    moved = [path for path in sources.values() if path == place or path.startswith(f"{place}/")]
+    for file in closure.files:
+        path = Path(sources.get(file.path, file.path))
+        if file.kind == "file" and not (
+            path.is_file() and path.stat().st_size == file.size_bytes and file_sha256(path) == file.sha256
+        ):
+            return False
+    return bool(moved) and (not model.is_dir() or len(moved) == sum(each.is_file() for each in model.rglob("*")))
+
+
 def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told: Say = lambda _: None) -> Built:
     """Build an image anew from its closure, as it is or repaired: the same name, door, ports and forms.
 
@@ -136,7 +172,7 @@ def _asked_by_v2(spec: BuildSpec, program: Sequence[str]) -> BuildSpec:
 
     port = free_port()
     # One thread, so that sums are added up in one order.
-    options = ("--host", "127.0.0.1", "--http-port", str(port), "--grpc-port", "off", "--threads", "1")
+    options = ("--host", "127.0.0.1", "--http-port", str(port), "--grpc-port", "0", "--threads", "1")
     bare = Asked(argv=(*program, *options), env=_run_env(spec.closure), port=port, asks=(ask_v2,))
     return replace(spec, bare=bare, inside=replace(bare, argv=(*spec.closure.program, *options)))
 

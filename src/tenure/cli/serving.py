@@ -104,6 +104,15 @@ def serve(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for --with; made when missing.")] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            metavar="FORM",
+            help="Serve it from an image of just what it needs: root, oci (a container) or microvm. The image is built first "
+            "unless it is there, and kept: `tenure image list`.",
+        ),
+    ] = "",
     json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON once it listens, and one at the end, instead of text.")
     ] = False,
@@ -127,6 +136,11 @@ def serve(
         "--max-batch-rows": max_batch_rows,
         "--max-delay": max_delay,
     }
+    if form:
+        if with_server is not None or out is not None or is_job_file(model):
+            raise SpecError("--form is for a model that is served here; leave out --with and --out, and name no job file")
+        _serve_form(model, form, _options(given), home=home, json=json)
+        return
     if with_server is not None or out is not None:
         _write_for(with_server, model, out, given, json=json)
         return
@@ -145,6 +159,21 @@ def serve(
     code = (exits.exit_code(outcome.error) if outcome.error else exits.JOB_FAILED) if outcome.failed else exits.OK
     output.tell_outcome(outcome, code, sys.stdout, sys.stderr, json=json)
     raise typer.Exit(code)
+
+
+def _serve_form(model: Path, form: str, options: dict[str, Any], *, home: Path | None, json: bool) -> None:
+    """Have an image of the model, and run it in the form."""
+    from tenure import app
+    from tenure.cli import image_builds, image_verbs
+    from tenure.experiments.foreground_image import ImageRun
+    from tenure.images.store import ImageStore
+
+    (chosen,) = image_builds.parse_forms(form)[:1]
+    with make_display(sys.stdout, sys.stderr, json=json) as display:
+        told = image_verbs.Telling(display)
+        image = image_builds.ready_serving(model, ImageStore(app.find_home(home)), form=chosen, told=told)
+        told.done()
+    image_verbs.run_image(ImageRun(image=image, form=chosen, **options), home=home, json=json)
 
 
 _FOR_OTHERS = ("--http-port", "--grpc-port", "--instances", "--threads", "--max-batch-rows", "--max-delay")
