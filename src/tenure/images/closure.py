@@ -30,7 +30,7 @@ from tenure.images.system_calls import merged, system_calls
 from tenure.images.trace import Bounds, Life, Lived, MissingStrace, find_strace, live
 from tenure.images.trace_read import TraceReader, Watched
 
-CARRIED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TZ")
+CARRIED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """Variables that a program gets from who analyses it, and that its image keeps; all others must be given."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
