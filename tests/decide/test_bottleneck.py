@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.experiments.bench_synthetic import sweep_trials
 
 from tenure.decide.bottleneck import STAGES, bottleneck, changed, find_bottlenecks, repeat_error
 from tenure.nodes import Machine
@@ -261,3 +262,18 @@ def test_changed_names_one_thing_or_nothing():
     assert changed(planted(2, transport="http"), one) == "microservice over http"
     assert changed(planted(2, architecture="simple", transport="none", link="in-process"), one) == "simple"
     assert changed(planted(2), one) == ""
+
+
+def test_what_overlapping_was_measured_to_win_is_never_more_than_what_is_said_to_be_there():
+    found = find_bottlenecks(sweep_trials(), near_cores=2.0)
+    gains = [one for one in found if one.gain is not None and one.gain.change == "interaction async"]
+    assert len(gains) > 5
+    for one in gains:
+        assert one.at_most is None or one.gain.ratio.low <= one.at_most * 1.02, one.why
+
+
+def test_settings_that_differ_in_how_the_model_is_held_differ_in_more_than_their_batch():
+    one, *_ = (trial for trial in sweep_trials() if trial.configuration["architecture"] == "microservice")
+    held = replace(one, configuration={**one.configuration, "instances": 2})
+    assert changed(held, one) == "instances 2"
+    assert changed(replace(held, configuration={**held.configuration, "batch": 999}), one) == ""

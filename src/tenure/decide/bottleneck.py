@@ -40,7 +40,7 @@ STAGES = ("load_data_s", "prepare_data_s", "send_s", "recognise_s", "fetch_s", "
 """Of a request, in order; they add up to `wall_s`."""
 PLACE = ("architecture", "transport", "link")
 """Factors that change together: the simple architecture has no transport."""
-FACTORS = ("server", "interaction", "batch", "data", "clients", "load", "runtime")
+FACTORS = ("server", "interaction", "batch", "data", "clients", "load", "runtime", "instances", "threads", "max_delay_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,8 @@ class Bottleneck:
     change: str
     """What to do about it, in one sentence."""
     at_most: float | None
-    """Factor by which the rate can grow at most by it; None where the rows do not tell."""
+    """Factor by which the rate can grow at most by it, the batch being what it is: a larger one may cost everything less, the
+    model too. None where the rows do not tell."""
     rows: tuple[Row, ...]
     """The proof."""
     gain: Gain | None = None
@@ -263,7 +264,9 @@ def _waiting(trial: Trial, wait: _Wait, stations: Sequence[Station]) -> Bottlene
     if fullest is not None:
         says += f", and of what is measured here nothing is full meanwhile ({fullest.says})"
         rows += fullest.rows
-        at_most = max(1.0, 1 / fullest.share) if fullest.share > 0 else without
+    share = max((station.share for station in metered if _stays(station, trial)), default=0.0)
+    if share > 0:
+        at_most = max(1.0, 1 / share)
     return Bottleneck(
         trial=trial.id,
         where=wait.name,
@@ -275,6 +278,17 @@ def _waiting(trial: Trial, wait: _Wait, stations: Sequence[Station]) -> Bottlene
         at_most=at_most,
         rows=(*rows, *rows_of(trial, ["images_per_s"])),
     )
+
+
+def _stays(station: Station, trial: Trial) -> bool:
+    """Whether a station keeps its capacity once requests overlap, so that it bounds what overlapping can win.
+
+    With a single request under way one instance works at a time, whatever others there are, and pictures are decoded by the one
+    thread that asks: with several, more of both do.
+    """
+    alone = trial.configuration.get("interaction") == "sync" and trial.configuration.get("clients", 1) == 1
+    decodes = station.name == "app" and trial.configuration.get("data") == "files"
+    return not (alone and (station.name == "recogniser" or decodes))
 
 
 # --- what is shown and measured of it ---

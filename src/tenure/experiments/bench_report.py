@@ -262,19 +262,30 @@ def to_be_won(experiment: Experiment, found: Bottleneck) -> str:
     if found.gain is not None:
         ratio, meets = found.gain.ratio, {one.trial: one.meets for one in experiment.answers[0].standings}
         but = ", which then misses the goal" if meets.get(found.gain.trial) == "no" else ""
+        beforehand = found.gain.change == "data memory"  # what files cost, rather than a change that can be had
+        change = "pictures decoded beforehand" if beforehand else found.gain.change
         parts.append(
-            f"Measured: with {found.gain.change} the rate is {ratio.value:.2f} times as high "
+            f"Measured: with {change} the rate is {ratio.value:.2f} times as high "
             f"({ratio.low:.2f} to {ratio.high:.2f}; trial {found.gain.trial}){but}."
         )
     most = found.at_most
     if most is None and found.where != "others":
         parts.append("How much there is to win by it cannot be told from what was metered.")
     elif most is not None and most < 1.05:
-        parts.append("By that alone next to nothing is to be won: something else is as full already.")
+        parts.append("By that alone, at this batch, next to nothing is to be won: something else is as full already.")
     elif most is not None and found.party:
-        parts.append(f"Were the model alone left on these cores, the rate would be {most:.2f} times as high, and no higher.")
+        parts.append(
+            f"Were the model alone left on these cores, the rate at this batch would be {most:.2f} times as high and no higher."
+        )
     elif most is not None:
-        parts.append(f"By that alone the rate can grow to {most:.2f} times at most: then something else is full.")
+        parts.append(f"By that alone the rate at this batch can grow to {most:.2f} times at most: then something else is full.")
+    if most is not None and found.gain is not None and found.gain.ratio.low > most:
+        larger = found.gain.change.startswith("batch ")
+        parts.append(
+            "What was measured is beyond that: a larger batch costs the model itself less per image."
+            if larger
+            else f"What was measured is beyond that: with {found.gain.change} more changes than what is full here."
+        )
     return " ".join(parts)
 
 

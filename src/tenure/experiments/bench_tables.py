@@ -169,7 +169,7 @@ def bottleneck_table(rows: Rows, trials: Sequence[Trial], found: Mapping[str, Bo
         "setting",
         "what bounds it, and by what that is seen",
         "what to change",
-        "to win at most",
+        "to win at most, at this batch",
         "measured with one change",
     ]
     title = "What bounds each setting"
