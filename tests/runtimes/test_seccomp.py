@@ -119,11 +119,14 @@ def test_a_file_that_is_no_profile_is_refused_without_telling_what_is_in_it(text
     assert "secret" not in str(error.value)
 
 
-def test_a_profile_that_is_not_there_is_named() -> None:
+def test_a_profile_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"/nowhere/x\.json can't be read: No such file"):
         read_profile("/nowhere/x.json", whose="lease l-1")
     with pytest.raises(SpecError, match="absolute"):
         read_profile("x.json", whose="lease l-1")
+    os.mkfifo(tmp_path / "fifo")  # nobody ever writes into it
+    with pytest.raises(SpecError, match="no regular file"):
+        read_profile(str(tmp_path / "fifo"), whose="lease l-1")
 
 
 def test_for_a_container_the_engine_may_start_it_and_make_no_namespace() -> None:

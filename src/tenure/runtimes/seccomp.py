@@ -19,6 +19,7 @@ from typing import Any
 from tenure.data.system_calls import numbers
 from tenure.errors import SpecError, Unsupported
 from tenure.protocols import StartSpec
+from tenure.runtimes.acting import acting_as, actor_of, open_regular
 from tenure.runtimes.rooted import read_image
 
 MAX_PROFILE_BYTES = 1 << 20
@@ -96,12 +97,15 @@ class Profile:
 def profile_of(spec: StartSpec) -> str:
     """Return the text of the profile that an attempt runs behind: the one it names, else its image's own; empty: neither.
 
-    Raises SpecError.
+    Read with the rights of the attempt's user. Raises SpecError.
     """
     path, whose = spec.seccomp, f"lease {spec.lease_id}"
     if not path and os.path.isabs(spec.image) and (name := str(read_image(spec.image).get("seccomp", ""))):
         path = os.path.join(spec.image, name)
-    return read_profile(path, whose=whose) if path else ""
+    if not path:
+        return ""
+    with acting_as(actor_of(spec.user)):
+        return read_profile(path, whose=whose)
 
 
 def read_profile(path: str, *, whose: str) -> str:
@@ -109,10 +113,10 @@ def read_profile(path: str, *, whose: str) -> str:
     if not os.path.isabs(path):
         raise SpecError(f"{whose}: seccomp must be the absolute path of a profile; found {path!r}")
     try:
-        with open(path, "rb") as stream:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as stream:
             data = stream.read(MAX_PROFILE_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{whose}: the profile of system calls {path} can't be read: {error.strerror}") from error
+        raise SpecError(f"{whose}: the profile of system calls {path} can't be read: {error.strerror or error}") from error
     if len(data) > MAX_PROFILE_BYTES:
         raise SpecError(f"{whose}: the profile of system calls {path} has more than {MAX_PROFILE_BYTES} bytes")
     text = data.decode("utf-8", "replace")
