@@ -20,11 +20,12 @@ from tenure import app
 from tenure.broker.client import BrokerClient, connect
 from tenure.broker.workspace_setup import URL_MAX_S, Setup, has_jupyter, jupyter_url, set_up
 from tenure.errors import JobFailed, NotFound, Refused, SpecError, Unavailable
+from tenure.frames import OpenSession, SessionAt
 from tenure.homes import is_guest
 from tenure.jobfile import JobFile, format_job_file
 from tenure.jobs import Command, Job
 from tenure.leases import EndReason, Lease, LeaseState, RightSize
-from tenure.protocols import SystemClock
+from tenure.protocols import SystemClock, Window
 from tenure.resources import Envelope, format_duration
 from tenure.runs import Run, RunFiles, RunState, Stage
 from tenure.runtimes.acting import open_regular
@@ -244,6 +245,21 @@ def execute(lease_id: str, argv: Sequence[str], *, timeout_s: float = 600.0, hom
         raise SpecError(f"a command inside a lease may take up to {format_duration(MAX_EXEC_S)}; found {timeout_s!r} s")
     with app.broker(app.find_home(home)) as client:
         return client.exec(lease_id, argv, timeout_s=timeout_s)
+
+
+def open_session(
+    lease_id: str, argv: Sequence[str], *, window: Window | None = None, timeout_s: float = 0.0, home: Home = None
+) -> SessionAt:
+    """Begin a command inside a lease for somebody to talk to, and return where; see `frames.OpenSession` and `cli.terminal`.
+
+    timeout_s: it is ended when it takes longer; 0: with the lease. Raises NotFound, Conflict, Unsupported, Refused.
+    """
+    if not argv or not argv[0]:
+        raise SpecError("nothing to run inside the lease: name a command, such as sh")
+    if not 0 <= timeout_s <= MAX_EXEC_S:
+        raise SpecError(f"a command inside a lease may take up to {format_duration(MAX_EXEC_S)}; found {timeout_s!r} s")
+    with app.broker(app.find_home(home)) as client:
+        return client.open_session(OpenSession(lease_id=lease_id, argv=tuple(argv), window=window, timeout_s=timeout_s))
 
 
 def top(*, home: Home = None, every_s: float = 1.0) -> Iterator[tuple[Watched, ...]]:

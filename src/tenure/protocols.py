@@ -135,6 +135,52 @@ class RuntimeHandle:
     started_at_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The terminal that a command inside a lease is shown in."""
+
+    rows: int = 24
+    columns: int = 80
+    term: str = "xterm"
+    """TERM: what it understands."""
+
+
+class Session(Protocol):
+    """A command inside a lease that somebody talks to. Nothing of it blocks but `end`; one thread at a time uses it."""
+
+    def fileno(self) -> int:
+        """Return what is readable when there is output, or its end."""
+        ...
+
+    def input_fileno(self) -> int:
+        """Return what is writable when input is taken."""
+        ...
+
+    def read(self) -> bytes | None:
+        """Return some output; empty at its end, None while there is none."""
+        ...
+
+    def write(self, data: bytes) -> int:
+        """Hand input to the command; return how many bytes were taken. Of one that reads no more, all are."""
+        ...
+
+    def close_input(self) -> None:
+        """Say that no more input comes: as Ctrl-D does in a terminal."""
+        ...
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the command of a window's new size. Nothing happens without a window."""
+        ...
+
+    def code(self) -> int | None:
+        """Return the exit code (negative: signal), None while it runs."""
+        ...
+
+    def end(self) -> None:
+        """End the command, if it still runs, and let go of everything: SIGHUP as from a terminal that is gone, then SIGKILL."""
+        ...
+
+
 class Runtime(Protocol):
     """Confines commands on this machine. One contract suite runs over all (tests/contracts/runtime_contract.py).
 
@@ -178,6 +224,13 @@ class Runtime(Protocol):
 
     def exec(self, handle: RuntimeHandle, argv: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
         """Run a command inside the lease's bounds; return exit code and output (at most 1 MiB)."""
+        ...
+
+    def session(self, handle: RuntimeHandle, argv: Sequence[str], *, window: Window | None) -> Session:
+        """Begin a command inside the lease's bounds for somebody to talk to. window: None: pipes instead of a terminal.
+
+        Raises Conflict when the attempt has ended, Unsupported where there can be none.
+        """
         ...
 
     def logs(self, handle: RuntimeHandle, *, max_bytes: int = 65536) -> bytes:

@@ -23,6 +23,7 @@ import msgspec
 from tenure import errors
 from tenure.errors import CorruptData, TenureError
 from tenure.events import Event
+from tenure.frames import OpenSession, SessionAt
 from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, RightSize
 from tenure.nodes import AddNode as AddNode
@@ -385,6 +386,7 @@ BROKER_OPS: Mapping[str, Op] = {
     "resize": Op(args=Resize, result=Lease),
     "release": Op(args=Release, result=Nothing),
     "exec": Op(args=Exec, result=ExecResult),
+    "open_session": Op(args=OpenSession, result=SessionAt),
     "live": Op(args=Nothing, result=tuple[LeaseView, ...]),
     "set_policy": Op(args=SetPolicy, result=Nothing),
     "policies": Op(args=Nothing, result=dict[str, Policy]),
@@ -488,6 +490,7 @@ AGENT_OPS: Mapping[str, Op] = {
     "attempts": Op(args=Nothing, result=tuple[AttemptView, ...]),
     "forget": Op(args=LeaseRef, result=Nothing),
     "exec": Op(args=Exec, result=ExecResult),
+    "open_session": Op(args=OpenSession, result=SessionAt),
     "shutdown": Op(args=Nothing, result=Nothing),
 }
 

@@ -107,6 +107,7 @@ def _calls_on(lease, run_id):
         "resize": {"lease_id": lease.id, "envelope": ENVELOPE},
         "release": {"lease_ids": (lease.id,)},
         "exec": {"lease_id": lease.id, "argv": ("id",)},
+        "open_session": {"lease_id": lease.id, "argv": ("id",)},
         "usage": {"lease_id": lease.id},
         "set_stage": {"run_id": run_id, "stage": stage},
         "set_run": {"run_id": run_id, "state": "failed"},
@@ -254,6 +255,8 @@ def test_an_admin_sees_and_ends_others_leases_but_runs_nothing_in_them(share):
         assert (await world.by("eve", "lease", lease_id=lease.id)).lease.id == lease.id
         with pytest.raises(Refused, match="only that one, or root"):
             await world.by("eve", "exec", lease_id=lease.id, argv=("id",))
+        with pytest.raises(Refused, match="only that one, or root"):
+            await world.by("eve", "open_session", lease_id=lease.id, argv=("id",))
         with pytest.raises(Refused):
             await world.by("eve", "submit_run", run=Run(id="r-3", name="x", tenant="ann", job_file="", source=""))
         await world.by("eve", "release", lease_ids=(lease.id,))

@@ -45,7 +45,7 @@ def test_a_moment_with_a_zone_is_taken_as_it_says():
 def test_a_new_workspace_says_how_to_get_in_and_until_when():
     text = workspace_text(a_lease(ends_at_s=NOON_S, total_ends_at_s=NOON_S + 3600))
     for word in (
-        "tenure exec l-1 -- COMMAND",
+        "tenure exec -it l-1 -- bash",
         "tenure logs l-1 -f",
         "tenure renew l-1",
         "tenure release l-1",

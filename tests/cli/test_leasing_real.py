@@ -2,9 +2,12 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import termios
+import time
 
 import pytest
 
@@ -61,7 +64,7 @@ def test_a_workspace_needs_a_broker_that_stays(tmp_path):
 def test_a_holder_gets_in_renews_resizes_watches_and_gives_it_back(tenure):
     said = tenure("lease", "--cpus", "1", "--memory", "128MiB", "--for", "10min").stdout
     lease_id = said.split()[1]
-    assert f"tenure exec {lease_id} -- COMMAND" in said
+    assert f"tenure exec -it {lease_id} -- bash" in said
 
     done = tenure(
         "exec", lease_id, "--", sys.executable, "-c", "import os; print(os.environ['TENURE_LEASE_ID']); exit(7)", code=7
@@ -104,6 +107,81 @@ def test_what_a_command_in_a_workspace_writes_is_followed_to_its_end(tenure):
 
 def test_a_command_that_takes_too_long_inside_is_ended(tenure, workspace):
     assert "did not end within" in tenure("exec", workspace["id"], "--timeout", "300ms", "--", "sleep", "60", code=6).stderr
+
+
+class Screen:
+    """A terminal with a program in it, as somebody before it would see it."""
+
+    def __init__(self, argv, home, *, rows, columns):
+        self._ours, its = os.openpty()
+        self.before = termios.tcgetattr(its)
+        termios.tcsetwinsize(its, (rows, columns))
+        env = {**os.environ, "TENURE_HOME": str(home), "TERM": "dumb"}
+        self.program = subprocess.Popen(argv, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True)
+        self._its, self._seen = its, b""
+
+    def shows(self, word, within_s=30.0):
+        end_s = time.monotonic() + within_s
+        while word not in self._seen:
+            assert time.monotonic() < end_s, f"not shown: {word!r}; shown: {self._seen[-2000:]!r}"
+            if select.select([self._ours], [], [], 0.2)[0]:
+                self._seen += os.read(self._ours, 65536)
+        self._seen = self._seen.split(word, 1)[1]
+
+    def type(self, text):
+        os.write(self._ours, text)
+
+    def becomes(self, rows, columns):
+        termios.tcsetwinsize(self._ours, (rows, columns))
+        self.program.send_signal(signal.SIGWINCH)  # the kernel does so where the program has a controlling terminal
+
+    def close(self):
+        """Return the program's exit code, and whether the terminal is as it was."""
+        code = self.program.wait(30)
+        same = termios.tcgetattr(self._its) == self.before
+        os.close(self._ours)
+        os.close(self._its)
+        return code, same
+
+
+def test_a_shell_inside_knows_the_window_hears_ctrl_c_and_gives_its_code(home, workspace):
+    screen = Screen(command("exec", "-it", workspace["id"], "--", "sh"), home, rows=33, columns=101)
+    python = f"{sys.executable} -S -c"
+    screen.type(f"{python} 'import os; print(\"size\", *os.get_terminal_size())'\n".encode())
+    screen.shows(b"size 101 33")
+    screen.becomes(20, 50)
+    screen.type(f"{python} 'import os; print(\"size\", *os.get_terminal_size())'\n".encode())
+    screen.shows(b"size 50 20")
+    screen.type(
+        f'echo $TENURE_LEASE_ID; {python} \'import time; print("sle" + "eping", flush=True); time.sleep(100)\'\n'.encode()
+    )
+    screen.shows(workspace["id"].encode())
+    screen.shows(b"sleeping")
+    screen.type(b"\x03")
+    screen.type(b"echo after $?\n")
+    screen.shows(b"after 130")
+    screen.type(b"exit 7\n")
+    assert screen.close() == (7, True)
+
+
+def test_a_terminal_is_put_back_when_its_program_is_ended(home, workspace):
+    screen = Screen(
+        command("exec", "-t", workspace["id"], "--", "sh", "-c", "echo be''gun; sleep 60"), home, rows=10, columns=40
+    )
+    screen.shows(b"begun")
+    screen.program.send_signal(signal.SIGTERM)
+    assert screen.close() == (128 + signal.SIGTERM, True)
+
+
+def test_a_pipe_goes_through_a_command_inside(home, tenure, workspace):
+    data = os.urandom(1 << 20)
+    argv = command("exec", "-i", workspace["id"], "--", "sh", "-c", "cat; exit 5")
+    done = subprocess.run(argv, env={**os.environ, "TENURE_HOME": str(home)}, input=data, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout == data, done.stderr) == (5, True, b"")
+    assert "input or output here is none" in tenure("exec", "-t", workspace["id"], "--", "sh", code=2).stderr
+    assert (
+        "did not end within" in tenure("exec", "-i", "--timeout", "300ms", workspace["id"], "--", "sleep", "60", code=6).stderr
+    )
 
 
 def test_what_a_signal_ended_inside_gives_the_code_of_a_shell(tenure, workspace):

@@ -12,7 +12,7 @@ import pytest
 
 from tenure.data.system_calls import numbers
 from tenure.errors import Conflict, NotFound, Refused, SpecError, StaleFence, Unsupported
-from tenure.protocols import ExitKind, StartSpec, SystemClock
+from tenure.protocols import ExitKind, StartSpec, SystemClock, Window
 from tenure.resources import Envelope
 from tenure.runtimes import procfs, seccomp
 
@@ -73,6 +73,24 @@ class Bench:
     def gone(self, pid):
         """Return whether a process that a job named by its own number has ended."""
         return gone(pid)
+
+    def session(self, handle, *argv, window=None):
+        try:
+            return self.runtime.session(handle, argv, window=window)
+        except Unsupported as error:
+            pytest.skip(f"Unsupported here: {error}")
+
+    def heard(self, session, word=None):
+        """Return what a session says up to a word, or to its end."""
+        said = bytearray()
+
+        def enough():
+            data = session.read()
+            said.extend(data or b"")
+            return data == b"" if word is None else word in said
+
+        until(enough, f"the session says {word!r}; it said {bytes(said)[-500:]!r}")
+        return bytes(said)
 
     def log(self, handle):
         return self.runtime.logs(handle).decode()
@@ -290,6 +308,51 @@ class RuntimeContract:
         bench.runtime.stop(handle, grace_s=0, fence=1)
         bench.end(handle)
         until(lambda: bench.gone(int(output)), "the inner process is gone")
+
+    def test_a_command_in_a_terminal_knows_its_window_and_ctrl_c_goes_inside(self, bench):
+        code = (
+            "import os, signal, sys, time\n"
+            "signal.signal(signal.SIGWINCH, lambda *_: print('now', *os.get_terminal_size(), flush=True))\n"
+            "print(*os.get_terminal_size(), os.environ['TERM'], os.environ['WORD'], flush=True)\n"
+            "try:\n"
+            "    while True: time.sleep(0.05)\n"
+            "except KeyboardInterrupt: sys.exit(3)\n"
+        )
+        handle = bench.start("sleep", "60", env={"WORD": "inner"})
+        window = Window(rows=31, columns=97, term="dumb")
+        session = bench.session(handle, sys.executable, "-S", "-c", code, window=window)
+        bench.heard(session, b"97 31 dumb inner")
+        session.resize(20, 50)
+        bench.heard(session, b"now 50 20")
+        session.write(b"\x03")
+        assert until(session.code, "the command ends on Ctrl-C") == 3
+        session.end()
+        bench.runtime.stop(handle, grace_s=0, fence=1)
+        bench.end(handle)
+        with pytest.raises(Conflict):
+            bench.session(handle, "true")
+
+    def test_what_goes_into_a_pipe_comes_out_of_it_and_the_code_is_kept(self, bench):
+        handle = bench.start("sleep", "60")
+        session = bench.session(handle, "sh", "-c", "cat; exit 5")
+        data, sent, came = os.urandom(300_000), 0, bytearray()
+        end_s = time.monotonic() + LONG_S
+        while len(came) < len(data) and time.monotonic() < end_s:
+            sent += session.write(data[sent : sent + 65536]) if sent < len(data) else 0
+            came += session.read() or b""
+        session.close_input()
+        came += bench.heard(session)
+        assert came == data
+        assert until(session.code, "the command ends with its input") == 5
+        session.end()
+
+    def test_a_session_that_is_ended_ends_its_command(self, bench):
+        handle = bench.start("sleep", "60")
+        for window in (Window(), None):
+            session = bench.session(handle, "sh", "-c", "trap '' HUP; echo up; while :; do sleep 0.1; done", window=window)
+            bench.heard(session, b"up")
+            session.end()
+            until(lambda: bench.runtime.usage(handle).processes == 1, "only the job is left")
 
     def test_a_profile_of_system_calls_holds_for_the_job_and_for_commands_inside(self, bench, tmp_path):
         profile = tmp_path / "seccomp.json"

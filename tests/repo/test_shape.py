@@ -28,6 +28,7 @@ NOUNS = frozenset(
         "trials",
         "prices",
         "events",
+        "frames",
         "protocols",
         "wire",
     }

@@ -13,17 +13,21 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tenure import wire
 from tenure.agent.gpus import GpuGuard
+from tenure.agent.sessions import Sessions
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError
+from tenure.frames import OpenSession, SessionAt
 from tenure.meter.machine import machine
 from tenure.nodes import TERM_GRACE_S, Node
 from tenure.protocols import Clock, ExitKind, RuntimeHandle
 from tenure.resources import Capacity
 from tenure.runtimes.pidfds import open_pidfd
+from tenure.runtimes.procfs import is_alive
 from tenure.runtimes.several import Runtimes
 from tenure.runtimes.state import read_json, term_file, write_json
 from tenure.sockets import Connection, LineServer
@@ -68,6 +72,7 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._orders = ThreadPoolExecutor(_MAX_ORDERS, thread_name_prefix="order")
         self._execs = ThreadPoolExecutor(_MAX_EXECS, thread_name_prefix="exec")
+        self._sessions = Sessions(socket.parent)
         self._over = asyncio.Event()
         self._prepared = False
         handlers: dict[str, Callable[[Any, Connection], Awaitable[Any]]] = {
@@ -80,6 +85,7 @@ class Agent:
             "attempts": self._attempts,
             "forget": self._forget,
             "exec": self._exec,
+            "open_session": self._open_session,
             "shutdown": self._shutdown,
         }
         self._server = LineServer(
@@ -108,6 +114,7 @@ class Agent:
                 self._unwatch(fd)
             self._orders.shutdown()
             self._execs.shutdown(cancel_futures=True)
+            self._sessions.close()
             self._runtime.close()
 
     @property
@@ -205,6 +212,20 @@ class Agent:
             self._execs, lambda: self._runtime.exec(handle, args.argv, timeout_s=args.timeout_s)
         )
         return wire.ExecResult(code=code, output=output.decode("utf-8", "replace"))
+
+    async def _open_session(self, args: OpenSession, _connection: Connection) -> SessionAt:
+        def begin() -> SessionAt:
+            handle = self._runtime.attach(args.lease_id)
+            alive = partial(is_alive, handle.pid, handle.start_ticks)
+            return self._sessions.open(
+                lambda: self._runtime.session(handle, args.argv, window=args.window),
+                lease_id=args.lease_id,
+                uid=args.uid,
+                alive=alive,
+                timeout_s=args.timeout_s or None,
+            )
+
+        return await asyncio.get_running_loop().run_in_executor(self._execs, begin)
 
     async def _shutdown(self, _args: wire.Nothing, connection: Connection) -> None:
         self._check_broker(connection)

@@ -20,6 +20,7 @@ from typing import Any
 from tenure import wire
 from tenure.errors import Conflict, CorruptData, TenureError, Unavailable
 from tenure.events import Event
+from tenure.frames import OpenSession, SessionAt
 from tenure.homes import check_owner, check_user, is_guest, socket_dir
 from tenure.leases import EndReason, Lease
 from tenure.nodes import Node
@@ -148,7 +149,8 @@ def _answers(home: Path) -> bool:
 class BrokerClient:
     """Each method is the operation of that name in `wire.BROKER_OPS` and raises what the broker raises.
 
-    A call that finds the broker dead is made once more, on a broker started anew: every operation but `exec` is idempotent.
+    A call that finds the broker dead is made once more, on a broker started anew: every operation is idempotent, but `exec`
+    and `open_session`.
     """
 
     def __init__(self, home: Path, *, start: bool = True, who: str = "client") -> None:
@@ -324,6 +326,10 @@ class BrokerClient:
         """Run a command inside a lease. Raises NotFound, Conflict, Unavailable when it did not end in time."""
         args = wire.Exec(lease_id=lease_id, argv=tuple(argv), timeout_s=timeout_s)
         return self._call("exec", args, timeout_s=timeout_s + 30.0, once=True)  # type: ignore[no-any-return]
+
+    def open_session(self, args: OpenSession) -> SessionAt:
+        """Begin a command inside a lease to talk to. Raises NotFound, Conflict, Unsupported, Refused."""
+        return self._call("open_session", args, timeout_s=60.0, once=True)  # type: ignore[no-any-return]
 
     def live(self) -> tuple[wire.LeaseView, ...]:
         """Return every lease that has not ended with its latest usage, oldest request first; exits are left out."""

@@ -24,6 +24,7 @@ from tenure.broker.tenancy import Tenancy
 from tenure.errors import Conflict, IllegalChange, Refused, TenureError, Unavailable
 from tenure.events import Event
 from tenure.fleet.contract import Fleet, Part
+from tenure.frames import OpenSession, SessionAt
 from tenure.leases import EndReason, Lease, LeaseState, changed, renewed
 from tenure.ledger import portable, queries
 from tenure.nodes import Node
@@ -287,10 +288,20 @@ class Handlers:
 
     async def op_exec(self, args: wire.Exec, client: Connection) -> wire.ExecResult:
         """See wire.Exec."""
-        lease = self._book.lease(args.lease_id)
+        node = self._node_of_running(args.lease_id)
+        return await self._fleet.call(node, "exec", args, timeout_s=args.timeout_s + 10.0)  # type: ignore[no-any-return]
+
+    async def op_open_session(self, args: OpenSession, client: Connection) -> SessionAt:
+        """See OpenSession. What is said in it goes between client and agent alone."""
+        node = self._node_of_running(args.lease_id)
+        return await self._fleet.call(node, "open_session", replace(args, uid=client.uid), timeout_s=40.0)  # type: ignore[no-any-return]
+
+    def _node_of_running(self, lease_id: str) -> str:
+        """Return the node where a lease's command runs. Raises NotFound, Conflict."""
+        lease = self._book.lease(lease_id)
         if lease.id not in self._book.busy or lease.state not in (LeaseState.ACTIVE, LeaseState.RESIZING):
             raise Conflict(f"lease {lease.id} is {lease.state} and nothing runs in it: no command can be run inside")
-        return await self._fleet.call(lease.node, "exec", args, timeout_s=args.timeout_s + 10.0)  # type: ignore[no-any-return]
+        return lease.node
 
     async def op_live(self, args: wire.Nothing, client: Connection) -> tuple[wire.LeaseView, ...]:
         """Return the live leases with their latest usage. From memory: it is asked every second."""

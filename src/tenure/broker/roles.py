@@ -317,6 +317,7 @@ RULES: Mapping[str, Rule] = {
     "resize": Rule(admit=_own_lease, show=_show_lease),
     "release": Rule(admit=_release),
     "exec": Rule(admit=_own_lease_alone, at_once=MAX_EXECS),
+    "open_session": Rule(admit=_own_lease_alone, at_once=MAX_EXECS),
     "live": Rule(show=_show_views),
     "set_policy": _ADMIN,
     "policies": Rule(show=_own_policies),
@@ -335,4 +336,4 @@ RULES: Mapping[str, Rule] = {
     "backup": _OWNER,
     "shutdown": _ADMIN,
 }
-"""`backup` writes where its caller says, as root; `exec` runs as the lease's tenant: neither is an admin's."""
+"""`backup` writes where its caller says, as root; `exec` and `open_session` run as the lease's tenant: none is an admin's."""

@@ -163,19 +163,36 @@ def resize(
 
 def execute(
     lease: LeaseArgument,
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run, without a terminal.")],
-    timeout: Annotated[str, typer.Option("--timeout", metavar="TIME", help="It is ended when it takes longer.")] = "10min",
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.")],
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Hand on what comes in here, and show output as it comes.")
+    ] = False,
+    tty: Annotated[
+        bool,
+        typer.Option("--tty", "-t", help="In a terminal of its own, shown in this one; Ctrl-C goes inside. With -i or alone."),
+    ] = False,
+    timeout: Annotated[
+        str, typer.Option("--timeout", metavar="TIME", help="It is ended when it takes longer [10min; with -i or -t none].")
+    ] = "",
     home: Home = None,
     json: Json = False,
 ) -> None:
     """Run one command inside a lease: in its folder, under its bounds. Prints its output (the first MiB), ends with its code.
 
-    A command that a signal ended gives 128 and the signal's number, as in a shell.
+    `tenure exec -it LEASE -- bash` is a shell inside. A command that a signal ended gives 128 and the signal's number, as in
+    a shell. One that is talked to ends when this end hangs up.
     """
     from tenure import verbs
     from tenure.resources import parse_duration
 
-    done = verbs.execute(lease, command, timeout_s=parse_duration(timeout), home=home)
+    if interactive or tty:
+        if json:
+            raise SpecError("--json and a command that is talked to (-i, -t) exclude each other")
+        from tenure.cli.terminal import talk
+
+        code = talk(lease, command, in_terminal=tty, timeout_s=parse_duration(timeout) if timeout else 0.0, home=home)
+        raise typer.Exit(code if code >= 0 else 128 - code)
+    done = verbs.execute(lease, command, timeout_s=parse_duration(timeout or "10min"), home=home)
     if json:
         output.say(output.as_json(done), sys.stdout)
     elif done.output:
@@ -320,7 +337,7 @@ def workspace_text(held: Lease, url: str = "", nodes: Sequence[Node] = ()) -> st
             f"until    {output.when(held.ends_at_s)} UTC; renewable until {output.when(held.total_ends_at_s)} UTC",
             *([f"gpu      {output.clean(output.gpu_text(held, nodes, at_length=True))}"] if held.devices else []),
             *([f"open     {output.clean(url)}"] if url else []),
-            f"get in   tenure exec {lease_id} -- COMMAND",
+            f"get in   tenure exec -it {lease_id} -- bash",
             f"home     {output.clean(held.command.workdir)}; it stays when the lease ends",
             f"output   tenure logs {lease_id} -f",
             f"longer   tenure renew {lease_id} --for 2h",

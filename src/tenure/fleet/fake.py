@@ -9,6 +9,7 @@ from typing import Any
 from tenure import wire
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unavailable
 from tenure.fleet.contract import OnAttempt, OnCut, Part
+from tenure.frames import OpenSession, SessionAt
 from tenure.nodes import Machine, Node
 from tenure.protocols import Clock, Exit, RuntimeHandle, StartSpec
 from tenure.resources import Capacity
@@ -187,6 +188,9 @@ class FakeFleet:
 
     def _exec(self, node: str, args: wire.Exec) -> wire.ExecResult:
         return wire.ExecResult(code=0, output=" ".join(args.argv))
+
+    def _open_session(self, node: str, args: OpenSession) -> SessionAt:
+        return SessionAt(path=f"/{node}/{args.lease_id}", token=f"uid {args.uid}")
 
     def _shutdown(self, node: str, args: wire.Nothing) -> wire.Nothing:
         return wire.Nothing()

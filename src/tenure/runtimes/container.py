@@ -22,7 +22,7 @@ from typing import Any
 
 from tenure import wire
 from tenure.errors import Refused, SpecError, TenureError, Unavailable, Unsupported
-from tenure.protocols import Clock, RuntimeHandle, StartSpec
+from tenure.protocols import Clock, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.acting import acting_as, actor_of
@@ -33,6 +33,7 @@ from tenure.runtimes.container_engine import Engine, EngineError, find_socket
 from tenure.runtimes.container_exec import run_in_container
 from tenure.runtimes.container_images import ensure_loaded
 from tenure.runtimes.container_network import LABEL, TenantNetworks, close_machine
+from tenure.runtimes.container_session import ContainerSession
 from tenure.runtimes.environment import container_environment
 from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.gpus import Gpus
@@ -336,6 +337,12 @@ class ContainerRuntime(ShimmedRuntime):
         _, last = self._running(handle)
         asked = last["container"]
         return run_in_container(Engine(asked["socket"]), asked["name"], argv, handle, timeout_s=timeout_s)
+
+    def session(self, handle: RuntimeHandle, argv: Sequence[str], *, window: Window | None) -> Session:
+        """See `protocols.Runtime`."""
+        _, last = self._running(handle)
+        asked = last["container"]
+        return ContainerSession(Engine(asked["socket"]), asked["name"], argv, handle, window=window)
 
     # --- end ---
 

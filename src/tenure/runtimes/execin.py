@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,8 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
 
     Raises Unavailable when it did not end within `timeout_s`, Conflict when the lease ended before it. It is ended then.
     """
-    names = {"TENURE_LEASE_ID": handle.lease_id, "TENURE_WORKER_DIR": plan["worker_dir"]}  # by these its processes are found
-    plan = plan | {"env": _environment(job_pid) or os.environ | names}
-    # The program starts with our own environment: the job's is in the job's hands, and this one may still be root. The plan
-    # goes by descriptor: arguments can be read by every user of the machine.
-    with open(os.memfd_create("exec"), "w+b") as stream:
-        stream.write(json.dumps(plan).encode())
-        stream.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _PROGRAM, str(stream.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | names,
-            pass_fds=(stream.fileno(),),
-        )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = start_inside(plan, handle, job_pid=job_pid, streams=streams)
     with process:
         assert process.stdout is not None
         try:
@@ -67,6 +54,28 @@ def run_inside(plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, tim
             process.stdout.close()
             process.wait()
     return process.returncode, output
+
+
+def start_inside(
+    plan: dict[str, Any], handle: RuntimeHandle, *, job_pid: int, streams: Mapping[str, int]
+) -> subprocess.Popen[bytes]:
+    """Start the plan's command with the job's environment and, over it, the plan's own. streams: stdin, stdout, stderr."""
+    names = {"TENURE_LEASE_ID": handle.lease_id, "TENURE_WORKER_DIR": plan["worker_dir"]}  # by these its processes are found
+    plan = plan | {"env": (_environment(job_pid) or os.environ | names) | plan.get("environment", {})}
+    # The program starts with our own environment: the job's is in the job's hands, and this one may still be root. The plan
+    # goes by descriptor: arguments can be read by every user of the machine.
+    with open(os.memfd_create("exec"), "w+b") as stream:
+        stream.write(json.dumps(plan).encode())
+        stream.seek(0)
+        return subprocess.Popen(
+            [sys.executable, "-I", "-c", _PROGRAM, str(stream.fileno())],
+            stdin=streams["stdin"],
+            stdout=streams["stdout"],
+            stderr=streams["stderr"],
+            start_new_session=True,
+            env=os.environ | names,
+            pass_fds=(stream.fileno(),),
+        )
 
 
 def _environment(job_pid: int) -> dict[str, str]:
@@ -101,6 +110,14 @@ def _collect(process: subprocess.Popen[bytes], fd: int, handle: RuntimeHandle, d
         select.select([] if at_end else [fd], [], [], wait_s)
 
 
+def _have_terminal() -> None:
+    """Make standard input the terminal of this session: who closes it hangs up, and Ctrl-C goes to its foreground."""
+    import fcntl  # nobody but these few needs them
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def main() -> None:
     """Become the command that the plan on the descriptor in the first argument describes. Never returns."""
     with open(int(sys.argv[1]), "rb") as stream:
@@ -116,6 +133,8 @@ def main() -> None:
         become_user(plan["user"], plan["uid"], plan["gid"])
         die_with_parent()
         os.chdir(plan["workdir"])
+        if plan.get("terminal"):
+            _have_terminal()
         filter_calls(bytes.fromhex(plan["filter"]))
         os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
     except OSError as error:

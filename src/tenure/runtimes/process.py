@@ -22,7 +22,7 @@ from typing import Any
 
 from tenure import wire
 from tenure.errors import TenureError, Unsupported
-from tenure.protocols import Clock, RuntimeHandle, StartSpec
+from tenure.protocols import Clock, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.checks import check_spec, netns_path
@@ -30,6 +30,7 @@ from tenure.runtimes.confine import Confine, Confinement, find_confiner
 from tenure.runtimes.environment import container_environment, job_environment
 from tenure.runtimes.execin import run_inside
 from tenure.runtimes.gpus import Gpus
+from tenure.runtimes.process_session import ProcessSession
 from tenure.runtimes.rooted import root_of
 from tenure.runtimes.seccomp import compiled, profile_of
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
@@ -130,6 +131,16 @@ class ProcessRuntime(ShimmedRuntime):
 
         Raises Conflict when the attempt has ended, Unavailable when the command did not end within `timeout_s`.
         """
+        plan, job_pid = self._inner_plan(handle, argv)
+        return run_inside(plan, handle, job_pid=job_pid, timeout_s=timeout_s)
+
+    def session(self, handle: RuntimeHandle, argv: Sequence[str], *, window: Window | None) -> Session:
+        """See `protocols.Runtime`."""
+        plan, job_pid = self._inner_plan(handle, argv)
+        return ProcessSession(plan, handle, job_pid=job_pid, window=window)
+
+    def _inner_plan(self, handle: RuntimeHandle, argv: Sequence[str]) -> tuple[dict[str, Any], int]:
+        """Return what a command inside needs to know, and the pid of the job whose environment it has. Raises Conflict."""
         files, last = self._running(handle)
         shim = read_json(files.shim) or {}
         control = read_json(files.control) or {}
@@ -143,7 +154,7 @@ class ProcessRuntime(ShimmedRuntime):
             "root_of": int(shim.get("job_pid", 0)) if last.get("root") else 0,
             "filter": last.get("filter", ""),  # an attempt of an older version has none
         }
-        return run_inside(plan, handle, job_pid=int(shim.get("job_pid", 0)), timeout_s=timeout_s)
+        return plan, int(shim.get("job_pid", 0))
 
     def _start_error(self, spec: StartSpec, report: Mapping[str, Any]) -> TenureError:
         if report.get("step") != "root":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tenure.errors import TenureError, Unsupported
-from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, StartSpec
+from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
 from tenure.runtimes.confine import Confine
 from tenure.runtimes.container import ContainerRuntime
@@ -134,6 +134,10 @@ class Runtimes:
     def exec(self, handle: RuntimeHandle, argv: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
         """Run a command inside the lease's bounds."""
         return self._of(handle.lease_id).exec(handle, argv, timeout_s=timeout_s)
+
+    def session(self, handle: RuntimeHandle, argv: Sequence[str], *, window: Window | None) -> Session:
+        """Begin a command inside the lease's bounds for somebody to talk to."""
+        return self._of(handle.lease_id).session(handle, argv, window=window)
 
     def wait(self, handle: RuntimeHandle, timeout_s: float) -> Exit | None:
         """Return the exit record, or None when the attempt still runs after `timeout_s`."""

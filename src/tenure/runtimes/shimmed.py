@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tenure import wire
-from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError, Unavailable
-from tenure.protocols import MACHINE_RESTARTED, Clock, Exit, ExitKind, RuntimeHandle, StartSpec, SystemClock
+from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError, Unavailable, Unsupported
+from tenure.protocols import MACHINE_RESTARTED, Clock, Exit, ExitKind, RuntimeHandle, Session, StartSpec, SystemClock, Window
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import pidfds, procfs
 from tenure.runtimes.acting import acting_as, actor_from, actor_of, open_regular
@@ -108,6 +108,10 @@ class ShimmedRuntime(ABC):
     @abstractmethod
     def pids(self, handle: RuntimeHandle) -> frozenset[int]:
         """Return the attempt's processes, as this machine numbers them; none of one that has ended. Raises NotFound."""
+
+    def session(self, handle: RuntimeHandle, argv: Sequence[str], *, window: Window | None) -> Session:
+        """See `protocols.Runtime`."""
+        raise Unsupported("exec", f"nobody can talk to a command inside a lease of the {self.name} runtime", "Leave -i and -t.")
 
     @abstractmethod
     def _check(self, spec: StartSpec) -> None:
