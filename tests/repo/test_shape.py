@@ -12,6 +12,7 @@ SRC = ROOT / "src" / "tenure"
 NOUNS = frozenset(
     {
         "closures",
+        "cpio",
         "errors",
         "devices",
         "forms",

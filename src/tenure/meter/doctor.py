@@ -70,6 +70,7 @@ def diagnose(home: Path) -> list[Finding]:
         ("podman", _podman),
         ("gpu", _gpu),
         ("kvm", _kvm),
+        ("microvm", _microvm),
         ("extras", _extras),
         ("home", lambda: _home(home)),
         ("clock", _clock),
@@ -305,6 +306,23 @@ def _kvm() -> list[Finding]:
         means = "microVMs would have to be emulated in software"
         return [Finding(name="kvm", ok=None, found=f"{path}: {error.strerror}", means=means, remedy=remedy)]
     return [Finding(name="kvm", ok=True, found=f"{path} opens", means="this machine can run microVMs at full speed")]
+
+
+def _microvm() -> list[Finding]:
+    qemu, maker = shutil.which("qemu-system-x86_64"), shutil.which("mksquashfs")
+    carried = "by hardware if a guest boots there, which is tried once" if os.path.exists("/dev/kvm") else "by software, slowly"
+    runs = f'jobs can say runtime = "microvm", carried {carried}' if qemu else "no microVMs run here"
+    made = "images of form microvm can be made" if maker else "images of form microvm cannot be made"
+    missing = [name for name, there in (("qemu-system-x86", qemu), ("squashfs-tools", maker)) if not there]
+    return [
+        Finding(
+            name="microvm",
+            ok=True if not missing else None,
+            found=", ".join(found or "no " + what for found, what in ((qemu, "QEMU for x86-64"), (maker, "mksquashfs"))),
+            means=f"{runs}; {made}",
+            remedy=f"install {' and '.join(missing)}" if missing else "",
+        )
+    ]
 
 
 def _extras() -> list[Finding]:
