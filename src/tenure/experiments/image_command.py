@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tenure.errors import SpecError
 from tenure.experiments.architectures import DRAIN_S, LEAVE_S, server_flags
-from tenure.experiments.sweep_boxes import free_port
 from tenure.forms import Form
 from tenure.images.store import read_image
 from tenure.jobs import Command, Job, RuntimeName
