@@ -37,7 +37,6 @@ def main(argv: list[str]) -> int:
             (f"runs in {form}", lambda facts, form=form: _verdict(facts["forms"], form))
             for form in ("microvm", "nanos", "unikraft")
         ),
-        ("analysis took (s)", lambda facts: f"{facts['took_s']:.0f}"),
     ]
     lines = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     lines += [f"| {head} | {' | '.join(cell(facts) for facts in found)} |" for head, cell in rows]
@@ -60,7 +59,8 @@ def _rest(shares: list[dict[str, Any]]) -> str:
 
 
 def _largest(file: dict[str, Any]) -> str:
-    return f"{Path(file['path']).name.partition('.')[0]} {file['size_bytes'] / MB:.0f}"
+    name = Path(file["path"]).name.partition(".")[0].partition("-")[0].rstrip("_")
+    return f"{name} {file['size_bytes'] / MB:.0f}"
 
 
 def _verdict(forms: list[dict[str, Any]], name: str) -> str:
