@@ -59,7 +59,7 @@ def tenure(capsys, place, monkeypatch):
 
 
 def test_a_program_is_built_listed_run_and_removed(tenure, place):
-    from tenure.experiments.sweep_boxes import free_port
+    from tenure.sockets import free_port
 
     port = str(free_port())
     with open("serve.py", "w") as file:

@@ -6,6 +6,7 @@ know nothing of. Not here: what is printed (`image_verbs`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 MODEL_FOLDER = "/srv/models"
 """Where a served model lies in its image, wherever it was."""
 HTTP_PORT, GRPC_PORT = 8000, 8001
-_ENGINES: Mapping[str, tuple[str, str]] = {
-    ".onnx": ("onnxruntime", "onnxruntime"),
-    ".skops": ("scikit-learn", "scikit-learn"),
-    ".pt2": ("torch", "torch"),
-    ".tflite": ("ai-edge-litert", "ai-edge-litert"),
+_ENGINES: Mapping[str, tuple[str, str, str]] = {
+    ".onnx": ("onnxruntime", "onnxruntime", "onnxruntime"),
+    ".skops": ("scikit-learn", "scikit-learn", "sklearn"),
+    ".pt2": ("torch", "torch", "torch"),
+    ".tflite": ("ai-edge-litert", "ai-edge-litert", "ai_edge_litert"),
 }
-"""Ending of a model's file -> name of its engine, and of its distribution."""
+"""Ending of a model's file -> name of its engine, of its distribution, and of its package."""
 Say = Callable[[str], None]
 
 
@@ -97,6 +98,7 @@ def build_serving(
         ports=(HTTP_PORT, GRPC_PORT),
         door="v2",
         engine=_engine(model),
+        own_packages=_own_packages(model),
         keep=tuple(keep),
     )
     spec = _asked_by_v2(spec, analysis.closure.program)
@@ -211,6 +213,7 @@ def build_program(
     from tenure.images.closure import analyse
 
     check_image_name(name)
+    _refuse_tmp(program)
     analysis = analyse(program, say=told)
     _refuse_failed(analysis)
     closure = analysis.closure
@@ -222,6 +225,20 @@ def build_program(
 
 def _run_env(closure: Closure) -> dict[str, str]:
     return {**closure.env, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _refuse_tmp(program: Program) -> None:
+    """Raise SpecError, before anything is watched, for a program that lies where every form has something of its own."""
+    from tenure.images.tree import OWN
+
+    places = [program.workdir, *(os.path.join(program.workdir, word) for word in (*program.argv, *program.add))]
+    for place in filter(os.path.exists, places):
+        first = os.path.realpath(place).strip("/").partition("/")[0]
+        if first in OWN:
+            raise SpecError(
+                f"{place} cannot be in an image: /{first} is the running program's own, empty at its start. "
+                "Move the program, or what it reads, somewhere else, such as below your home, and build it again"
+            )
 
 
 def _refuse_failed(analysis: Analysis) -> None:
@@ -246,15 +263,24 @@ def _listening(closure: Closure, told: Say) -> tuple[int, ...]:
     return live(life, env=_run_env(closure), workdir=closure.workdir, trace=None).ports
 
 
+def _endings(model: Path) -> list[str]:
+    """Return the endings of the model files of a path, those that have an engine, sorted."""
+    from tenure.serve.repository import ModelFiles
+
+    return sorted({file.suffix for versions in ModelFiles(model).scan().values() for file in versions.values()} & set(_ENGINES))
+
+
+def _own_packages(model: Path) -> tuple[str, ...]:
+    """Return the packages that a served model cannot do without."""
+    return ("numpy", *(_ENGINES[ending][2] for ending in _endings(model)))
+
+
 def _engine(model: Path) -> str:
     from importlib import metadata
 
-    from tenure.serve.repository import ModelFiles
-
-    endings = {file.suffix for versions in ModelFiles(model).scan().values() for file in versions.values()}
     found = []
-    for ending in sorted(endings & set(_ENGINES)):
-        name, distribution = _ENGINES[ending]
+    for ending in _endings(model):
+        name, distribution, _ = _ENGINES[ending]
         try:
             found.append(f"{name} {metadata.version(distribution)}")
         except metadata.PackageNotFoundError:

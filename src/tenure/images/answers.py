@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +26,8 @@ Ask = Callable[[int], bytes]
 """Ask the program that listens on a port of 127.0.0.1, and return its answers. Raises OSError, TenureError."""
 _TICK_S = 0.02
 _END_S = 15.0
+_LEAST_WAIT_S, _SLOWER = 10.0, 5.0
+"""How long a program in a smaller tree is waited for: so many times what it took in the whole one, at least so long."""
 _MAX_SAID_BYTES = 8 << 20
 
 
@@ -53,8 +55,8 @@ class Answers:
     """What it answered, in order, and how long its start took."""
 
     parts: tuple[bytes, ...]
-    listened_s: float = 0.0
-    """From its start until it listened."""
+    took_s: float = 0.0
+    """From its start until it listened; of one that runs to its end, until then."""
 
     def differ(self, other: Answers) -> str:
         """Return how the other's answers differ from these, empty when they do not."""
@@ -82,20 +84,26 @@ def ask(asked: Asked, *, prefix: Sequence[str] = ()) -> Answers:
         )
         try:
             if not asked.port:
-                return Answers(parts=(_run_to_end(process, said, asked),))
+                whole = _run_to_end(process, said, asked)
+                return Answers(parts=(whole,), took_s=time.monotonic() - begun_s)
             _wait_listening(process, said, asked, begun_s)
-            listened_s = time.monotonic() - begun_s
+            took_s = time.monotonic() - begun_s
             parts = tuple(_asked(question, asked.port, said) for question in asked.asks)
             parts += tuple(_commanded(command, asked) for command in asked.commands)
             if process.poll() is not None:
                 raise JobFailed(f"it ended with {process.returncode} while it was asked; it said: {_tail(said)}")
-            return Answers(parts=parts, listened_s=listened_s)
+            return Answers(parts=parts, took_s=took_s)
         finally:
             _end(process)
 
 
-def checker(asked: Asked, wanted: Answers, enter: Enter) -> Callable[[Path], str]:
-    """Return a check for `shrink`: whether the program in a tree answers what is wanted."""
+def checker(asked: Asked, wanted: Answers, enter: Enter, *, took_s: float) -> Callable[[Path], str]:
+    """Return a check for `shrink`: whether the program in a tree answers what is wanted.
+
+    took_s: of the same program in the whole tree; one that takes several times as long is not waited for.
+    """
+    bound_s = max(_LEAST_WAIT_S, _SLOWER * took_s)
+    asked = replace(asked, ready_s=bound_s, total_s=bound_s if not asked.port else asked.total_s)
 
     def check(tree: Path) -> str:
         try:

@@ -74,6 +74,8 @@ class BuildSpec:
     """How the program is driven here; None: nothing is compared, and nothing is left out."""
     inside: Asked | None = None
     """How it is driven in a tree."""
+    own_packages: tuple[str, ...] = ()
+    """Packages that it is made for, such as its engine's: no need to try without."""
     keep: tuple[str, ...] = ()
     """Kinds of steps that are not tried: of `STEPS`, or ``all``."""
 
@@ -231,7 +233,7 @@ def _check(spec: BuildSpec, tree: Path, enter: Enter | None, told: Callable[[str
                 "What it reads there was not seen: add an exercise that needs it, or --add PATH"
             )
         return None, f"the program's answers differ from run to run: {different}"
-    return checker(spec.inside, wanted, enter), ""
+    return checker(spec.inside, wanted, enter, took_s=found.took_s), ""
 
 
 def _in_tree(inside: Asked, tree: Path, enter: Enter) -> Answers:
@@ -247,7 +249,6 @@ def _shrink(tree: Path, spec: BuildSpec, check: Check, programs: set[str], told:
     if "all" in spec.keep:
         return ()
     steps: list[tuple[str, Step]] = [
-        *(("packages", Package(name)) for name in large_packages(tree)),
         ("symbols", Symbols()),
         ("docs", DocStrings(leave=programs)),
         ("sources", Sources(leave=programs)),
@@ -258,6 +259,9 @@ def _shrink(tree: Path, spec: BuildSpec, check: Check, programs: set[str], told:
         ("folders", Folders()),
     ]
     report: list[Shrunk] = []
+    if "symbols" not in spec.keep:  # first: what is only a large symbol table is no large package
+        report += shrink(tree, [steps.pop(0)[1]], check, told=told)
+    steps = [("packages", Package(name)) for name in large_packages(tree, but=spec.own_packages)] + steps
     for kind, step in steps:
         if kind in spec.keep:
             report.append(Shrunk(step=step.name, kept=False, why=f"not tried: --keep {kind}"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from tenure.images.tree import remove_tree, walk
@@ -16,6 +17,8 @@ from tenure.images.tree import remove_tree, walk
 LEAST_BYTES = 5_000_000
 MAX_PACKAGES = 8
 """Each that is tried costs a start of the program."""
+FOR_SPEED = ("uvloop", "httptools", "simplejpeg", "numexpr", "bottleneck", "numba", "llvmlite", "orjson", "mkl", "tbb")
+"""Answers are the same without these, and later: they stay."""
 _PACKAGE = re.compile(r"^(.*/(?:site|dist)-packages)/([A-Za-z_]\w*)/")
 
 
@@ -37,11 +40,11 @@ class Package:
         return "" if found else "it is not there"
 
 
-def large_packages(tree: Path) -> tuple[str, ...]:
-    """Return the packages of a tree that are worth trying without, largest first."""
+def large_packages(tree: Path, *, but: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the packages of a tree that are worth trying without, largest first; none of those that are there for speed."""
     sizes: dict[str, int] = {}
     for inside, path in walk(tree):
         if (match := _PACKAGE.match(inside)) and not path.is_symlink() and path.is_file():
             sizes[match[2]] = sizes.get(match[2], 0) + os.path.getsize(path)
-    large = [name for name, size in sizes.items() if size >= LEAST_BYTES]
+    large = [name for name, size in sizes.items() if size >= LEAST_BYTES and name not in {*but, *FOR_SPEED}]
     return tuple(sorted(large, key=lambda name: -sizes[name])[:MAX_PACKAGES])
