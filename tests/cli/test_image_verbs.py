@@ -83,6 +83,7 @@ def test_a_program_is_built_listed_run_and_removed(tenure, place):
     code, out, _ = tenure("list", "--json")
     (image,) = json.loads(out)
     assert image["manifest"]["ports"] == [int(port)]
+    assert image["manifest"]["seccomp"] == "seccomp.json"  # behind which it runs below
     os.remove("word.txt")  # the image has its own
     assert ask_while_it_runs(["words", "--memory", "256MiB"], port) == b"from the image True"
     code, out, _ = tenure("list")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ from tenure.runtimes.rooted import root_prefix, why_no_root
 
 pytestmark = pytest.mark.real
 
+CALLS = (
+    *("access", "arch_prctl", "clone", "dup2", "faccessat2", "fadvise64", "fcntl", "getegid", "geteuid", "getgid", "getppid"),
+    *("getrandom", "getuid", "ioctl", "newfstatat", "openat", "pipe2", "pread64", "prlimit64", "rseq", "set_robust_list"),
+    *("set_tid_address", "sigaltstack", "vfork", "wait4", "pipe", "lseek", "fstat", "stat", "uname", "getcwd", "chdir"),
+)
+"""What a shell and cat may call."""
 MAKERS = {Form.ROOT: make_root_form, Form.OCI: make_oci_form}
 
 
@@ -45,7 +52,7 @@ def spec(made, command="cat word", **fields):
         files=files,
         machine=platform.machine(),
         python=platform.python_version(),
-        system_calls=(SystemCall(name="read", count=1),),
+        system_calls=tuple(SystemCall(name=name, count=1) for name in CALLS),
     )
     env = {"PATH": os.environ["PATH"]}
     return BuildSpec(
@@ -107,6 +114,18 @@ def test_answers_that_differ_from_run_to_run_leave_everything_in(made, tmp_path)
     assert "differ from run to run" in built.unchecked
     assert built.steps == ()
     assert (built.image.folder / "root/usr/lib/python3/dist-packages/mod/tests/big.txt").exists()
+
+
+def test_a_profile_behind_which_the_program_does_not_run_is_dropped_and_told(made, tmp_path):
+    whole = spec(made)
+    built = build(whole, ImageStore(tmp_path / "one"), MAKERS, enter=root_prefix)
+    assert built.unfiltered == ""
+    assert built.image.manifest.seccomp == "seccomp.json"
+    narrow = replace(whole.closure, system_calls=(SystemCall(name="read", count=1),))
+    built = build(spec(made, closure=narrow), ImageStore(tmp_path / "two"), MAKERS, enter=root_prefix)
+    assert built.unfiltered
+    assert built.image.manifest.seccomp == ""
+    assert not (built.image.folder / "seccomp.json").exists()
 
 
 def test_what_is_to_be_kept_is_not_tried(made, tmp_path):

@@ -251,6 +251,7 @@ def _facts(finished: Finished) -> dict[str, Any]:
         "tree_bytes": built.tree_bytes,
         "steps": built.steps,
         "unchecked": built.unchecked,
+        "unfiltered": built.unfiltered,
         "not_made": built.left_out,
         "findings": finished.analysis.findings,
     }
@@ -262,10 +263,12 @@ def _report(finished: Finished) -> str:
     lines += [f"{form:<8} {_mb(record.size_bytes)} {record.path}" for form, record in manifest.forms.items()]
     lines += [f"{form:<8} not made: {why}" for form, why in built.left_out.items()]
     lines.append(f"closure  {_mb(built.closure_bytes)}, {_mb(built.tree_bytes)} of it in the image")
+    if built.unfiltered:
+        lines.append(f"seccomp  no profile: behind what was watched the program does not run ({built.unfiltered})")
     if built.unchecked:
         lines.append(f"         nothing was left out: {built.unchecked}")
     for step in built.steps:
-        what = f"- {_mb(step.saved_bytes)}" if step.kept else "kept, " + (step.why or "")
+        what = f"- {_mb(step.saved_bytes)}" if step.kept else ("kept: " if step.saved_bytes else "nothing: ") + step.why
         lines.append(f"         {step.step}: {what}")
     lines += [f"note     {finding.found}: {finding.means}" for finding in finished.analysis.findings]
     lines.append(f"run it   tenure image run {manifest.name}")

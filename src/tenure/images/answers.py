@@ -20,8 +20,8 @@ from typing import IO
 
 from tenure.errors import JobFailed, TenureError
 
-Enter = Callable[[Path, str], Sequence[str]]
-"""From a tree and a workdir inside to the command that goes before the program's."""
+Enter = Callable[[Path, str, Path | None], Sequence[str]]
+"""From a tree, a workdir inside and a profile of system calls (None: none) to the command that goes before the program's."""
 Ask = Callable[[int], bytes]
 """Ask the program that listens on a port of 127.0.0.1, and return its answers. Raises OSError, TenureError."""
 _TICK_S = 0.02
@@ -97,17 +97,18 @@ def ask(asked: Asked, *, prefix: Sequence[str] = ()) -> Answers:
             _end(process)
 
 
-def checker(asked: Asked, wanted: Answers, enter: Enter, *, took_s: float) -> Callable[[Path], str]:
+def checker(asked: Asked, wanted: Answers, enter: Enter, *, profile: Path | None, took_s: float) -> Callable[[Path], str]:
     """Return a check for `shrink`: whether the program in a tree answers what is wanted.
 
-    took_s: of the same program in the whole tree; one that takes several times as long is not waited for.
+    profile: of system calls, which it runs behind. took_s: of the same program in the whole tree; one that takes several times
+    as long is not waited for.
     """
     bound_s = max(_LEAST_WAIT_S, _SLOWER * took_s)
     asked = replace(asked, ready_s=bound_s, total_s=bound_s if not asked.port else asked.total_s)
 
     def check(tree: Path) -> str:
         try:
-            return wanted.differ(ask(asked, prefix=enter(tree, asked.workdir)))
+            return wanted.differ(ask(asked, prefix=enter(tree, asked.workdir, profile)))
         except TenureError as error:
             return str(error).splitlines()[0][:300]
 

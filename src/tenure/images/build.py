@@ -98,6 +98,8 @@ class Built:
     steps: tuple[Shrunk, ...]
     unchecked: str = ""
     """Why no answers were compared, and so nothing was left out; empty when they were."""
+    unfiltered: str = ""
+    """Why it has no profile of system calls although these were watched; empty otherwise."""
     left_out: Mapping[Form, str] = field(default_factory=dict)
     """Forms that were asked for and cannot be made here, with why."""
 
@@ -124,14 +126,17 @@ def build(
         programs = {word for word in spec.closure.program if word.endswith(".py")}
         told("compiling modules")
         add_bytecode(tree, spec.closure.python, leave=programs)
-        check, unchecked = _check(spec, tree, enter, told)
+        profile = folder / SECCOMP_FILE if spec.closure.system_calls else None
+        if profile is not None:
+            profile.write_text(profile_json(spec.closure.system_calls, machine=spec.closure.machine))
+        check, unchecked, unfiltered = _check(spec, tree, profile, enter, told)
+        if profile is not None and unfiltered:
+            profile.unlink()
         steps = _shrink(tree, spec, check, programs, told) if check else ()
         whole = replace(spec.closure, files=scan(tree), exercises=(), system_calls=(), made_at_s=0.0)
-        manifest = _manifest(spec, whole)
+        manifest = _manifest(spec, whole, filtered=profile is not None and not unfiltered)
         write_lock(spec.closure, folder / LOCK_FILE)
         write_lock(whole, folder / ROOT_LOCK_FILE)
-        if manifest.seccomp:
-            (folder / SECCOMP_FILE).write_text(profile_json(spec.closure.system_calls, machine=spec.closure.machine))
         size_bytes = tree_bytes(tree)
         manifest, left_out = _make_forms(
             spec, makers, Made(tree=tree, folder=folder, manifest=manifest, machine=whole.machine), told
@@ -144,6 +149,7 @@ def build(
             tree_bytes=size_bytes,
             steps=steps,
             unchecked=unchecked,
+            unfiltered=unfiltered,
             left_out=left_out,
         )
 
@@ -179,8 +185,8 @@ def make_oci_form(made: Made) -> FormRecord:
 # --- helpers ---
 
 
-def _manifest(spec: BuildSpec, whole: Closure) -> ImageManifest:
-    calls = spec.closure.system_calls
+def _manifest(spec: BuildSpec, whole: Closure, *, filtered: bool) -> ImageManifest:
+    calls = spec.closure.system_calls if filtered else ()
     return ImageManifest(
         name=spec.name,
         id=whole.hash,
@@ -216,29 +222,45 @@ def _make_forms(
     return manifest, left_out
 
 
-def _check(spec: BuildSpec, tree: Path, enter: Enter | None, told: Callable[[str], None]) -> tuple[Check | None, str]:
-    """Return how a tree is checked against the bare program, or why it cannot be. Raises JobFailed when this one fails."""
+def _check(
+    spec: BuildSpec, tree: Path, profile: Path | None, enter: Enter | None, told: Callable[[str], None]
+) -> tuple[Check | None, str, str]:
+    """Return how a tree is checked against the bare program, or why it cannot be; and why it cannot run behind its profile.
+
+    Raises JobFailed when the program does not answer the same from this tree.
+    """
     if spec.bare is None or spec.inside is None:
-        return None, "nothing drives the program: give exercises"
+        return None, "nothing drives the program: give exercises", ""
     if enter is None:
-        return None, "this machine gives no process another root directory"
+        return None, "this machine gives no process another root directory", ""
     told("asking the program as it runs here")
     wanted = ask(spec.bare)
     told("asking it from the closure")
-    found = _in_tree(spec.inside, tree, enter)
+    found, unfiltered = _in_tree(spec.inside, wanted, tree, profile, enter)
     if different := wanted.differ(found):
         if not wanted.differ(ask(spec.bare)):
             raise JobFailed(
                 f"image {spec.name}: from its closure the program answers otherwise than here: {different}. "
                 "What it reads there was not seen: add an exercise that needs it, or --add PATH"
             )
-        return None, f"the program's answers differ from run to run: {different}"
-    return checker(spec.inside, wanted, enter, took_s=found.took_s), ""
+        return None, f"the program's answers differ from run to run: {different}", unfiltered
+    # Behind the profile, too: what is smaller may call the system otherwise.
+    behind = None if unfiltered else profile
+    return checker(spec.inside, wanted, enter, profile=behind, took_s=found.took_s), "", unfiltered
 
 
-def _in_tree(inside: Asked, tree: Path, enter: Enter) -> Answers:
+def _in_tree(inside: Asked, wanted: Answers, tree: Path, profile: Path | None, enter: Enter) -> tuple[Answers, str]:
+    """Return what the program answers in a tree, behind its profile where it can, else why it cannot. Raises JobFailed."""
+    why = ""
+    if profile is not None:
+        try:
+            found = ask(inside, prefix=enter(tree, inside.workdir, profile))
+            if not (why := wanted.differ(found)):
+                return found, ""
+        except TenureError as error:
+            why = str(error).splitlines()[0]
     try:
-        return ask(inside, prefix=enter(tree, inside.workdir))
+        return ask(inside, prefix=enter(tree, inside.workdir, None)), why
     except TenureError as error:
         raise JobFailed(
             f"from its closure the program does not run: {error}. Add an exercise that needs what is missing, or --add PATH"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenure.errors import SpecError, Unsupported
+from tenure.errors import SpecError, TenureError, Unsupported
 from tenure.forms import MANIFEST_FILE
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -242,17 +242,25 @@ _PACKAGES = str(Path(__file__).parents[2])
 _PROGRAM = f"import sys; sys.path.insert(0, {_PACKAGES!r}); from tenure.runtimes.rooted import main; main()"
 
 
-def root_prefix(path: Path, workdir: str) -> tuple[str, ...]:
-    """Return what goes before a command so that it runs in a tree, outside of any lease: so an image is tried when made."""
-    return (sys.executable, "-I", "-c", _PROGRAM, str(path), workdir)
+def root_prefix(path: Path, workdir: str, profile: Path | None = None) -> tuple[str, ...]:
+    """Return what goes before a command so that it runs in a tree, outside of any lease: so an image is tried when made.
+
+    profile: of its system calls, in Docker's format; None: they are not filtered.
+    """
+    return (sys.executable, "-I", "-c", _PROGRAM, str(path), workdir, str(profile or ""))
 
 
 def main() -> None:
-    """Become the command after the tree and the workdir, in the tree. Never returns."""
-    path, workdir, *argv = sys.argv[1:]
+    """Become the command after the tree, the workdir and the profile, in the tree. Never returns."""
+    from tenure.runtimes.become import filter_calls
+    from tenure.runtimes.seccomp import compiled
+
+    path, workdir, profile, *argv = sys.argv[1:]
     try:
+        program = compiled(Path(profile).read_text()) if profile else b""
         enter_root(Root(path=path, workdir=workdir))
+        filter_calls(program)
         os.execvp(argv[0], argv)
-    except OSError as error:
+    except (OSError, TenureError) as error:
         os.write(2, f"cannot run {argv[0]!r} in {path}: {error}\n".encode())
     os._exit(127)
