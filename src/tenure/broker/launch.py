@@ -131,7 +131,8 @@ class BrokerLaunched:
     def _answering(self) -> Mapping[str, str]:
         """Return the ports at which somebody has answered; once they did they stay."""
         for name, port in self._request.command.ports.items():
-            if name not in self._heard and port_answers(port):
+            # Who forwards to a virtual machine accepts, and says nothing, before anything listens in there.
+            if name not in self._heard and port_answers(port, silent=self._request.command.runtime != "microvm"):
                 self._heard[name] = f"127.0.0.1:{port}"
         return dict(self._heard)
 
@@ -189,17 +190,17 @@ class BrokerLaunched:
         )
 
 
-def port_answers(port: int) -> bool:
+def port_answers(port: int, *, silent: bool) -> bool:
     """Return whether a program is behind a port of 127.0.0.1.
 
     A connection alone says nothing: who forwards to a virtual machine or a container accepts for it. So it is spoken to; what
-    answers, or holds on to the connection, is there.
+    answers is there. silent: so is what holds on to the connection without a word.
     """
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=_ANSWER_S) as line:
             line.sendall(b"GET / HTTP/1.0\r\n\r\n")
             return bool(line.recv(1))
     except TimeoutError:
-        return True
+        return silent
     except OSError:
         return False

@@ -6,8 +6,10 @@ know nothing of. Not here: what is printed (`image_verbs`).
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,13 +83,12 @@ def build_serving(
     from tenure.cli.imaging_serve import serving_program
     from tenure.experiments.foreground import check_models
     from tenure.images.build import BuildSpec, build
-    from tenure.images.closure import analyse
     from tenure.images.relocate import relocate
 
     check_models(model)
     check_image_name(name or serving_name(model))
     program = program or serving_program(model, http_port=HTTP_PORT, grpc_port=GRPC_PORT)
-    analysis = analyse(program, say=told)
+    analysis = _analysed_under_a_lease(program, told)
     _refuse_failed(analysis)
     closure, sources = relocate(analysis.closure, {str(model.absolute()): f"{MODEL_FOLDER}/{model.name}"})
     spec = BuildSpec(
@@ -268,6 +269,19 @@ def _endings(model: Path) -> list[str]:
     from tenure.serve.repository import ModelFiles
 
     return sorted({file.suffix for versions in ModelFiles(model).scan().values() for file in versions.values()} & set(_ENGINES))
+
+
+def _analysed_under_a_lease(program: Program, told: Say) -> Analysis:
+    """Analyse our server as it runs under a lease: there it writes its addresses and result, which its profile must let by."""
+    from tenure.images.closure import analyse
+
+    with tempfile.TemporaryDirectory(prefix="tenure-lease-") as folder:
+        Path(folder, "lease.json").write_text(json.dumps({"envelope": {"cpus": 1.0, "memory_bytes": 1 << 30}, "threads": 1}))
+        lease = {"TENURE_WORKER_DIR": folder, "TENURE_LEASE_FILE": f"{folder}/lease.json"}
+        analysis = analyse(replace(program, env={**program.env, **lease}), say=told)
+    closure = analysis.closure
+    env = {name: value for name, value in closure.env.items() if name not in lease or name in program.env}
+    return replace(analysis, closure=replace(closure, env=env))
 
 
 def _own_packages(model: Path) -> tuple[str, ...]:

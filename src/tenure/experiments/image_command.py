@@ -66,5 +66,5 @@ def image_command(job: Job) -> Command:
         grace_s=DRAIN_S + LEAVE_S,
         runtime=job.runtime,
         image=job.image,
-        announces=manifest.door == "v2" and job.runtime != "microvm",
+        announces=manifest.door == "v2",
     )
