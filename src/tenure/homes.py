@@ -142,7 +142,9 @@ def socket_dir(home: Path) -> Path:
             raise CorruptData(f"{note} should hold an absolute folder; found {str(folder)!r}. Remove the file and try again.")
         if owner == os.geteuid():
             with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o711 if shared else 0o700, parents=True)
+                folder.mkdir(mode=0o700, parents=True)
+                if shared:
+                    folder.chmod(0o711)  # whatever the umask: a broker that others ask keeps its own files to itself
         try:
             found = folder.lstat()
         except FileNotFoundError:

@@ -178,9 +178,10 @@ def test_only_the_brokers_own_user_may_have_a_backup_made(play, tmp_path: Path) 
     async def scene(world: World) -> None:
         await world.gang()
         asked = MakeBackup(path=str(tmp_path / "b"))
-        with pytest.raises(Refused, match="only the user whose broker"):
-            await world.broker.handlers.op_backup(asked, SimpleNamespace(uid=os.geteuid() + 1))
-        made = await world.broker.handlers.op_backup(asked, SimpleNamespace(uid=os.geteuid()))
+        backup = world.broker.handlers.table()["backup"]
+        with pytest.raises(Refused, match="serves its owner alone"):
+            await backup(asked, SimpleNamespace(uid=os.geteuid() + 1))
+        made = await backup(asked, SimpleNamespace(uid=os.geteuid()))
         assert made == portable.verify(tmp_path / "b")
         assert made.rows["leases"] == 1
 

@@ -306,6 +306,30 @@ def test_of_others_a_tenant_learns_that_a_node_is_busy_and_no_more(share):
     share(scene)
 
 
+def test_what_one_tenant_asks_for_at_once_is_bounded(share, monkeypatch):
+    monkeypatch.setattr(roles, "MAX_ROWS", 3)
+    monkeypatch.setattr(tenancy.Tenancy, "user_of", lambda self, tenant: "")
+
+    async def scene(world):
+        await world.lease_of("ann")
+        assert len(await world.by("ann", "events", max_events=100)) == 3
+        assert len(await world.by("root", "events", max_events=100)) > 3
+        held = {name: rule.at_once for name, rule in roles.RULES.items() if rule.at_once}
+        assert set(held) == {"exec", "wait_leases"}
+        table = world.broker.handlers.table()
+        args = wire.WaitLeases(lease_ids=("l1",), timeout_s=30.0)
+        waits = [asyncio.ensure_future(table["wait_leases"](args, User("ann"))) for _ in range(roles.MAX_WAITS)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="under way"):
+            await table["wait_leases"](args, User("ann"))
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        await world.by("ann", "wait_leases", lease_ids=("l1",), timeout_s=0.0)
+
+    share(scene)
+
+
 def test_quotas_count_per_user(share):
     async def scene(world):
         await world.by("root", "set_policy", tenant="*", policy=Policy(max_leases=1))

@@ -32,9 +32,14 @@ LEAST_PORT = 1024
 """Below it a port is root's to give, and an engine would give it."""
 MAX_EXECS = 4
 """Commands of one tenant inside its leases at the same time."""
+MAX_WAITS = 256
+"""Waits of one tenant for its leases at the same time: each looks again at every change."""
+MAX_ROWS = 10_000
+"""Told to a tenant at once: nobody else is answered meanwhile."""
 OTHER = "another's"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*-[0-9a-f]{10,12}(?![\w-])")
 """Ids that Tenure draws, of leases, runs and gangs."""
+_COUNTS = ("max_runs", "max_leases", "max_events", "max_trials")
 _BY_HOLDER = (EndReason.RELEASED, EndReason.CANCELLED)
 
 
@@ -196,7 +201,10 @@ def _own_recommendation(roles: Roles, args: wire.RecordRecommendation, caller: C
 
 
 def _only_own(roles: Roles, args: Any, caller: Caller) -> Any:
-    return args if caller.sees_all else replace(args, tenant=caller.tenant)
+    if caller.sees_all:
+        return args
+    name = next((name for name in _COUNTS if hasattr(args, name)), "")
+    return replace(args, tenant=caller.tenant, **({name: min(getattr(args, name), MAX_ROWS)} if name else {}))
 
 
 def _tenant_of(said: str, caller: Caller) -> str:
@@ -310,7 +318,7 @@ RULES: Mapping[str, Rule] = {
     "set_run": Rule(admit=_own_run),
     "runs": Rule(admit=_only_own),
     "request_gang": Rule(admit=_request, show=_show_leases),
-    "wait_leases": Rule(admit=_own_leases, show=_show_views),
+    "wait_leases": Rule(admit=_own_leases, show=_show_views, at_once=MAX_WAITS),
     "lease": Rule(admit=_own_lease, show=_show_view),
     "leases": Rule(admit=_only_own, show=_show_leases),
     "renew": Rule(admit=_own_lease, show=_show_lease),
