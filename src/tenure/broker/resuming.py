@@ -43,7 +43,7 @@ class Resuming:
             self._ask(tx, member, gang_id, left_s)
 
     def _ask(self, tx: Transaction, member: Lease, gang_id: str, left_s: float) -> None:
-        why = f"it gave way; asked for again with the {format_duration(round(left_s, 3))} left of its total"
+        why = f"it gave way; asked for again with the {format_duration(max(1, round(left_s)))} left of its total"
         total_s = min(left_s, member.envelope.total_s)
         cpus = member.full_cpus or member.envelope.cpus
         lease = Lease(
