@@ -400,6 +400,7 @@ def test_an_admin_sees_and_ends_what_is_others_and_runs_nothing_in_it(machine, h
 def test_a_user_who_opens_many_connections_is_told_to_stop_and_others_are_answered(machine):
     sock = Path((machine.home / "socket-dir").read_text()) / "broker.sock"
     code = f"""
+import socket
 lines = []
 for _ in range(80):
     line = socket.socket(socket.AF_UNIX)
