@@ -237,6 +237,12 @@ class Confinement:
         name = "memory.max_usage_in_bytes" if self.kind == "v1" else "memory.peak"
         return _number(f"{self.groups['memory']}/{name}") or (self.limit_bytes() if self.oom_kills() else 0)
 
+    def charge_bytes(self) -> int:
+        """Return all memory charged now, page cache and the kernel's own included; 0 when the kernel does not say."""
+        if not self.enforced:
+            return 0
+        return _number(f"{self.groups['memory']}/{'memory.usage_in_bytes' if self.kind == 'v1' else 'memory.current'}")
+
     def memory_bytes(self, shim_pid: int) -> int:
         """Return anonymous + shared memory now: the cgroup's statistics, else the sum over the tree."""
         if not self.enforced:

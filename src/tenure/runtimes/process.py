@@ -4,8 +4,9 @@ For: `protocols.Runtime` on one node. What it shares with other runtimes (files,
 confined by what the machine offers (`confine`). With an image's folder for `image` a command has that image's root (`rooted`).
 
 `Usage.memory_bytes` is anonymous + shared memory (cgroup statistics, else RssAnon + RssShmem summed over the tree), never
-page cache; the peak is the highest of the shim's looks (every 100 ms under a cgroup, 50 ms otherwise), and after an
-out-of-memory kill the kernel's own height, at most the bound. Bytes read and written are those that reached storage.
+page cache. The peak is the highest of the shim's looks (every 100 ms under a cgroup, 50 ms otherwise) and, under a cgroup, of
+what the kernel's height says came between them; after an out-of-memory kill the kernel's own height, at most the bound. Bytes
+read and written are those that reached storage.
 """
 
 from __future__ import annotations

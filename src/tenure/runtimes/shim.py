@@ -141,6 +141,8 @@ class Shim:
         self._witness = ""
         self._kill_at_s = float("inf")
         self._peak_bytes = 0
+        self._beside_bytes = 0
+        """The most that was ever seen charged beside what counts as memory: page cache, the kernel's own."""
         self._identity = {"pid": os.getpid(), "start_ticks": waiting.start_ticks, "started_at_s": 0.0, "job_pid": self._job}
         self._log_start_bytes = 0
         self._ended_usage: dict[str, Any] = {}
@@ -319,8 +321,7 @@ class Shim:
             self._kill_at_s = min(self._kill_at_s, now + float(order["grace_s"]))
 
     def _over_memory(self) -> bool:
-        used = self._confinement.memory_bytes(os.getpid())
-        self._peak_bytes = max(self._peak_bytes, used)
+        used = self._look_at_memory()
         if self._confinement.enforced:
             return self._confinement.oom_kills() > 0
         if used <= self._envelope.memory_bytes:
@@ -330,6 +331,21 @@ class Shim:
             f"shim's poll: the tree held {used} bytes (RssAnon + RssShmem); bound {self._envelope.memory_bytes} bytes"
         )
         return True
+
+    def _look_at_memory(self) -> int:
+        """Return the memory in use now, and keep its height: that of the looks, and what came and went between two of them.
+
+        The kernel keeps the height of all that is charged. Less the most that was ever seen beside memory, it was memory: a
+        lower bound, unless page cache came and went between two looks as well. The looks before and after the charge are
+        taken together, so that what grows meanwhile is not taken for something beside.
+        """
+        height = self._confinement.highest_charge_bytes()  # first: what is charged since is seen below
+        used = self._confinement.memory_bytes(os.getpid())
+        if height:
+            charged = self._confinement.charge_bytes()
+            self._beside_bytes = max(self._beside_bytes, charged - max(used, self._confinement.memory_bytes(os.getpid())))
+        self._peak_bytes = max(self._peak_bytes, used, height - self._beside_bytes if height else 0)
+        return used
 
     def _over_disk(self) -> bool:
         with acting_as(self._actor):
@@ -382,8 +398,7 @@ class Shim:
                 daemons.end_clients(uuid, pids)
 
     def _usage(self) -> dict[str, Any]:
-        used = self._confinement.memory_bytes(os.getpid())
-        self._peak_bytes = max(self._peak_bytes, used)
+        used = self._look_at_memory()
         tree = procfs.tree_use(self._pids())
         waited = resource.getrusage(resource.RUSAGE_CHILDREN)
         read, written = procfs.io_bytes(os.getpid())
