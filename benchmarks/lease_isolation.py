@@ -12,16 +12,22 @@ Neighbour: a lease that repeats a fixed piece of work of about 1 ms and tells it
 that spins, forks, churns memory and writes to disk, resting and working in turn: 20 pairs of phases of 1.5 s (--quick: 6).
 Each lease has a processor of its own: Tenure sets no such sets yet, so the benchmark has the engine set them.
 Second bar: the median of the pairs' ratios, beside over alone, at most 1.2. Needs two processors.
+For the details, to tell causes apart: the same ratio of the work's own CPU time (what the hardware shares: caches, memory, a
+core's two threads), and how often a second others took the processor from it; and all of it again, 6 pairs, with what of the
+benchmark, the engine and the shims may be moved kept on the noise's processor. A processor in a cpuset is not the lease's
+alone: everything that is in no cpuset runs there too, and must when the noise fills the other.
 Control: the same attempts in a privileged container on the machine's network with the socket mounted, as root, without
 limits: some must succeed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +36,9 @@ from tests.targets import SERVER, services_of_this_machine, targets_of
 
 from benchmarks.containers import CLOCK, MIB, TENANT, World, world
 from benchmarks.harness import Control, Options, Result, judge, median, spread
-from tenure.protocols import ExitKind
+from tenure.protocols import ExitKind, RuntimeHandle
 from tenure.resources import Envelope
+from tenure.runtimes import procfs
 from tenure.runtimes.container_network import LABEL
 
 NAME = "lease_isolation"
@@ -86,11 +93,13 @@ CAPABILITIES = [
     "AUDIT_READ",
 ]
 NEIGHBOUR = (
-    "import hashlib, json, time\nblock = b'x' * (1 << 20)\n"
-    "while True:\n    end, took = time.monotonic() + 0.4, []\n    begun = time.monotonic()\n"
-    "    while time.monotonic() < end:\n        at = time.perf_counter(); hashlib.sha1(block).digest()\n"
-    "        took.append(time.perf_counter() - at)\n"
-    "    took.sort()\n    print(json.dumps([begun, time.monotonic(), took[int(len(took) * 0.99)]]), flush=True)\n"
+    "import hashlib, json, resource, time\nblock = b'x' * (1 << 20)\n"
+    "def lost(): return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw\n"
+    "while True:\n    end, took, cpu, before = time.monotonic() + 0.4, [], [], lost()\n    begun = time.monotonic()\n"
+    "    while time.monotonic() < end:\n        at, of = time.perf_counter(), time.thread_time()\n"
+    "        hashlib.sha1(block).digest(); cpu.append(time.thread_time() - of); took.append(time.perf_counter() - at)\n"
+    "    took.sort(); cpu.sort(); rank = int(len(took) * 0.99); ended = time.monotonic()\n"
+    "    print(json.dumps([begun, ended, took[rank], cpu[rank], (lost() - before) / (ended - begun)]), flush=True)\n"
 )
 NOISE = (
     "import os, subprocess, time\n"
@@ -129,6 +138,7 @@ def run(options: Options) -> Result:
         here.end(victim)
         ends = {name: _bomb(here, code, kind) for name, (code, kind) in BOMBS.items()}
         pairs = _neighbour(here, 6 if options.quick else 20)
+        apart = [] if options.quick else _neighbour(here, 6, apart=True)
     escaped = sorted(name for name, entry in found.items() if entry["escaped"]) + sorted(
         n for n, held in ends.items() if not held
     )
@@ -142,7 +152,7 @@ def run(options: Options) -> Result:
         failed=bool(succeeded),
         how=", ".join(succeeded),
     )
-    ratios = [beside / alone for alone, beside in pairs]
+    ratios = [beside.p99_s / alone.p99_s for alone, beside in pairs]
     ratio = median(ratios) if ratios else None
     holds, why = judge(not escaped and (ratio is None or ratio <= RATIO_LIMIT), control)
     return Result(
@@ -156,7 +166,9 @@ def run(options: Options) -> Result:
             "attempts": number,
             "neighbour_ratio": ratio,
             "neighbour_ratio_spread": spread(ratios) if ratios else None,
-            "neighbour_alone_p99_s": median([alone for alone, _ in pairs]) if pairs else None,
+            "neighbour_alone_p99_s": median([alone.p99_s for alone, _ in pairs]) if pairs else None,
+            "neighbour_causes": _causes(pairs),
+            "neighbour_with_the_rest_kept_off": _causes(apart),
             "pairs": len(pairs),
             "outcomes": {name: entry["why"] or "no" for name, entry in sorted(found.items())},
             "load_1min": os.getloadavg()[0],
@@ -237,8 +249,33 @@ def _bomb(here: World, code: str, kind: ExitKind) -> bool:
     return ended.kind is kind and not left
 
 
-def _neighbour(here: World, number: int) -> list[tuple[float, float]]:
-    """Return pairs of the neighbour's p99, alone and beside the noise, each on its own processor; none where there is one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What the neighbour tells of one phase."""
+
+    p99_s: float
+    p99_cpu_s: float
+    """Of the same pieces of work, what they took of the processor."""
+    lost_per_s: float
+    """How often others took the processor from it."""
+
+
+def _causes(pairs: list[tuple[Heard, Heard]]) -> dict[str, float] | None:
+    if not pairs:
+        return None
+    return {
+        "ratio": median([beside.p99_s / alone.p99_s for alone, beside in pairs]),
+        "cpu_ratio": median([beside.p99_cpu_s / alone.p99_cpu_s for alone, beside in pairs]),
+        "lost_per_s_alone": median([alone.lost_per_s for alone, _ in pairs]),
+        "lost_per_s_beside": median([beside.lost_per_s for _, beside in pairs]),
+    }
+
+
+def _neighbour(here: World, number: int, *, apart: bool = False) -> list[tuple[Heard, Heard]]:
+    """Return what the neighbour tells alone and beside the noise, in pairs, each on its own processor; none where there is one.
+
+    apart: keep engine, shims and the benchmark on the noise's processor meanwhile.
+    """
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < 2:
         return []
@@ -247,19 +284,55 @@ def _neighbour(here: World, number: int) -> list[tuple[float, float]]:
     for lease, processor in (("neighbour", processors[0]), ("noise", processors[1])):
         _order(here, f"/containers/{here.name(lease)}/update", {"CpusetCpus": str(processor)})
     _until(lambda: b"noisy" in here.runtime.logs(noisy), "the noise begins")
+    moved = _keep_on(processors[1], _ours(here, [quiet, noisy])) if apart else {}
     time.sleep((2 * number + 2) * PHASE_S)
+    _put_back(moved)
     windows = [json.loads(line) for line in here.runtime.logs(quiet, max_bytes=4 << 20).decode().splitlines()]
     here.end(noisy)
     here.end(quiet)
-    phases: dict[int, list[float]] = {}
-    for begun, ended, p99 in windows:
+    phases: dict[int, list[list[float]]] = {}
+    for begun, ended, *heard in windows:
         phase = int(begun / PHASE_S)
         if begun - phase * PHASE_S >= SETTLE_S and int(ended / PHASE_S) == phase:
-            phases.setdefault(phase, []).append(p99)
-    means = {phase: statistics.mean(found) for phase, found in phases.items()}
+            phases.setdefault(phase, []).append(heard)
+    means = {phase: _mean(found) for phase, found in phases.items()}
     pairs = [(means[phase], means[phase + 1]) for phase in sorted(means) if phase % 2 == 0 and phase + 1 in means]
     assert len(pairs) >= number, f"the neighbour told of {len(pairs)} pairs of phases only"
     return pairs[-number:]
+
+
+def _mean(found: list[list[float]]) -> Heard:
+    p99_s, p99_cpu_s, lost_per_s = (statistics.mean(column) for column in zip(*found, strict=True))
+    return Heard(p99_s=p99_s, p99_cpu_s=p99_cpu_s, lost_per_s=lost_per_s)
+
+
+def _ours(here: World, handles: list[RuntimeHandle]) -> set[int]:
+    """Return the processes of this benchmark that are in no container: its own, the shims', the engine's."""
+    found = {os.getpid(), here.runtime.fork_server_pid, *(handle.pid for handle in handles)}
+    for pid in tuple(found - {os.getpid()}):
+        found.update(procfs.descendants(pid))
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and str(here.engine.folder).encode() in Path(f"/proc/{entry}/cmdline").read_bytes():
+                found.add(int(entry))
+    return found
+
+
+def _keep_on(processor: int, pids: set[int]) -> dict[int, set[int]]:
+    """Have every thread of these run on one processor; return where each might run before."""
+    before: dict[int, set[int]] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in (int(name) for name in os.listdir(f"/proc/{pid}/task")):
+                before[task] = os.sched_getaffinity(task)
+                os.sched_setaffinity(task, {processor})
+    return before
+
+
+def _put_back(before: dict[int, set[int]]) -> None:
+    for task, processors in before.items():
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(task, processors)
 
 
 def _order(here: World, path: str, body: object = None) -> None:
