@@ -37,7 +37,7 @@ def test_one_request_at_a_time_takes_the_sum_of_its_stages():
         if setting["interaction"] != "sync" or setting["max_delay_s"]:
             continue
         b, t = setting["batch"], setting["transport"]
-        stages_s = (run_s + image_s * b) * threads_left
+        stages_s = (run_s + image_s * b) * threads_left + image_s * value["join_over_image"]  # two threads meet once a run
         stages_s += value["client_call_s"] * value[f"client_call {t}"]
         stages_s += image_s * value["client_image"] * value[f"client_image {t}"] * b
         if setting["architecture"] != "simple":
@@ -78,3 +78,13 @@ def test_settings_with_impossible_numbers_are_refused_by_name():
         levels([{"architecture": "simple", "batch": 0}])
     with pytest.raises(SpecError, match="at least one setting"):
         levels([])
+
+
+def test_threads_pay_off_more_the_larger_the_batch_as_they_meet_once_a_run():
+    base = {"architecture": "simple", "transport": "none", "link": "in-process", "interaction": "sync", "instances": 1}
+    settings = [{**base, "batch": b, "threads": t, "max_delay_s": 0.0} for b in (1, 16) for t in (1, 2)]
+    found, *_ = at(settings, {"join_over_image": np.log(0.3)})
+    small, large = found["rate"][1] / found["rate"][0], found["rate"][3] / found["rate"][2]
+    assert 1 < small < large < 2
+    free, *_ = at(settings, {"join_over_image": np.log(1e-6)})
+    assert free["rate"][0] == pytest.approx(found["rate"][0])  # one thread meets nobody

@@ -5,8 +5,9 @@
 Requests in flight are customers; each station has a service demand (Denning & Buzen 1978). Queueing by approximate mean-value
 analysis (Schweitzer 1979); several instances, and requests that share a run, by Seidmann's split into a queue and a delay
 (Seidmann, Schweitzer & Shalev-Oren 1987); CPU time of all parts is bounded by the cores. The parameters (`prior`) are
-logarithms: seconds of a run and of an image in it, what threads save and cost, what each transport costs per request and per
-image on both sides, the wire, requests in flight. Latency follows from the rate (Little's law) and a tail factor.
+logarithms: seconds of a run and of an image in it, what threads save and cost and lose to one another each run, what each
+transport costs per request and per image on both sides, the wire, requests in flight. Latency follows from the rate (Little's
+law) and a tail factor.
 
 Not here: fitting the parameters, what the laws leave unexplained, what to try next (`serve_search`).
 """
@@ -108,6 +109,7 @@ _COMMON: Mapping[str, tuple[float, float]] = {
     "image_s": (math.log(0.004), 2.0),  # of a run with one thread
     "run_over_image": (math.log(0.6), 1.3),
     "parallel": (0.8, 1.2),  # logit of the share of a run that threads divide
+    "join_over_image": (math.log(0.08), 1.2),  # what a run's threads lose to one another each time they meet, two of them
     "thread_cost": (math.log(0.08), 0.8),
     "run_cpu": (-0.3, 0.8),  # CPU time over time of a run; far below 0 where a device does the work
     "scaling": (1.0, 1.3),  # logit of how instances add up
@@ -171,13 +173,14 @@ def predict(known: Levels, names: Sequence[str], parameters: Floats, *, cores: f
         run_s=image_s * at["run_over_image"],
         rows_s=image_s * batch,
         faster=1 - parallel + parallel / known.threads,
+        join_s=image_s * at["join_over_image"] * np.log2(known.threads),
         cpu=at["run_cpu"] * (1 + at["thread_cost"] * (known.threads - 1)),
         room=np.where(known.simple, 1.0, np.maximum(1.0, np.floor(known.rows / batch))),
         servers=(known.instances * np.where(known.simple, known.clients, 1.0)) ** (1 / (1 + np.exp(-value["scaling"]))),
         cores=cores,
     )
     requests_per_s, merged = network.solve(known)
-    run_cpu_s = (network.run_s + network.rows_s * merged) * network.cpu / merged
+    run_cpu_s = (network.run_s + network.join_s + network.rows_s * merged) * network.cpu / merged
     app_s = (client_s + np.where(known.simple, run_cpu_s, 0.0)) / batch
     server_s = np.where(known.simple, 1e-9, (door_s + run_cpu_s) / batch)
     copies = 1 + at["model_memory"] * (known.instances - 1)
@@ -208,6 +211,8 @@ class _Network:
     """Of a request's rows in a run."""
     faster: Floats
     """By threads: a run's time over that with one."""
+    join_s: Floats
+    """What threads of a run lose to one another, however many rows it has: an operator ends when the last of them has."""
     cpu: Floats
     """CPU time over one thread's run time."""
     room: Floats
@@ -224,7 +229,7 @@ class _Network:
         merged = rate + 1
         at_client = at_door = at_wire = at_run = rate
         for step in range(_STEPS):
-            run_s = (self.run_s + self.rows_s * merged) * self.faster
+            run_s = (self.run_s + self.rows_s * merged) * self.faster + self.join_s
             queue_s = run_s / (self.servers * merged)
 
             def passed(service_s: Floats, there: Floats, rate: Floats = rate) -> Floats:
@@ -238,7 +243,7 @@ class _Network:
             total_s = client_s + door_s + wire_s + self.round_trip_s + wait_s + (run_s - queue_s) + company_s
             slowest_s = np.maximum(np.maximum(self.client_s / clients, self.door_s), np.maximum(self.wire_s, queue_s))
             free = np.minimum(n / total_s, 1 / slowest_s)
-            cpu_s = self.client_s + self.door_s + (self.run_s + self.rows_s * merged) * self.cpu / merged
+            cpu_s = self.client_s + self.door_s + (self.run_s + self.join_s + self.rows_s * merged) * self.cpu / merged
             slow = (1 + (free * cpu_s / self.cores) ** _CPU_POWER) ** (1 / _CPU_POWER)
             weight = 1.0 if step == 0 else 0.5
             rate = rate + weight * (free / slow - rate)
