@@ -59,7 +59,7 @@ def why(
     """
     trials = sum(one.trials for one in outlooks)
     measured = sum(one.trials > 0 for one in outlooks)
-    tried = f"{trials} trials of {measured} of {_many(count, 'setting')}"
+    tried = f"{_many(trials, 'trial')} of {measured} of {_many(count, 'setting')}"
     rest = (
         f" {_many(left, 'further setting')} that {'was' if left == 1 else 'were'} not measured promise less."
         if left > 0
@@ -79,7 +79,7 @@ def why(
         gives.append(f"{interval(chosen, aimed)} {'for an hour' if aimed == 'cost_usd' else 'for a million images'}")
     return (
         f"{words(chosen.configuration)} is the {best} that meets the goal: {', '.join(gives)}. After {tried} it is within "
-        f"{WITHIN:.0%} of the best there is with a chance of {advice.chance:.0%}.{rest}"
+        f"{WITHIN:.0%} of the best there is with a chance of {_chance(advice.chance)}.{rest}"
     )
 
 
@@ -138,6 +138,11 @@ def _excess(one: Outlook, goal: ServeGoal) -> float:
     """Return by which factor the worst bound is missed."""
     factors = {name: one.metrics[name][1] / getattr(goal, name) for name in one.breaks}
     return max((1 / factor if name == "images_per_s" else factor for name, factor in factors.items()), default=1.0)
+
+
+def _chance(chance: float) -> str:
+    """Return a chance in percent; draws are too few to tell certainty."""
+    return "more than 99%" if chance > 0.99 else f"{chance:.0%}"
 
 
 def _many(count: object, thing: str) -> str:
