@@ -24,24 +24,27 @@ ENOSYS = 38
 ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 
 ALWAYS = (
-    *(
-        "brk",
-        "clock_gettime",
-        "close",
-        "execve",
-        "exit",
-        "exit_group",
-        "futex",
-        "getpid",
-        "gettid",
-        "madvise",
-        "mmap",
-        "mprotect",
-    ),
-    *("munmap", "read", "restart_syscall", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "tgkill", "write"),
+    *("brk", "clock_gettime", "clock_nanosleep", "close", "execve", "exit", "exit_group", "futex", "getpid", "getrandom"),
+    *("gettid", "madvise", "mmap", "mprotect", "mremap", "munmap", "read", "restart_syscall", "rt_sigaction"),
+    *("rt_sigprocmask", "rt_sigreturn", "sched_yield", "tgkill", "write"),
 )
 """What a C library and CPython may need without a trace showing it: memory, the end of threads and of the process, the return
-from a signal's handler, a call that goes on after a stop, abort(3), the clock where the kernel maps no vDSO."""
+from a signal's handler, a call that goes on after a stop, abort(3), the clock where the kernel maps no vDSO, a lock that was
+free while it was traced, a list that grew no further then."""
+ALIKE = (
+    ("accept", "accept4"),
+    ("dup2", "dup3"),
+    ("epoll_pwait", "epoll_wait"),
+    ("fork", "vfork"),
+    ("fstat", "lstat", "newfstatat", "stat"),
+    ("open", "openat"),
+    ("pipe", "pipe2"),
+    ("poll", "ppoll", "pselect6", "select"),
+    ("recvfrom", "recvmsg"),
+    ("sendmsg", "sendto"),
+)
+"""Calls of the same power, of which a library takes one or another: uvloop waits by epoll_pwait, asyncio without it by
+epoll_wait, and an image may be made without uvloop. Who may do one may do all."""
 
 _YOUNG = (
     *(
@@ -140,6 +143,7 @@ def profile_json(calls: Iterable[SystemCall], *, machine: str) -> str:
 def allowed(calls: Iterable[SystemCall]) -> tuple[str, ...]:
     """Return the names that the profile lets through, with or without conditions, sorted."""
     made = {call.name for call in calls}
+    made |= {other for group in ALIKE if made & set(group) for other in group}
     instead = {other for name in made for other in (FALLBACKS[name].calls if name in FALLBACKS else ())}
     return tuple(sorted((made | set(ALWAYS) | instead) - (set(FALLBACKS) - instead)))
 
