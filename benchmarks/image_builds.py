@@ -163,8 +163,8 @@ def in_process(engine: str, model: Path, run: Run, prefix: Sequence[str] = ()) -
     return Life([*prefix, *argv], {**kept, "PYTHONPATH": str(ROOT / "src"), "LANG": "C.UTF-8"}, watched=bool(prefix))
 
 
-def in_root(built: Built, run: Run, root: Path | None = None) -> Life:
-    """Start a run in a root: the image's, or another tree of the same closure."""
+def in_root(built: Built, run: Run, root: Path | None = None, *, profile: Path | None = None) -> Life:
+    """Start a run in a root: the image's, or another tree of the same closure. profile: of system calls, to run behind."""
     manifest = built.manifest
     entry = list(manifest["entry"])
     python = (
@@ -174,7 +174,7 @@ def in_root(built: Built, run: Run, root: Path | None = None) -> Life:
     )
     argv = _argv(built.engine, python, model_inside(built), run, manifest)
     within = [sys.executable, "-I", str(PROGRAMS / "in_root.py"), str(root or built.root), manifest.get("workdir", "/")]
-    return Life([*within, *argv], dict(manifest["env"]))
+    return Life([*within, *argv], dict(manifest["env"]) | ({"BENCH_PROFILE": str(profile)} if profile else {}))
 
 
 def model_inside(built: Built) -> str:

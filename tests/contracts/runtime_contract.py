@@ -375,6 +375,9 @@ class RuntimeContract:
         assert code == 9, output
         bench.runtime.stop(handle, grace_s=0, fence=1)
         bench.end(handle)
+        failed = bench.end(bench.start("sh", "-c", "mkdir made", seccomp=str(profile), lease="lease-2"))
+        assert failed.kind is ExitKind.FAILED
+        assert str(profile) in failed.witness
 
     def test_a_profile_that_is_none_is_refused_at_the_start(self, bench, tmp_path):
         (tmp_path / "seccomp.json").write_text("{}")

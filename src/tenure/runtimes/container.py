@@ -39,7 +39,7 @@ from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.images import USER_ID, own_folder, python_mounts
 from tenure.runtimes.rooted import read_image
-from tenure.runtimes.seccomp import for_container, profile_of
+from tenure.runtimes.seccomp import for_container, profile_of, profile_path
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
 from tenure.usage import Usage
@@ -190,6 +190,7 @@ class ContainerRuntime(ShimmedRuntime):
             "uid": uid if os.geteuid() == 0 else None,
             "gid": gid if os.geteuid() == 0 else None,
             "netns": "",
+            "profile": profile_path(spec),
             "container": {
                 "socket": engine.path,
                 "name": self._container(spec.lease_id, spec.attempt),

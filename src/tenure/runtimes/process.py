@@ -33,7 +33,7 @@ from tenure.runtimes.execin import run_inside
 from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.process_session import ProcessSession
 from tenure.runtimes.rooted import root_of
-from tenure.runtimes.seccomp import compiled, profile_of
+from tenure.runtimes.seccomp import compiled, profile_of, profile_path
 from tenure.runtimes.shimmed import ShimmedRuntime, check_fence
 from tenure.runtimes.state import LeaseFiles, read_json
 from tenure.usage import Usage
@@ -85,6 +85,7 @@ class ProcessRuntime(ShimmedRuntime):
             "gid": entry.pw_gid if entry else None,
             "netns": netns_path(spec.network.removeprefix("netns:")) if spec.network != "host" else "",
             "filter": filter_of(spec),
+            "profile": profile_path(spec),
         }
 
     def usage(self, handle: RuntimeHandle) -> Usage:

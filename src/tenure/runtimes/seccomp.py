@@ -99,13 +99,18 @@ def profile_of(spec: StartSpec) -> str:
 
     Read with the rights of the attempt's user. Raises SpecError.
     """
-    path, whose = spec.seccomp, f"lease {spec.lease_id}"
-    if not path and os.path.isabs(spec.image) and (name := str(read_image(spec.image).get("seccomp", ""))):
-        path = os.path.join(spec.image, name)
+    path = profile_path(spec)
     if not path:
         return ""
     with acting_as(actor_of(spec.user)):
-        return read_profile(path, whose=whose)
+        return read_profile(path, whose=f"lease {spec.lease_id}")
+
+
+def profile_path(spec: StartSpec) -> str:
+    """Return where the profile of an attempt lies; empty: there is none. Raises SpecError for an image without a manifest."""
+    if not spec.seccomp and os.path.isabs(spec.image) and (name := str(read_image(spec.image).get("seccomp", ""))):
+        return os.path.join(spec.image, name)
+    return spec.seccomp
 
 
 def read_profile(path: str, *, whose: str) -> str:

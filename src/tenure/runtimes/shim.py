@@ -50,6 +50,8 @@ LEAVE_DEVICE_MAX_S = 1.0
 """Bound of each of the few questions to a device's MPS daemon before a job is killed; one that hangs delays that no further."""
 KILL_MAX_S = 30.0
 """Bound of waiting for killed processes; what is still there then (stuck in the kernel) is named in the record."""
+_REFUSED = "Operation not permitted"
+"""What a program says of a system call that its profile refuses (EPERM)."""
 _MEMORY_ERROR = re.compile(r"[\w.]*MemoryError\b")
 
 
@@ -437,6 +439,8 @@ class Shim:
             )
         elif not kind:
             kind, witness = ("failed" if code else "completed"), said_by
+            if code and (profile := self._plan.get("profile")) and _REFUSED in log_tail:
+                witness += f'; its last words say "{_REFUSED}": so does a system call that {profile} does not let through'
         if left:
             witness += f"; {left} processes would not die within {KILL_MAX_S:g} s"
         return {
