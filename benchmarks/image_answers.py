@@ -81,7 +81,7 @@ def run(options: Options) -> Result:
     if "root" not in forms:
         raise Skip(absent["root"])
     cells: list[Cell] = []
-    control = None
+    checked = None
     with builds.workshop() as folder:
         for engine in (name for name in engines if name not in absent):
             for kind in kinds:
@@ -92,17 +92,17 @@ def run(options: Options) -> Result:
                     found = answers(image, form, options.seed)
                     cells.append(compare(f"{engine} {kind} {form}", expected, found, emulated=emulated))
                     print(cells[-1], flush=True)
-                control = control or _control(image, expected, options.seed)
+                checked = checked or control(image, expected, options.seed)
                 shutil.rmtree(image.folder)
     wrong = [f"{cell.name}: {cell.wrong}" for cell in cells if cell.wrong]
-    holds, why = judge(not wrong, control)
+    holds, why = judge(not wrong, checked)
     return Result(
         value=1 - len(wrong) / len(cells),
         spread=None,
         unit="share of cells",
         holds=holds,
         why=" | ".join(wrong[:4]) or why,
-        control=control,
+        control=checked,
         details={
             "cells": len(cells),
             "equal_bit_by_bit": sum(cell.exact for cell in cells),
@@ -113,7 +113,7 @@ def run(options: Options) -> Result:
     )
 
 
-def _control(image: builds.Built, expected: Sequence[Said], seed: int) -> Control:
+def control(image: builds.Built, expected: Sequence[Said], seed: int) -> Control:
     """Turn the last bit of a weight of the model in the root, and ask once more."""
     service = models.service(image.engine)
     life_of = Run(service=service.name, number=0, start=Start(model=image.kind), exchanges=(), end="SIGTERM")

@@ -26,13 +26,13 @@ from benchmarks.image_grammar import Run, Served, Start
 from benchmarks.image_player import Life, Outcome
 from benchmarks.peers.processes import free_ports
 from tenure.closures import Why
-from tenure.images.lock import read_lock
+from tenure.images.lock import read_lock, write_lock
 from tenure.images.tree import make_tree
 from tenure.runtimes.rooted import why_no_root
 
 BUILD_MAX_S = 600.0
 PROGRAMS = ROOT / "benchmarks" / "programs"
-LOCK = "closure.lock.json"
+LOCK, ROOT_LOCK = "closure.lock.json", "root.lock.json"
 STOP_MAX_S = 60.0
 _PACKAGES = {
     "numpy": ("numpy",),
@@ -108,18 +108,21 @@ def workshop() -> Iterator[Path]:
         yield Path(folder)
 
 
-def build(engine: str, kind: str, folder: Path, *, forms: Sequence[str] = ("root",), seed: int = 0) -> Built:
-    """Write a model, analyse its service and build the forms. Raises AssertionError with what the command said."""
+def build(engine: str, kind: str, folder: Path, *, forms: Sequence[str] = ("root",), seed: int = 0, keep: str = "") -> Built:
+    """Write a model, analyse its service and build the forms. keep: what is not to be left out, as the command line has it.
+
+    Asserts that the command says it was done.
+    """
     model = models.write(folder / "models" / engine, engine, kind, seed=seed)
     home, name = folder / "home", f"{engine}-{kind}"
-    argv = ["image", "build"]
+    argv = ["image", "build", "--form", ",".join(forms), *(["--keep", keep] if keep else [])]
     if engine == "numpy":
         exercise = f"{sys.executable} {PROGRAMS / 'numpy_exercise.py'} --at 127.0.0.1:$TENURE_PORT --model {kind}"
         (port,) = free_ports(1)
         program = [sys.executable, str(PROGRAMS / "numpy_door.py"), str(model), "--host", "0.0.0.0", "--port", str(port)]
-        argv += [name, "--form", ",".join(forms), "--exercise", exercise, "--", *program]
+        argv += ["--exercise", exercise, name, "--", *program]
     else:
-        argv += ["serve", str(model), "--name", name, "--form", ",".join(forms)]
+        argv += ["--name", name, "serve", str(model)]
     tenure(argv, home)
     return Built(engine=engine, kind=kind, model=model, home=home, name=name, folder=find(home, name))
 
@@ -203,12 +206,28 @@ def repair(built: Built, missed: Outcome) -> tuple[list[str], Built]:
     """Have the product name what a life missed and repair the image; return the names, and the image as it is then."""
     log = built.home.parent / "missed.log"
     log.write_text(missed.output)
-    said = tenure(["image", "repair", built.name, "--log", str(log), "--json"], built.home, codes=range(256))
+    said = tenure(["image", "repair", str(built.folder), "--log", str(log), "--json"], built.home, codes=range(128))
     try:
         named = [str(entry["path"]) for entry in json.loads(said.splitlines()[-1])["missing"]]
     except (ValueError, KeyError, IndexError):
         named = []
     return named, replace(built, folder=find(built.home, built.name))
+
+
+def copy(built: Built) -> Built:
+    """Return the same image once more, in a folder beside it; files are the very same on disk."""
+    folder = built.folder.with_name(f"{built.folder.name}-copy")
+    shutil.copytree(built.folder, folder, symlinks=True, copy_function=os.link)
+    return replace(built, folder=folder)
+
+
+def forget(built: Built, path: str) -> None:
+    """Make an image one whose analysis never saw a file: it is neither in the tree nor in what the locks say of it."""
+    (built.root / path.lstrip("/")).unlink()
+    for name in (LOCK, ROOT_LOCK):
+        closure = read_lock(built.folder / name)
+        gone = {path, path.removesuffix("c")}
+        write_lock(replace(closure, files=tuple(f for f in closure.files if f.path not in gone)), built.folder / name)
 
 
 def opened_only(built: Built, place: Path) -> Path:

@@ -5,7 +5,8 @@ sees them; it has only the product's own exercise of a served model (NumPy's pro
 `benchmarks/programs/numpy_exercise.py`: batches of 1 and 5, one refused request).
 A run: one life of a service in the root form. It starts with drawn options, gets the drawn exchanges, ends as drawn. The same
 run is lived by the bare process. 1,000 runs: 200 of each of the 5 engines, over its 3 models (--quick: 8 of each of NumPy,
-ONNX Runtime and LiteRT, the first of the convolution, or as many as fit into 50 s; how many is told).
+ONNX Runtime and LiteRT, the first of the convolution, or as many as fit into 50 s, how many is told; of roots from which
+nothing was left out).
 A miss: a run whose outcome in the root form is not that of the bare process. Outcome: per exchange the status and the answer
 (tensors byte by byte, but within `image_answers`' tolerance where requests at once may have shared a batch; of an error its
 text with folders and ports taken out; of metrics the names; not that of the request on its way at the end), and the exit code
@@ -17,7 +18,8 @@ that the closure neither holds nor leaves out by rule is a miss, too (`unseen_fi
 Bar: misses in at most 1 of 1,000 runs (`value`: misses per 1,000), each named and repaired. A miss is repaired after it was
 counted, once per file.
 So that naming is shown even where nothing is missed: from each closure 3 files that were needed are taken, one at a time (drawn
-by the seed: a module, a shared object, a file that is only stat-ed), and all must be named and repaired.
+by the seed: a module, a shared object, a file that is only stat-ed; --quick: a shared object of the first engine), and all must
+be named and repaired.
 Control: the same closures without the files that were only stat-ed, as tools that trace `open` make them: the first run of
 every engine must miss.
 """
@@ -47,6 +49,7 @@ RUNS, QUICK_RUNS, QUICK_S = 200, 8, 50.0
 QUICK_KIND = "convolution"
 LIMIT_PER_1000, UNSTEADY_SHARE = 1.0, 0.01
 TRACED_EVERY = 20
+SORTS = ("shared object", "module", "only stat-ed")
 SEARCHED = 12
 """Files taken away one after another until a run misses one; what no run needs shows nothing."""
 _OPENED = re.compile(r"^\d+\s+open(?:at2?)?\((.*)\)\s+= \d+<(/[^>]*)>$")
@@ -76,7 +79,8 @@ class Tally:
 class Subject:
     """One engine with its images, built when a run first needs them."""
 
-    def __init__(self, engine: str, folder: Path) -> None:
+    def __init__(self, engine: str, folder: Path, keep: str = "") -> None:
+        self.keep = keep
         self.engine, self.folder, self.tally = engine, folder, Tally()
         self.service = models.service(engine)
         self.images: dict[str, builds.Built] = {}
@@ -85,7 +89,7 @@ class Subject:
         """Return the image of a model."""
         if kind not in self.images:
             print(f"building {self.engine} {kind}", flush=True)
-            self.images[kind] = builds.build(self.engine, kind, self.folder)
+            self.images[kind] = builds.build(self.engine, kind, self.folder, keep=self.keep)
         return self.images[kind]
 
     def expected(self, run: Run, prefix: Sequence[str] = ()) -> Outcome:
@@ -139,24 +143,24 @@ class Subject:
         """Return a run of a model whose image is there."""
         return next(run for n in itertools.count(seed) if (run := draw(self.service, n)).start.model in self.images)
 
-    def take_away(self, seed: int) -> None:
-        """Take needed files out of a root, one of each sort; each must be named and come back."""
+    def take_away(self, seed: int, wanted: Sequence[str]) -> None:
+        """Have images lack a needed file, one of each sort, as if it had not been seen; each must be named and come back."""
         run = self.first(seed)
-        image = self.image(run.start.model)
         expected = self.expected(run)
-        for sort, paths in sorts(image).items():
+        found = sorts(self.image(run.start.model))
+        for sort, paths in ((sort, found[sort]) for sort in wanted):
             random.Random(f"{seed}/{sort}").shuffle(paths)
             for path in paths[:SEARCHED]:
-                kept = self.folder / "taken"
-                shutil.move(image.root / path.lstrip("/"), kept)
+                whole = self.image(run.start.model)
+                lacking = builds.copy(whole)
+                builds.forget(lacking, path)
+                self.images[run.start.model] = lacking
                 missed = self.found(run)
-                needed = bool(differences(expected, missed))
-                if needed:
+                if differences(expected, missed):
                     self.tally.taken[f"{sort}: {path}"] = not self._repair(run, expected, missed)
-                    image = self.image(run.start.model)
-                if not (image.root / path.lstrip("/")).exists():
-                    shutil.move(kept, image.root / path.lstrip("/"))
-                if needed:
+                self.images[run.start.model] = whole
+                shutil.rmtree(lacking.folder, ignore_errors=True)
+                if f"{sort}: {path}" in self.tally.taken:
                     break
 
     def control(self) -> list[str]:
@@ -174,11 +178,11 @@ def run(options: Options) -> Result:
     if len(lacking) == len(wanted):
         raise Skip("; ".join(lacking.values()))
     with builds.workshop() as folder:
-        subjects = [Subject(engine, folder) for engine in wanted if engine not in lacking]
+        subjects = [Subject(engine, folder, "all" if options.quick else "") for engine in wanted if engine not in lacking]
         for number, subject in _schedule(subjects, options.quick):
             subject.judge(number)
-        for subject in subjects:
-            subject.take_away(options.seed)
+        for subject in subjects[:1] if options.quick else subjects:
+            subject.take_away(options.seed, SORTS[:1] if options.quick else SORTS)
         controls = {subject.engine: subject.control() for subject in subjects}
     return _result([subject.tally for subject in subjects], controls, lacking)
 
@@ -258,7 +262,7 @@ def unseen(lines: Sequence[str], paths: set[str]) -> set[str]:
 
 def sorts(image: builds.Built) -> dict[str, list[str]]:
     """Return files of a root that may be needed, by sort: modules, shared objects, those that were only stat-ed."""
-    found: dict[str, list[str]] = {"module": [], "shared object": [], "only stat-ed": []}
+    found: dict[str, list[str]] = {sort: [] for sort in SORTS}
     for entry in image.lock["files"]:
         path = str(entry["path"])
         if not (image.root / path.lstrip("/")).is_file() and (image.root / f"{path}c".lstrip("/")).is_file():
