@@ -175,6 +175,24 @@ def test_a_program_past_its_bound_is_ended_with_all_it_started(tmp_path):
     assert "4711" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
+def test_what_outlives_the_program_is_told_and_ended(tmp_path):
+    source = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(4712)
+    os._exit(0)
+os.wait()
+"""
+    (tmp_path / "main.py").write_text(source)
+    program = Program(argv=(sys.executable, "main.py"), workdir=str(tmp_path))
+    found = analyse(program, bounds=Bounds(grace_s=1, total_s=60))
+    assert "left processes behind: python" in matters(found)[Matter.STARTS]
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in left.splitlines() if line.endswith(f"{sys.executable} main.py")]
+
+
 def test_a_server_that_ignores_its_stop_signal_is_killed_and_that_is_told(tmp_path):
     (tmp_path / "main.py").write_text(SERVER.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN"))
     argv = (sys.executable, "main.py")

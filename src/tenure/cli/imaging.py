@@ -259,8 +259,11 @@ def _write(out: Path, found: Analysis, facts: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_lock(found.closure, out / LOCK_FILE)
     part = out / ".analysis.json"
-    part.write_text(output.as_json(facts) + "\n")
-    os.replace(part, out / "analysis.json")
+    try:
+        part.write_text(output.as_json(facts) + "\n")
+        os.replace(part, out / "analysis.json")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _text(found: Analysis, forms: tuple[FormReport, ...], out: Path | None) -> str:

@@ -6,6 +6,7 @@ Watched by ``strace -f``: every process, every call. The program does not notice
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -16,17 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from tenure.closures import Exercise
-from tenure.errors import MissingExtra, Refused, SpecError, TenureError, Unavailable
-from tenure.images.findings import Finding, Matter
+from tenure.errors import MissingExtra, Refused, SpecError, TenureError
+from tenure.images.findings import Finding, Matter, some
+from tenure.images.trace_processes import all_of, end_all, first_pid, listening, lives, name_of
 
 PORT_VARIABLE = "TENURE_PORT"
 """Environment of an exercise command: the first TCP port on which the program listens."""
 _PROBE_S = 20.0
 _TICK_S = 0.05
 _TAIL_BYTES = 2000
+_SPARE_BYTES = 1 << 20
+"""A disk with less is full: the end of a trace may be missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,8 @@ def live(
     """Run the program once and drive it; every process is gone when this returns.
 
     trace: file for what strace writes; None: it is not watched. prefix: what goes before the program, such as chroot.
-    Raises MissingStrace; Refused: it took longer than its bounds, or strace may not watch here; SpecError: it can't be started.
+    Raises MissingStrace; Refused: it took longer than its bounds, or strace may not watch here; SpecError: it can't be started;
+    OSError: the disk is full.
     """
     bounds = bounds or Bounds()
     argv = [*prefix, *life.argv]
@@ -151,7 +154,7 @@ def live(
             )
         except OSError as error:
             raise SpecError(f"{argv[0]} can't be started in {workdir}: {error.strerror}") from error
-        stack.callback(_end_all, outer)
+        stack.callback(end_all, outer)
         return _Driver(life, outer, trace, Path(out.name), bounds, env, workdir).run()
 
 
@@ -174,6 +177,9 @@ class _Driver:
         self.findings: list[Finding] = []
         self.exercises: list[Exercise] = []
         self.ports: tuple[int, ...] = ()
+        self._left_behind = False
+        self._pid = 0
+        """Of the program under strace, once it is known."""
 
     def run(self) -> Lived:
         listens = self._wait_listening() if self.life.drives else self._wait_end_or_listening()
@@ -201,7 +207,7 @@ class _Driver:
         )
 
     def _note_undriven(self, stopped: bool) -> None:
-        code = 0 if stopped else self.outer.returncode
+        code = 0 if stopped or self._left_behind else self.outer.returncode
         how = "started, then stopped" if stopped else "run to its end"
         self.exercises.append(Exercise(argv=(), description=how, exit_code=code))
         if code:
@@ -211,7 +217,7 @@ class _Driver:
     def _wait_listening(self) -> bool:
         ready_at_s = time.monotonic() + self.bounds.ready_s
         for _ in self._ticks():
-            self.ports = _listening(self.outer.pid)
+            self.ports = listening(self.outer.pid)
             if self.ports:
                 return True
             if time.monotonic() > ready_at_s:
@@ -229,7 +235,9 @@ class _Driver:
     def _wait_end_or_listening(self) -> bool:
         """Wait for the end of a program that nothing drives; of a server, a moment after it listens."""
         for _ in self._ticks():
-            self.ports = _listening(self.outer.pid)
+            if self._has_ended():
+                return False
+            self.ports = listening(self.outer.pid)
             if self.ports:
                 time.sleep(1.0)  # what it does right after, such as loading a model
                 means = "only its start and its end were watched. Say what drives it: --exercise 'curl ...'"
@@ -280,9 +288,9 @@ class _Driver:
 
     def _stop(self) -> None:
         pid = self._inner_pid()
-        if pid is not None:
+        for each in [pid] if pid is not None else [process.pid for process in all_of(self.outer.pid)]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, self.life.stop_signal)
+                os.kill(each, self.life.stop_signal)
         ends_at_s = time.monotonic() + self.bounds.grace_s
         for _ in self._ticks():
             if time.monotonic() > ends_at_s:
@@ -293,14 +301,22 @@ class _Driver:
                         matter=Matter.EXERCISE, found=f"it did not end within {self.bounds.grace_s:g} s of {name}", means=means
                     )
                 )
-                _end_all(self.outer)
+                end_all(self.outer)
                 return
 
     def _wait_end(self) -> None:
+        """Wait until all that the program started has ended; what outlives the program itself is killed after the grace."""
+        alone_at_s = 0.0
         for _ in self._ticks():
-            if self.trace is not None and self._inner_pid() is None and not _tree(self.outer.pid):
-                continue  # strace is writing its last lines
-        self.outer.wait(timeout=self.bounds.grace_s)
+            if not self._has_ended():
+                continue
+            alone_at_s = alone_at_s or time.monotonic()
+            if (left := all_of(self.outer.pid)) and time.monotonic() > alone_at_s + self.bounds.grace_s:
+                means = "they were killed, so what they do at their end was not watched. An image ends with its first process"
+                names = some(sorted({name_of(process) for process in left}))
+                self.findings.append(Finding(matter=Matter.STARTS, found=f"it left processes behind: {names}", means=means))
+                self._left_behind = True
+                end_all(self.outer)
 
     def _ticks(self) -> Iterator[None]:
         """Yield now and then while the program lives. Raises Refused past a bound."""
@@ -318,13 +334,15 @@ class _Driver:
             time.sleep(_TICK_S)
 
     def _inner_pid(self) -> int | None:
-        """Return the program's own process: strace's child, or, unwatched, the one started."""
+        """Return the program's own process, or, unwatched, the one started; None before it and after."""
         if self.trace is None:
             return self.outer.pid if self.outer.poll() is None else None
-        with contextlib.suppress(psutil.Error):
-            children = psutil.Process(self.outer.pid).children()
-            return int(children[0].pid) if children else None
-        return None
+        self._pid = self._pid or first_pid(self.trace)
+        return self._pid if self._pid and lives(self._pid) else None
+
+    def _has_ended(self) -> bool:
+        """Whether the program's own process was there and is gone, whatever it has left behind."""
+        return self._inner_pid() is None and (self.trace is None or self._pid != 0)
 
     def _ended_early(self, drive: Drive) -> Finding:
         name = drive.description or drive.command
@@ -338,11 +356,18 @@ class _Driver:
             return file.read().decode(errors="replace")
 
     def _check_strace(self, text: str) -> None:
+        if self.trace is not None and _free_bytes(self.trace.parent) < _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, "no room for the trace", str(self.trace.parent))  # strace goes on without a word
         if self.trace is not None and (not self.trace.exists() or not self.trace.stat().st_size):
             raise Refused(
                 f"strace may not watch here: {_last_line(text) or 'it wrote nothing'}. "
                 "In a container it needs --cap-add SYS_PTRACE"
             )
+
+
+def _free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def _called(drive: Drive, running: Running) -> tuple[int, str]:
@@ -358,31 +383,3 @@ def _called(drive: Drive, running: Running) -> tuple[int, str]:
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def _listening(pid: int) -> tuple[int, ...]:
-    """Return the TCP ports on which any process below `pid`, or itself, listens."""
-    ports: set[int] = set()
-    for process in [*_tree(pid), *([psutil.Process(pid)] if psutil.pid_exists(pid) else [])]:
-        with contextlib.suppress(psutil.Error):
-            ports |= {c.laddr.port for c in process.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN}
-    return tuple(sorted(ports))
-
-
-def _end_all(outer: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a life: the watcher last, or what it watches would run on unwatched."""
-    for process in _tree(outer.pid):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(outer.pid, signal.SIGKILL)
-    try:
-        outer.wait(timeout=10.0)
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"process {outer.pid} did not end 10 s after it was killed") from error
