@@ -53,6 +53,9 @@ def test_a_program_is_analysed_written_explained_and_verified(tenure, tmp_path):
     assert code == exits.NOT_FOUND
     assert "not in the closure" in err
 
+    assert "Nothing that was watched" in err
+    assert "A rule leaves it out: the kernel's own" in tenure("explain", "out", "/proc/cpuinfo")[2]
+
     assert tenure("verify", f"out/{LOCK_FILE}")[:2] == (0, "whole\n")
     (tmp_path / "data.txt").write_text("y")
     code, out, _ = tenure("verify", f"out/{LOCK_FILE}")

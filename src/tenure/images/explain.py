@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tenure.closures import Closure, ClosureFile, FileKind, Reason, Why
 from tenure.errors import NotFound
+from tenure.images.closure_rules import Rules
 from tenure.images.findings import some
 
 MAX_DEPTH = 6
@@ -34,13 +35,15 @@ class Explained:
 def explain(closure: Closure, text: str) -> tuple[Explained, ...]:
     """Return why each path that `text` means is there: the path itself, or every one that ends with it.
 
-    Raises NotFound, which names paths that are alike.
+    Raises NotFound, which says whether a rule leaves it out, and names paths that are alike.
     """
     found = _meant(closure, text)
     if not found:
         alike = [file.path for file in closure.files if os.path.basename(text).lower() in os.path.basename(file.path).lower()]
         near = f" There are {some(alike)}." if alike and os.path.basename(text) else ""
-        raise NotFound(f"{text} is not in the closure.{near} What is left out, and why, is told when a program is analysed")
+        why = Rules(home=os.path.expanduser("~")).left_out(text)
+        rule = f" A rule leaves it out: {why}." if why else " Nothing that was watched or analysed needs it."
+        raise NotFound(f"{text} is not in the closure.{rule}{near}")
     return tuple(Explained(file, tuple(_lines(closure, file, 0, frozenset()))) for file in found)
 
 
