@@ -12,7 +12,7 @@ import pytest
 from tenure.closures import FileKind, Why
 from tenure.errors import NotFound, Refused, SpecError
 from tenure.images import closure
-from tenure.images.closure import Program, analyse
+from tenure.images.closure import Program, analyse, find_program
 from tenure.images.findings import Matter
 from tenure.images.trace import Bounds, Drive, Life, MissingStrace
 
@@ -138,6 +138,7 @@ pathlib.Path("/var/lib/tenure-test-log").unlink()
     found = analysed(tmp_path, source)
     told = matters(found)
     assert "lib.sh" in told[Matter.STARTS]
+    assert find_program(("./lib.sh",), str(tmp_path), "/bin") == f"{tmp_path}/lib.sh"
     assert Matter.SECRET in told
     assert ".env" not in {os.path.basename(file.path) for file in found.closure.files}
     assert reasons(found, "/bin/sh") == {Why.EXECUTED}  # the kernel read it: no call tells

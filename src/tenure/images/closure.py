@@ -116,7 +116,8 @@ def find_program(argv: Sequence[str], workdir: str, search_path: str) -> str:
     found = shutil.which(os.path.join(workdir, argv[0]) if "/" in argv[0] else argv[0], path=search_path)
     if found is None:
         raise NotFound(f"there is no program {argv[0]!r} in {workdir if '/' in argv[0] else search_path}")
-    return os.path.join(workdir, found)
+    path = os.path.join(workdir, found)
+    return path if ".." in path.split("/") else os.path.normpath(path)  # before ".." there may be a link
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
