@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 BENCH ?= --quick
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean setup-demo setup-dev browser postgres guest docker prometheus peers
+.PHONY: help demo test check bench docs clean setup-demo setup-dev browser postgres guest docker prometheus strace peers
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -27,7 +27,7 @@ $(VENV)/.with-dev: pyproject.toml tools/setup.sh tools/constraints.txt
 demo: setup-demo ## set everything up, run the main job, say where the report is
 	@TENURE_HOME="$(TENURE_HOME)" $(BIN)/tenure run examples/digits.toml
 
-test: setup-dev browser postgres guest docker prometheus peers ## set everything up, run all tests
+test: setup-dev browser postgres guest docker prometheus strace peers ## set everything up, run all tests
 	@echo "make: running the tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -59,6 +59,9 @@ docker: # the tests of containers want a Docker Engine's programs; without them 
 
 prometheus: # the tests of metrics want Prometheus's programs; without them they skip and say why
 	@tools/prometheus.sh
+
+strace: # the tests that make closures want strace; without it they skip and say why
+	@tools/strace.sh
 
 peers: setup-dev # the tests with other people's clients of a server want these; without them they skip and say why
 	@tools/peers.sh $(BIN)/python

@@ -1,7 +1,6 @@
 """`tenure image analyse | explain | verify` as a user meets them: what is printed, what is refused, what the exit code says."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -13,9 +12,10 @@ from tenure.forms import LOCK_FILE, Form, FormRecord, ImageManifest
 from tenure.images.closure_check import ROOT_LOCK_FILE
 from tenure.images.lock import write_lock
 from tenure.images.store import write_manifest
+from tenure.images.trace import find_strace
 from tenure.images.tree import scan
 
-NEEDS_STRACE = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+NEEDS_STRACE = pytest.mark.skipif(find_strace() is None, reason="needs strace, and the right to trace")
 
 
 @pytest.fixture

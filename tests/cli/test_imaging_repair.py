@@ -1,7 +1,6 @@
 """`tenure image repair`: what an image lacks is named and put in by one command, whatever told of it."""
 
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -14,11 +13,12 @@ from tenure.cli.main import run
 from tenure.forms import LOCK_FILE
 from tenure.images.lock import read_lock, write_lock
 from tenure.images.store import ImageStore, write_manifest
+from tenure.images.trace import find_strace
 from tenure.runtimes.rooted import why_no_root
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not shutil.which("strace"), reason="needs strace"),
+    pytest.mark.skipif(find_strace() is None, reason="needs strace, and the right to trace"),
     pytest.mark.skipif(bool(why_no_root()), reason=f"no process can have another root directory: {why_no_root()}"),
 ]
 PROGRAM = """

@@ -14,11 +14,11 @@ from tenure.errors import NotFound, Refused, SpecError
 from tenure.images import closure
 from tenure.images.closure import Program, analyse, find_program
 from tenure.images.findings import Matter
-from tenure.images.trace import Bounds, Drive, Life, MissingStrace
+from tenure.images.trace import Bounds, Drive, Life, MissingStrace, find_strace
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not shutil.which("strace"), reason="needs strace"),
+    pytest.mark.skipif(find_strace() is None, reason="needs strace, and the right to trace"),
 ]
 SERVER = """
 import http.server, os, signal, sys
