@@ -9,6 +9,7 @@ Not for: finding the closure (`closure`), running an image.
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from tenure.images.tree import make_tree, remove_tree, scan, tree_bytes
 
 STEPS = ("packages", "symbols", "docs", "sources", "zip", "blas", "tls", "folders")
 """Kinds of steps, as `keep` names them."""
+_STARTS = 3
 _MAX_PACKAGES = 6
 """Packages whose sources are tried one by one, when some need theirs."""
 
@@ -141,7 +143,13 @@ def build(
         manifest, left_out = _make_forms(
             spec, makers, Made(tree=tree, folder=folder, manifest=manifest, machine=whole.machine), told
         )
-        if Form.ROOT not in manifest.forms:
+        if Form.ROOT in manifest.forms:
+            if check is not None and enter is not None and spec.inside is not None:
+                told("timing its start")
+                behind = profile if manifest.seccomp else None
+                root = replace(manifest.forms[Form.ROOT], cold_start_s=_start_s(spec.inside, tree, behind, enter))
+                manifest = replace(manifest, forms={**manifest.forms, Form.ROOT: root})
+        else:
             remove_tree(tree)
         return Built(
             image=store.adopt(folder, manifest),
@@ -265,6 +273,12 @@ def _in_tree(inside: Asked, wanted: Answers, tree: Path, profile: Path | None, e
         raise JobFailed(
             f"from its closure the program does not run: {error}. Add an exercise that needs what is missing, or --add PATH"
         ) from error
+
+
+def _start_s(inside: Asked, tree: Path, profile: Path | None, enter: Enter) -> float:
+    """Return the median time of three starts, until it listens, or has ended if it ends by itself."""
+    alone = replace(inside, asks=(), commands=())
+    return statistics.median(ask(alone, prefix=enter(tree, inside.workdir, profile)).took_s for _ in range(_STARTS))
 
 
 def _shrink(tree: Path, spec: BuildSpec, check: Check, programs: set[str], told: Callable[[str], None]) -> tuple[Shrunk, ...]:
