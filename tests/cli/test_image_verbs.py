@@ -150,6 +150,7 @@ def test_a_program_below_tmp_is_refused(tenure, tmp_path):
         assert "cannot be in an image" in err
 
 
+@pytest.mark.timeout(300)  # a slow machine starts the server a dozen times
 def test_a_served_model_is_built_and_answers_from_its_root_behind_its_profile(tenure, place):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -158,7 +159,9 @@ def test_a_served_model_is_built_and_answers_from_its_root_behind_its_profile(te
     kinds = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "negate", kinds[:1], kinds[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "negate.onnx")
-    code, out, err = tenure("build", "serve", "negate.onnx", "--form", "root,oci", "--keep", "docs,packages")
+    code, out, err = tenure(
+        "build", "serve", "negate.onnx", "--form", "root,oci", "--keep", "packages,symbols,docs,sources,zip,folders"
+    )
     assert code == exits.OK, err
     assert "OpenSSL: - " in out
     (image,) = json.loads(tenure("list", "--json")[1])
