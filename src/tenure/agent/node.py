@@ -37,7 +37,7 @@ NOTE_EVERY_S = 1.0
 STAYING_TERM_S = 300.0
 """A term of so long comes from a broker that is there to stay: what first leases would wait for is made ahead of them."""
 _MAX_ORDERS = 16
-_MAX_EXECS = 8
+_MAX_EXECS = 32
 
 
 class Agent:
