@@ -14,7 +14,7 @@ import pytest
 from tests.gpu.machine import GIB, ROOT, MadeUp
 
 pytestmark = pytest.mark.real
-WAIT_MAX_S = 40.0
+WAIT_MAX_S = 60.0
 
 
 class Tenure:

@@ -1,8 +1,11 @@
 """The judge of who takes more of a device than is its own: made-up readings in, ends out."""
 
+import os
+import threading
+
 import pytest
 
-from tenure.agent.gpus import CONTEXT_BYTES, GpuWatch, Holder, Reading, declare, overrun, used
+from tenure.agent.gpus import CONTEXT_BYTES, GpuGuard, GpuWatch, Holder, Reading, declare, overrun, used
 from tenure.errors import Refused
 from tenure.meter.nvml import GpuProcess
 from tenure.protocols import ExitKind, RuntimeHandle
@@ -132,3 +135,95 @@ def test_devices_are_declared_only_where_there_are_none():
     assert declare(real, 1, model="", memory_bytes=0) == ()
     with pytest.raises(Refused, match="this one has 1 \\(A100\\)"):
         declare(real, 1, model="H100", memory_bytes=0)
+
+
+class FakeRuntimes:
+    """Leases by id: their devices, their processes; counts whose processes were asked for."""
+
+    def __init__(self, leases):
+        self.leases, self.asked, self.stopped = leases, [], []
+
+    def gpu(self, lease_id):
+        return {"uuids": self.leases[lease_id][0], "memory_bytes": 4 * GIB, "mps": None}
+
+    def pids(self, handle):
+        self.asked.append(handle.lease_id)
+        return frozenset(self.leases[handle.lease_id][1])
+
+    def newest_fence(self, lease_id):
+        return 7
+
+    def stop(self, handle, *, grace_s, fence, kind, why):
+        self.stopped.append((handle.lease_id, grace_s, fence, kind))
+
+
+def guard_over(leases):
+    runtimes, nvml = FakeRuntimes(leases), FakeNvml()
+    guard = GpuGuard(runtimes, GpuWatch(nvml, ("GPU-0",)))
+    guard.watch([holder(lease_id).handle for lease_id in leases])
+    return guard, runtimes, nvml
+
+
+def test_nobody_is_looked_through_while_nobody_is_on_a_device():
+    guard, runtimes, _ = guard_over({"gpu": (("GPU-0",), (10,)), "cpu": ((), (20,))})
+    guard.look()
+    assert runtimes.asked == []
+
+
+def test_leases_without_devices_are_looked_through_once_for_each_process_that_is_nobodys():
+    guard, runtimes, nvml = guard_over({"gpu": (("GPU-0",), (10,)), "cpu": ((), (20,))})
+    nvml.seen = {"GPU-0": (process(10),)}
+    guard.look()
+    assert runtimes.asked == ["gpu"]
+    nvml.seen = {"GPU-0": (process(10), process(os.getpid()))}  # such as a server of MPS
+    guard.look()
+    guard.look()
+    assert runtimes.asked == ["gpu", "gpu", "cpu", "gpu"]
+
+
+def test_a_lease_that_is_heard_of_after_its_process_was_seen_is_looked_through_after_all():
+    guard, runtimes, nvml = guard_over({"gpu": (("GPU-0",), (10,)), "cpu": ((), (os.getpid(),))})
+    guard.watch([holder("gpu").handle])
+    nvml.seen = {"GPU-0": (process(10), process(os.getpid()))}
+    guard.look()
+    guard.watch([holder("gpu").handle, holder("cpu").handle])
+    guard.look()
+    guard.look()
+    assert [stopped[0] for stopped in runtimes.stopped] == ["cpu"]
+
+
+def test_who_takes_a_device_that_is_not_its_own_is_stopped_with_the_newest_fence_and_no_grace():
+    guard, runtimes, nvml = guard_over({"gpu": (("GPU-0",), (10,)), "cpu": ((), (20,))})
+    nvml.seen = {"GPU-0": (process(10), process(20))}
+    guard.look()
+    assert runtimes.stopped == []
+    guard.look()
+    assert runtimes.stopped == [("cpu", 0.0, 7, ExitKind.FAILED)]
+
+
+def test_use_is_told_until_a_lease_leaves_the_device():
+    guard, _, nvml = guard_over({"gpu": (("GPU-0",), (10,))})
+    nvml.seen = {"GPU-0": (process(10),)}
+    guard.look()
+    assert guard.with_use(holder("gpu").handle, Usage(at_s=1.0)).gpu_memory_bytes == GIB
+    nvml.seen = {}
+    guard.look()
+    assert guard.with_use(holder("gpu").handle, Usage(at_s=1.0)).gpu_memory_bytes == 0
+
+
+def test_a_driver_that_hangs_does_not_keep_the_agent_from_leaving():
+    guard, _, nvml = guard_over({"gpu": (("GPU-0",), (10,))})
+    began, hangs = threading.Event(), threading.Event()
+
+    def never(uuid):
+        began.set()
+        hangs.wait(60)
+        return ()
+
+    nvml.processes = never
+    guard._every_s = 0.0
+    guard.start()
+    assert began.wait(30)
+    guard.close()  # returns although the look has not
+    assert not hangs.is_set()
+    hangs.set()

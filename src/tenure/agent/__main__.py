@@ -68,23 +68,23 @@ async def _run(options: argparse.Namespace, state_dir: Path) -> None:
         gpus=None if declared else options.gpus,
     )
     try:
-        with node_gpus(declared or offered.gpus, state_dir) as (gpus, watch):
-            runtimes = Runtimes(state_dir, confine=options.confine, clock=clock, gpus=gpus, images_dir=options.home / "images")
-            agent = Agent(
-                options.node,
-                options.socket,
-                runtimes,
-                state_dir=state_dir,
-                capacity=replace(offered, gpus=gpus.all),
-                clock=clock,
-                term_s=options.term,
-                guard=GpuGuard(runtimes, watch) if watch else None,
-            )
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, agent.end)
-            await agent.run()
-            if not agent.holds:
-                gpus.close()
+        gpus, watch = node_gpus(declared or offered.gpus, state_dir)
+        runtimes = Runtimes(state_dir, confine=options.confine, clock=clock, gpus=gpus)
+        agent = Agent(
+            options.node,
+            options.socket,
+            runtimes,
+            state_dir=state_dir,
+            capacity=replace(offered, gpus=gpus.all),
+            clock=clock,
+            term_s=options.term,
+            guard=GpuGuard(runtimes, watch) if watch else None,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, agent.end)
+        await agent.run()
+        if not agent.holds:
+            gpus.close()
     finally:
         with contextlib.suppress(Unavailable):  # the entry is void anyway once this process is gone
             shares.release()

@@ -13,14 +13,17 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tenure.errors import Refused, TenureError, Unavailable
 from tenure.meter.nvml import GpuProcess, Nvml, find_mps_control
 from tenure.protocols import ExitKind, RuntimeHandle
 from tenure.resources import Gpu, show_bytes
+from tenure.runtimes import procfs
 from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.mps import Mps
 from tenure.runtimes.several import Runtimes
@@ -128,10 +131,24 @@ class GpuWatch:
     mps: Mps | None = None
     _suspects: dict[tuple[str, int, ExitKind], int] = field(default_factory=dict)
 
-    def look(self, holders: Sequence[Holder]) -> tuple[dict[str, GpuUse], list[Overrun]]:
-        """Return lease -> what it uses, of all that have devices, and those that are to be ended."""
+    def processes(self) -> dict[str, tuple[GpuProcess, ...]]:
+        """Return device -> who has a context there, of those where somebody has and that answer."""
+        found = {}
+        for uuid in self.uuids:
+            with contextlib.suppress(Unavailable):  # one that does not answer now is asked again
+                if processes := self.nvml.processes(uuid):
+                    found[uuid] = processes
+        return found
+
+    def look(
+        self, holders: Sequence[Holder], processes: Mapping[str, tuple[GpuProcess, ...]] | None = None
+    ) -> tuple[dict[str, GpuUse], list[Overrun]]:
+        """Return lease -> what it uses, of all that have devices, and those that are to be ended.
+
+        processes: as just looked at; None: looked at now.
+        """
         through_mps = frozenset[int]().union(*(holder.pids for holder in holders if holder.mps))
-        readings = self._read(through_mps)
+        readings = self._read(self.processes() if processes is None else processes, through_mps)
         everybody = frozenset[int]().union(*(holder.pids for holder in holders))
         strangers = {
             reading.uuid: sum(share for pid, share in (reading.busy_by_process or {}).items() if pid not in everybody)
@@ -143,21 +160,15 @@ class GpuWatch:
         self._suspects = {key: self._suspects.get(key, 0) + 1 for key in now}
         return uses, [over for key, over in now.items() if self._suspects[key] >= LOOKS]
 
-    def _read(self, through_mps: frozenset[int]) -> list[Reading]:
+    def _read(self, processes: Mapping[str, tuple[GpuProcess, ...]], through_mps: frozenset[int]) -> list[Reading]:
         """through_mps: who is to go through it. Its daemon is asked only where the driver does not say that they do."""
         found = []
-        for uuid in self.uuids:
-            try:
-                processes = self.nvml.processes(uuid)
-            except Unavailable:
-                continue  # one that does not answer now is asked again
-            if not processes:
-                continue
-            unsure = any(each.pid in through_mps and not each.through_mps for each in processes)
+        for uuid, seen in processes.items():
+            unsure = any(each.pid in through_mps and not each.through_mps for each in seen)
             found.append(
                 Reading(
                     uuid=uuid,
-                    processes=processes,
+                    processes=seen,
                     clients=self.mps.clients(uuid) if self.mps is not None and unsure else None,
                     busy=self.nvml.busy(uuid),
                     busy_by_process=self.nvml.busy_by_process(uuid),
@@ -182,23 +193,17 @@ def declare(real: Sequence[Gpu], count: int | None, *, model: str, memory_bytes:
     return tuple(Gpu(index=i, model=model, memory_bytes=memory_bytes, parts="declared") for i in range(count or 0))
 
 
-@contextlib.contextmanager
-def node_gpus(gpus: Sequence[Gpu], state_dir: Path) -> Iterator[tuple[Gpus, GpuWatch | None]]:
-    """Give a node's devices as its runtimes hand them out, and who looks at them; nobody where there is nothing to look at."""
+def node_gpus(gpus: Sequence[Gpu], state_dir: Path) -> tuple[Gpus, GpuWatch | None]:
+    """Return a node's devices as its runtimes hand them out, and who looks at them; nobody where there is nothing to see."""
     if not any(gpu.uuid for gpu in gpus):
-        yield Gpus(gpus), None
-        return
+        return Gpus(gpus), None
     try:
         nvml = Nvml()
     except Unavailable:  # it answered when the devices were listed
-        yield Gpus(gpus, watched=False), None
-        return
-    try:
-        program = find_mps_control()
-        mps = Mps(mps_folder(state_dir), program=program) if program else None
-        yield Gpus(gpus, mps=mps), GpuWatch(nvml, tuple(gpu.uuid for gpu in gpus), mps=mps)
-    finally:
-        nvml.close()
+        return Gpus(gpus, watched=False), None
+    program = find_mps_control()
+    mps = Mps(mps_folder(state_dir), program=program) if program else None
+    return Gpus(gpus, mps=mps), GpuWatch(nvml, tuple(gpu.uuid for gpu in gpus), mps=mps)
 
 
 def mps_folder(state_dir: Path) -> Path:
@@ -208,31 +213,85 @@ def mps_folder(state_dir: Path) -> Path:
 
 
 class GpuGuard:
-    """Has a node's leases looked at, and ended when they take more than theirs. One call at a time."""
+    """Has a node's leases looked at about once a second, and ended when they take more than theirs.
 
-    def __init__(self, runtimes: Runtimes, watch: GpuWatch) -> None:
-        self._runtimes, self._watch = runtimes, watch
+    In a thread of its own: a driver that hangs keeps nobody else waiting, and the agent's end neither.
+    """
+
+    def __init__(self, runtimes: Runtimes, watch: GpuWatch, *, every_s: float = 1.0) -> None:
+        self._runtimes, self._watch, self._every_s = runtimes, watch, every_s
+        self._handles: tuple[RuntimeHandle, ...] = ()
         self._uses: dict[str, GpuUse] = {}
+        self._strangers: dict[int, int] = {}
+        """Processes on the devices that are of none of the attempts looked at, with their start ticks."""
+        self._looked_at: tuple[RuntimeHandle, ...] = ()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpus", daemon=True)
 
-    def look(self, handles: Sequence[RuntimeHandle]) -> None:
-        """Look once at attempts that run."""
-        holders = [found for handle in handles if (found := self._holder(handle)) is not None]
-        self._uses, overruns = self._watch.look(holders)
-        for over in overruns:
-            with contextlib.suppress(TenureError):  # it has just ended by itself
-                fence = self._runtimes.newest_fence(over.handle.lease_id)
-                self._runtimes.stop(over.handle, grace_s=0.0, fence=fence, kind=over.kind, why=over.witness)
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Look no more. A look that hangs is left behind."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=1.0)
+
+    def watch(self, handles: Sequence[RuntimeHandle]) -> None:
+        """Say which attempts run."""
+        self._handles = tuple(handles)
 
     def with_use(self, handle: RuntimeHandle, usage: Usage | None) -> Usage | None:
         """Return an attempt's usage with what its devices were last seen to do for it."""
         use = self._uses.get(handle.lease_id)
         return usage if use is None or usage is None else use.added_to(usage)
 
-    def _holder(self, handle: RuntimeHandle) -> Holder | None:
+    def look(self) -> None:
+        """Look once."""
+        processes = self._watch.processes()
+        holders = self._holders({each.pid for seen in processes.values() for each in seen})
+        self._uses, overruns = self._watch.look(holders, processes)
+        for over in overruns:
+            with contextlib.suppress(TenureError):  # it has just ended by itself
+                fence = self._runtimes.newest_fence(over.handle.lease_id)
+                self._runtimes.stop(over.handle, grace_s=0.0, fence=fence, kind=over.kind, why=over.witness)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every_s):
+            with contextlib.suppress(TenureError, OSError):
+                self.look()
+
+    def _holders(self, pids: set[int]) -> list[Holder]:
+        """Return the leases with devices, and, when a process there is of none of them, all others too. pids: on the devices.
+
+        Which processes a lease has costs a walk through them: not made for leases that nothing points to.
+        """
+        if not pids:
+            return []
+        if self._handles != self._looked_at:  # who was nobody's may be a newcomer's
+            self._looked_at, self._strangers = self._handles, {}
+        gpus = {handle: self._gpu(handle) for handle in self._looked_at}
+        holders = [self._holder(handle, gpu) for handle, gpu in gpus.items() if gpu.get("uuids")]
+        known = {pid for pid in pids if pid in self._strangers and procfs.start_ticks(pid) == self._strangers[pid]}
+        unknown = pids.difference(known, *(holder.pids for holder in holders))
+        if unknown:
+            holders += [self._holder(handle, gpu) for handle, gpu in gpus.items() if not gpu.get("uuids")]
+            known |= unknown.difference(*(holder.pids for holder in holders))
+        self._strangers = {pid: procfs.start_ticks(pid) for pid in known}
+        return holders
+
+    def _gpu(self, handle: RuntimeHandle) -> Mapping[str, Any]:
         try:
-            gpu, pids = self._runtimes.gpu(handle.lease_id), self._runtimes.pids(handle)
+            return self._runtimes.gpu(handle.lease_id)
         except TenureError:
-            return None  # forgotten meanwhile
+            return {}  # forgotten meanwhile
+
+    def _holder(self, handle: RuntimeHandle, gpu: Mapping[str, Any]) -> Holder:
+        try:
+            pids = self._runtimes.pids(handle)
+        except TenureError:
+            pids = frozenset()
         return Holder(
             handle=handle,
             pids=pids,

@@ -103,10 +103,14 @@ class Agent:
                 await self._adopt(lease_id)
         await self._server.start()
         beat = asyncio.ensure_future(self._beat())
+        if self._guard is not None:
+            self._guard.start()
         try:
             await self._over.wait()
         finally:
             beat.cancel()
+            if self._guard is not None:
+                self._guard.close()
             await asyncio.gather(beat, *self._tasks, return_exceptions=True)
             await self._server.close()
             self._left = len(self._watched)
@@ -316,7 +320,7 @@ class Agent:
         write_json(term_file(self._state_dir), {"ends_boot_s": self._term_ends_s, "boot_id": self._clock.boot_id()})
 
     async def _beat(self) -> None:
-        """About once a second: look at the devices, tell usage, and look whether the term is over."""
+        """About once a second: tell usage, and look whether the term is over."""
         while True:
             await asyncio.sleep(max(0.01, min(NOTE_EVERY_S, self._term_ends_s - self._clock.boot_s())))
             with contextlib.suppress(TenureError, OSError):
@@ -324,7 +328,7 @@ class Agent:
                     await self._end_term()
                     continue
                 if self._guard is not None:
-                    await self._do(self._guard.look, tuple(self._watched.values()))
+                    self._guard.watch(tuple(self._watched.values()))
                 if self._server.connections:
                     await self._tell_usage()
 

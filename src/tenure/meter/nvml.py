@@ -161,7 +161,8 @@ class Nvml:
         """Return one of the driver's lists of processes; what a model has no list for is empty."""
         try:
             handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
-            return list(getattr(self._nvml, f"nvmlDeviceGet{name}RunningProcesses")(handle))
+            listed = getattr(self._nvml, f"nvmlDeviceGet{name}RunningProcesses", None)
+            return list(listed(handle)) if listed else []
         except self._nvml.NVMLError as error:
             if name != "Compute":
                 return []
