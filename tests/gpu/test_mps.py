@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import pytest
 from tests.gpu.machine import GIB, ROOT, MadeUp, uuid
 
-from tenure.errors import Unavailable
+from tenure.errors import Unavailable, Unsupported
 from tenure.resources import DeviceShare, Gpu
 from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.mps import Mps, client_environment
+from tenure.runtimes.shim import Shim
 
 pytestmark = pytest.mark.real
 
@@ -97,6 +98,20 @@ def test_a_clients_share_and_memory_are_bounded_and_it_is_listed(here, mps):
         work.communicate()
 
 
+def test_work_is_taken_off_the_device_before_a_lease_is_killed(here, mps):
+    mps.ensure(uuid(0))
+    shim = Shim.__new__(Shim)
+    shim._plan = {"gpu": {"mps": mps.to_plan(), "uuids": [uuid(0)]}}
+    work = client(here, client_environment(mps.pipe(uuid(0)), fraction=0.5, memory_bytes=GIB), "alloc", 1 << 20, "--hold")
+    try:
+        assert json.loads(work.stdout.readline())["got"] == [True]
+        shim._pids = lambda: [work.pid]
+        shim._leave_devices()
+        assert str(work.pid) in (mps.pipe(uuid(0)) / "told").read_text()
+    finally:
+        work.communicate()
+
+
 def test_bounds_below_what_can_be_said_are_refused():
     with pytest.raises(Unavailable, match="MiB"):
         client_environment("/pipe", fraction=0.5, memory_bytes=1000)
@@ -125,6 +140,11 @@ def test_a_part_goes_through_mps_and_its_bounds_say_so(mps):
 def test_a_part_without_asked_memory_gets_the_same_part_of_the_devices(mps):
     share = (DeviceShare(index=0, fraction=0.25),)
     assert Gpus((one(),), mps=mps).grant(share, runtime="process").memory_bytes == 4 * GIB
+
+
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(mps):
+    with pytest.raises(Unsupported, match="gpu 3 is not on this node, which has 0"):
+        Gpus((one(),), mps=mps).grant((DeviceShare(index=3, fraction=1.0),), runtime="process")
 
 
 def test_a_whole_device_needs_no_daemon(mps):
