@@ -92,3 +92,8 @@ def test_a_miss_above_a_quarter_is_said_plainly():
     assert rows[0].miss == 0.5
     assert rows[0].sentence == "time_s missed by more than 25 %: predicted 10 s, observed 20 s (+50%), outside the interval."
     assert rows[1].sentence == "rounds: predicted 40, observed 42 (+5%)."
+
+
+def test_a_high_rate_is_shown_as_people_write_it():
+    assert show("images_per_s", 186_612.3) == "186,612 images/s"
+    assert show("images_per_s", 212.34) == "212.3 images/s"

@@ -52,7 +52,7 @@ def search_blocks(rows: Rows, stage: Stage) -> list[Block]:
     )
     return [
         {"kind": "heading", "text": "What was tried"},
-        *_disturbed(trials),
+        *_warning(trials),
         {"kind": "text", "text": text},
         {"kind": "figure", "figure": _figure(rows, stage, job, trials)},
         make_table("Trials in the order in which they were made", columns, table),
@@ -109,13 +109,18 @@ def _keeps(trial: Trial, goal: ServeGoal) -> bool:
     return not late and mean["images_per_s"] >= goal.images_per_s
 
 
-def _disturbed(trials: Sequence[Trial]) -> list[Block]:
+def disturbed(trials: Sequence[Trial]) -> str:
+    """Return in words that others used the machine during some of a search's trials; empty when they did not."""
     others = [t.metrics["other_cpu_cores"].mean for t in trials if "other_cpu_cores" in t.metrics]
     busy = [cores for cores in others if cores > DISTURBED_CORES]
     if not busy:
-        return []
-    text = (
+        return ""
+    return (
         f"Others kept up to {max(busy):.1f} cores of this machine busy during {len(busy)} of {len(trials)} trials. These ran "
         "one after the other, so some met more of that than others: search again when the machine is quiet."
     )
-    return [{"kind": "warning", "text": text}]
+
+
+def _warning(trials: Sequence[Trial]) -> list[Block]:
+    text = disturbed(trials)
+    return [{"kind": "warning", "text": text}] if text else []

@@ -18,6 +18,7 @@ from typing import Any
 from tenure.experiments.architectures import held_options
 from tenure.experiments.context import RunContext
 from tenure.experiments.following import show_time
+from tenure.experiments.search_report import disturbed
 from tenure.experiments.stage_sweep import SLOT_S, Prepared, envelopes, prepare
 from tenure.experiments.sweep import Setting, in_flight
 from tenure.experiments.sweep_nodes import Bench, standing
@@ -84,6 +85,8 @@ class _Searched:
             max_s=job.search.max_s,
             now=context.clock.boot_s,
         )
+        if told := disturbed([trial for trial in trials if trial.run_id == context.run.id]):
+            context.display.warn(f"{job.name}: {told}")
         names = {words(configuration) for configuration in tunable.configurations()}
         old = sum(words(trial.configuration) in names for trial in known)
         before = f", {old} known before" if old else ""

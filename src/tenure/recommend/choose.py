@@ -117,7 +117,8 @@ def show(metric: str, value: float) -> str:
     if metric.endswith("_bytes"):
         return show_bytes(value)
     if metric.endswith("_per_s"):
-        return f"{value:.4g} {metric.removesuffix('_per_s')}/s"
+        text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{text} {metric.removesuffix('_per_s')}/s"
     if metric.endswith("_usd"):
         return f"{value:.3g} USD"
     if metric.endswith("_s"):
