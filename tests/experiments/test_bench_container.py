@@ -82,4 +82,6 @@ def test_a_server_in_a_container_is_measured_beside_one_in_a_process(docker, tmp
         assert metrics["server_memory_bytes"]["mean"] > 1 << 20
         assert metrics["server_lease_memory_bytes"]["mean"] > 1 << 20
         assert metrics["server_start_s"]["mean"] > 0
+    bounds = {trial["configuration"]["runtime"]: trial["bounds"] for trial in trials}
+    assert bounds["container"]["memory_bytes"] == "exact"
     assert not [each for each in docker.containers() if each["Labels"].get("tenure.lease")]

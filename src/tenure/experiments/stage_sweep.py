@@ -6,7 +6,7 @@ What is measured, and how each figure is defined, stands in docs/bench-serve.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def run_sweep(context: RunContext, job: Job, model: Path, *, contenders: Sequenc
         job.sweep,
         planned,
         seed=job.seed,
-        make_trial=lambda **fields: context.trial(stage=job.name, fingerprint=_fingerprint(context, job), **fields),
+        make_trial=lambda **fields: _trial(context, job, **fields),
         record=context.client.record_trial,
         progress=context.progress,
         gpu=bool(context.node.machine.gpus),
@@ -261,6 +261,13 @@ def envelopes(node: Node, sweep: Sweep) -> tuple[Envelope, Envelope | None, Enve
 
 def _renew(context: RunContext, launched: Launched) -> None:
     context.client.renew(launched.lease_id, SLOT_S)
+
+
+def _trial(context: RunContext, job: Job, **fields: Any) -> Trial:
+    """Return a trial of this stage, with how bounds were held where its server ran."""
+    made = context.trial(stage=job.name, fingerprint=_fingerprint(context, job), **fields)
+    runtime = str(made.configuration.get("runtime", "process"))
+    return made if runtime == "process" else replace(made, bounds=context.node.bounds.get(runtime, {}))
 
 
 def _fingerprint(context: RunContext, job: Job) -> str:
