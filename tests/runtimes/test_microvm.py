@@ -135,10 +135,17 @@ class TestMicrovm(RuntimeContract):
         handle = bench.start("sleep", "60")
         with pytest.raises(Unsupported, match="exec"):
             bench.runtime.exec(handle, ["true"], timeout_s=1)
+        with pytest.raises(Unsupported, match="exec"):
+            bench.runtime.session(handle, ["sh"], window=None)
         bench.runtime.stop(handle, grace_s=0, fence=1)
         bench.end(handle)
         with pytest.raises(Conflict):
             bench.runtime.exec(handle, ["true"], timeout_s=1)
+
+    # Nor is anybody talked to: one machine less to boot for each.
+    test_a_command_in_a_terminal_knows_its_window_and_ctrl_c_goes_inside = None
+    test_what_goes_into_a_pipe_comes_out_of_it_and_the_code_is_kept = None
+    test_a_session_that_is_ended_ends_its_command = None
 
     def test_what_a_command_inside_left_running_ends_with_the_lease(self, bench):
         """The machine does."""
@@ -159,6 +166,7 @@ class TestMicrovm(RuntimeContract):
             {"mounts": {"/a": "/b"}},
             {"devices": (DeviceShare(index=0, fraction=1.0),)},
             {"capabilities": ("x",)},
+            {"seccomp": "/etc/profile.json"},
             {"network": "own"},
             {"memory": 16 * MIB},
         ],

@@ -104,6 +104,8 @@ class MicrovmRuntime(ShimmedRuntime):
             raise Unsupported(
                 "capabilities", "a guest's program is root of its own machine and of nothing else", "Leave it empty."
             )
+        if spec.seccomp:
+            raise Unsupported("seccomp", "a guest has its own kernel, whose calls nobody here filters", "Leave it empty.")
         kind = spec.network.partition(":")[0]
         if kind not in ("tenant", "none", "host") or (kind == "host" and spec.network != "host"):
             raise Unsupported(
