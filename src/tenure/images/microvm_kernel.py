@@ -26,11 +26,6 @@ MODULES = (
 """What a guest loads, in an order that each finds what it needs loaded; one that is built into the kernel is left out."""
 KERNELS = "kernels"
 """Folder of the home in which kernels are looked for: each a folder with a vmlinuz and its modules."""
-HOW_TO_GET = (
-    "get Debian's without installing it: mkdir -p ~/kernel && cd ~/kernel && apt-get download "
-    "$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: //p' | head -1) && dpkg-deb -x *.deb . ; "
-    "then say --kernel ~/kernel"
-)
 _UNPACK_MAX_S = 120.0
 _MAGIC = (
     (b"\x1f\x8b", ()),
@@ -63,17 +58,25 @@ def find_kernel(given: Path | None = None, *, home: Path | None = None) -> Kerne
         if given.is_dir():
             found = _in_folder(given)
             if found is None:
-                raise NotFound(f"no vmlinuz or vmlinux in {given} or {given}/boot; {HOW_TO_GET}")
+                raise NotFound(f"no vmlinuz or vmlinux in {given} or {given}/boot; {_how_to_get(home)}")
             return found
         if not given.is_file():
-            raise NotFound(f"no kernel at {given}; {HOW_TO_GET}")
+            raise NotFound(f"no kernel at {given}; {_how_to_get(home)}")
         return _kernel(given, [given.parent, given.parent.parent])
     looked = [*(sorted((home / KERNELS).glob("*"), reverse=True) if home else []), Path("/")]
     for folder in looked:
         if (found := _in_folder(folder, "*cloud*" if folder == Path("/") else "*")) is not None:
             return found
     where = f"{home / KERNELS} and /boot" if home else "/boot"
-    raise NotFound(f"no kernel for microVMs in {where}; {HOW_TO_GET}")
+    raise NotFound(f"no kernel for microVMs in {where}; {_how_to_get(home)}")
+
+
+def _how_to_get(home: Path | None) -> str:
+    folder = (home or Path("$TENURE_HOME")) / KERNELS / "debian"
+    return (
+        f"get Debian's without installing it: mkdir -p {folder} && cd {folder} && apt-get download "
+        "$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: //p' | head -1) && dpkg-deb -x linux-image-*.deb ."
+    )
 
 
 def _in_folder(folder: Path, release: str = "*") -> Kernel | None:

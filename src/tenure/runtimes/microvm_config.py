@@ -33,7 +33,8 @@ def start_archive(
     pids_max: int = 1024,
 ) -> bytes:
     """Return the archive of one start. Raises ValueError for a zero byte in a word, or more than the first program reads."""
-    words = [f"token={token}", *(f"module={name}" for name in modules), f"root={root_type}"]
+    words = [f"token={token}", *(f"module={name}" for name in modules)]
+    words += [f"root={root_type}"] if root_type else []
     words += ["tmpfs=/tmp:mode=1777", "tmpfs=/run:mode=755", "tmpfs=/dev/shm:mode=1777"]
     words += [f"address={GUEST}", f"gateway={GATEWAY}"] if network else []
     # What is reserved and never touched is nobody's loss; what is touched beyond the memory ends the program.

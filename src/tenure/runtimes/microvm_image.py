@@ -29,6 +29,7 @@ class MicrovmImage:
     initrd: Path
     root: Path
     root_type: str
+    """File system of the root; empty: there is none, all of it is in `initrd`."""
     modules: tuple[str, ...]
     kernel_format: str
     """``elf`` or ``bzimage``."""
