@@ -88,9 +88,8 @@ def run(options: Options) -> Result:
                 image = builds.build(engine, kind, folder, forms=forms)
                 expected = answers(image, "process", options.seed)
                 for form in forms:
-                    emulated = form == "microvm" and not builds.accelerated()
-                    found = answers(image, form, options.seed)
-                    cells.append(compare(f"{engine} {kind} {form}", expected, found, emulated=emulated))
+                    found = answers(image, form, options.seed)  # a guest is emulated wherever these run: see the definition
+                    cells.append(compare(f"{engine} {kind} {form}", expected, found, emulated=form == "microvm"))
                     print(cells[-1], flush=True)
                 checked = checked or control(image, expected, options.seed)
                 shutil.rmtree(image.folder)

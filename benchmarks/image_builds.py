@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests import docker_engine
+from tests import docker_engine, microvm_image
 
 from benchmarks import image_models as models
 from benchmarks.harness import ROOT, Skip
@@ -92,7 +92,7 @@ def cannot_run(form: str) -> str:
         return why_no_root()
     if form == "oci":
         return docker_engine.why_absent()
-    return ""
+    return microvm_image.missing()
 
 
 def need_tools() -> None:
@@ -115,6 +115,9 @@ def build(engine: str, kind: str, folder: Path, *, forms: Sequence[str] = ("root
     """
     model = models.write(folder / "models" / engine, engine, kind, seed=seed)
     home, name = folder / "home", f"{engine}-{kind}"
+    if "microvm" in forms and not (home / "kernels").exists():
+        (home / "kernels").mkdir(parents=True)
+        (home / "kernels" / "guest").symlink_to(microvm_image.KERNEL)
     argv = ["image", "build", "--form", ",".join(forms), *(["--keep", keep] if keep else [])]
     if engine == "numpy":
         exercise = f"{sys.executable} {PROGRAMS / 'numpy_exercise.py'} --at 127.0.0.1:$TENURE_PORT --model {kind}"

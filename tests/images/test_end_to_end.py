@@ -15,11 +15,13 @@ import pytest
 from benchmarks import image_answers as answers
 from benchmarks import image_builds as builds
 from benchmarks import image_models as models
+from tests import microvm_image
 
 from tenure.runtimes.rooted import why_no_root
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.timeout(300),  # whoever comes first builds
     pytest.mark.skipif(not shutil.which("strace"), reason="closures are made by watching with strace, which is not installed"),
     pytest.mark.skipif(bool(why_no_root()), reason=why_no_root() or "-"),
 ]
@@ -76,7 +78,8 @@ def image(folder):
             pytest.skip(why)
         if engine not in made:
             keep = "" if engine == "numpy" else "all"  # one that is made smaller is enough here: each step starts it anew
-            made[engine] = builds.build(engine, "convolution", folder, forms=("root", "oci"), keep=keep)
+            guest = ("microvm",) if engine == "onnxruntime" and not microvm_image.missing() else ()
+            made[engine] = builds.build(engine, "convolution", folder, forms=("root", "oci", *guest), keep=keep)
         return made[engine]
 
     return build
@@ -132,6 +135,13 @@ def test_a_service_answers_in_a_container_as_the_bare_process_does(image, expect
     monkeypatch.setenv("DOCKER_HOST", f"unix://{docker.socket}")
     cell = answers.compare(engine, expected(engine), answers.answers(image(engine), "oci", SEED), emulated=False)
     assert (cell.wrong, cell.exact) == ("", True)
+
+
+@pytest.mark.guest
+@pytest.mark.skipif(bool(microvm_image.missing()), reason=microvm_image.missing() or "-")
+def test_a_service_answers_in_a_virtual_machine_as_the_bare_process_does(image, expected):
+    found = answers.answers(image("onnxruntime"), "microvm", SEED)
+    assert answers.compare("microvm", expected("onnxruntime"), found, emulated=True).wrong == ""
 
 
 def test_without_an_engine_a_container_is_refused_with_what_to_do(image, own, monkeypatch):
