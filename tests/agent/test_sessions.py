@@ -6,6 +6,9 @@ import json
 import os
 import select
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -156,6 +159,40 @@ def test_only_who_has_the_token_is_let_in_and_only_once(node: Sessions) -> None:
     assert b"for you" in client.line.recv(100)
     with pytest.raises(FileNotFoundError):
         Client(at)
+
+
+@pytest.mark.real
+def test_another_user_is_not_let_in_though_it_has_the_token(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)  # as the folder of a home that root shares
+        node = Sessions(Path(folder))
+        pipe = Pipe()
+        at = opened(node, pipe, uid=12345)
+        said = {uid: _says_hello(at, uid) for uid in (65534, 12345)}
+        pipe.exit_code = 0
+        node.close()
+        while OPEN:
+            OPEN.pop().close()
+    assert said == {65534: "nothing", 12345: "let in"}
+
+
+def _says_hello(at: SessionAt, uid: int) -> str:
+    """Return whether a user that says the right token is heard: who is hung up on reads nothing."""
+    code = (
+        "import os, socket, sys\n"
+        "os.setgroups([]); os.setresuid(*[int(sys.argv[3])] * 3)\n"
+        "line = socket.socket(socket.AF_UNIX); line.connect(sys.argv[1])\n"
+        "line.settimeout(1.0)\n"
+        "try:\n"
+        "    line.sendall(bytes.fromhex(sys.argv[2]))\n"
+        "    print('let in' if line.recv(1) else 'nothing')\n"
+        "except TimeoutError: print('let in')\n"
+        "except ConnectionError: print('nothing')\n"
+    )
+    argv = [sys.executable, "-I", "-S", "-c", code, at.path, frame(Kind.HELLO, at.token.encode()).hex(), str(uid)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
 
 def test_a_session_nobody_comes_for_is_ended_and_leaves_no_socket(
