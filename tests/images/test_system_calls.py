@@ -107,7 +107,8 @@ def test_the_same_calls_make_the_same_text() -> None:
 
 
 def test_a_program_of_one_process_runs_in_nanos_and_one_that_forks_does_not() -> None:
-    calls = system_calls(parse([CLONE3, '1 execve("/bin/a", ["a"], 0x7f /* 3 vars */) = 0']))
+    once = system_calls(parse([CLONE3, '1 execve("/bin/a", ["a"], 0x7f /* 3 vars */) = 0']))
+    calls = merged([once, once])  # watched twice
     assert report(calls, table("nanos")).verdict is Verdict.RUNS
     forking = report([*calls, call("vfork")], table("nanos"))
     assert forking.verdict is Verdict.CANNOT

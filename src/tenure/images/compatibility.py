@@ -199,7 +199,7 @@ def _findings(call: SystemCall, kernel: Table, *, forks: bool) -> list[Finding]:
 def _missing(call: SystemCall, kernel: Table, *, forks: bool) -> Finding | None:
     name, effect = call.name, Effect.MISSING
     if name in kernel.loader:
-        if call.count <= 1 and not forks:
+        if not forks:  # as often as the program was started to be watched
             return None
         why = "there is one program and one process: nothing else can be started"
         return Finding(call=name, effect=effect, weight=Weight.BLOCKS, why=why)
