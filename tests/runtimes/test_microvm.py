@@ -230,7 +230,7 @@ class TestMicrovm(RuntimeContract):
         bench.end(handle)
 
     def test_the_root_cannot_be_written_but_tmp_can_and_who_carries_the_guest_is_said(self, bench):
-        handle = bench.start("sh", "-c", "echo a > /tmp/a && cat /tmp/a; echo b > /usr/b || exit 9", user="nobody")
+        handle = bench.start("sh", "-c", "echo a > /tmp/a && cat /tmp/a; echo b > /usr/b || exit 9")
         ended = bench.end(handle)
         assert (ended.kind, ended.code) == (ExitKind.FAILED, 9)
         assert bench.log(handle).startswith("a\n")

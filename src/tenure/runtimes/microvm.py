@@ -172,7 +172,7 @@ class MicrovmRuntime(ShimmedRuntime):
             "env": _environment(image, spec),
             "folder": str(files.root),
             "term_file": str(self._term_file),
-            "confinement": self._confiner.for_attempt(f"tenure.{spec.lease_id}.{spec.attempt}").to_plan(),
+            "confinement": self._confiner.for_attempt(f"tenure.guest.{spec.lease_id}.{spec.attempt}").to_plan(),
             "uid": uid,
             "gid": gid,
             "netns": "",
