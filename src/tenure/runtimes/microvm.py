@@ -85,9 +85,10 @@ class MicrovmRuntime(ShimmedRuntime):
         if not find_qemu():
             return f"no microVMs: no program named {QEMU}"
         overhead = show_bytes(max(OVERHEAD_BYTES.values()))
+        cpus = "control group" if self._confiner.bounds()["cpus"] == "exact" else "affinity"
         return (
             f"a machine of its own in QEMU, by {describe(self._state_dir)}; memory by the machine's size, at most "
-            f"{overhead} more for QEMU itself; cpus by {self._confiner.describe()}; no network but its ports on 127.0.0.1"
+            f"{overhead} more for QEMU itself; cpus by {cpus}; no network but its ports on 127.0.0.1"
         )
 
     # --- start ---

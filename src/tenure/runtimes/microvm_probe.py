@@ -63,7 +63,7 @@ def _boots(image: MicrovmImage, qemu: str, max_s: float) -> tuple[bool, str]:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, timeout=max_s, pass_fds=[theirs.fileno()], check=False
             )
-            output, words = done.stdout, done.stderr.decode("utf-8", "replace").strip()[-200:]
+            output, words = done.stdout, done.stderr.decode("utf-8", "replace").split("\n")[0].strip()[:120]
         except subprocess.TimeoutExpired as late:
             output, words = late.stdout or b"", f"the guest said nothing within {max_s:g} s"
         except OSError as error:
