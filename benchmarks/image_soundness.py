@@ -33,6 +33,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,8 +108,11 @@ class Subject:
         run = draw(self.service, number)
         self.tally.runs += 1
         traced = self.tally.runs % TRACED_EVERY == 1
-        expected = self._traced(run) if traced else self.expected(run)
-        told = differences(expected, self.found(run))
+        self.image(run.start.model)
+        with ThreadPoolExecutor(1) as aside:  # nothing is timed, so that both may live at once
+            found = aside.submit(self.found, run)
+            expected = self._traced(run) if traced else self.expected(run)
+            told = differences(expected, found.result())
         if not told:
             return
         again = self.expected(run)
