@@ -109,7 +109,7 @@ _COMMON: Mapping[str, tuple[float, float]] = {
     "image_s": (math.log(0.004), 2.0),  # of a run with one thread
     "run_over_image": (math.log(0.6), 1.3),
     "parallel": (0.8, 1.2),  # logit of the share of a run that threads divide
-    "join_over_image": (math.log(0.08), 1.2),  # what a run's threads lose to one another each time they meet, two of them
+    "join_over_image": (math.log(0.05), 0.8),  # what a run's threads lose to one another each time they meet, two of them
     "thread_cost": (math.log(0.08), 0.8),
     "run_cpu": (-0.3, 0.8),  # CPU time over time of a run; far below 0 where a device does the work
     "scaling": (1.0, 1.3),  # logit of how instances add up
