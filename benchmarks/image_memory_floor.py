@@ -94,6 +94,6 @@ def _why(guest: guests.Guest) -> str:
     if ended is None:
         ended = guest.end(0.0)
         return f"no answer within {FIRST_MAX_S:g} s: it reads again and again what it has no room to keep"
-    short = ended.kind is ExitKind.OUT_OF_MEMORY or "memory" in ended.witness or "did not come up" in ended.witness
+    short = ended.kind is ExitKind.OUT_OF_MEMORY or "memory" in ended.witness or "no guest came up" in ended.witness
     assert short, f"a guest ended for another reason than memory: {ended}"
     return ended.witness[:200]

@@ -110,6 +110,6 @@ class MicrovmShim(Shim):
             return (
                 1,
                 0,
-                f"the guest did not come up in {note['boots']} boots of {limit:g} s ({how}) {note['complaint']}".strip(),
+                f"no guest came up in {note['boots']} boots, {limit:g} s at most each ({how}) {note['complaint']}".strip(),
             )
         return 1, 0, f"the guest's machine ended before its program ({how}) {note['complaint']}".strip()
