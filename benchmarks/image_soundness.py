@@ -73,8 +73,8 @@ class Tally:
     unsteady: list[str] = field(default_factory=list)
     unseen: set[str] = field(default_factory=set)
     """Files that a traced process opened, and no closure holds."""
-    taken: dict[str, bool] = field(default_factory=dict)
-    """File taken away on purpose -> whether it was named and repaired."""
+    taken: dict[str, str] = field(default_factory=dict)
+    """File taken away on purpose -> what of its naming and repair did not come out right; empty: nothing."""
 
 
 class Subject:
@@ -161,7 +161,7 @@ class Subject:
                 self.images[run.start.model] = lacking
                 missed = self.found(run)
                 if differences(expected, missed):
-                    self.tally.taken[f"{sort}: {path}"] = not self._repair(run, expected, missed)
+                    self.tally.taken[f"{sort}: {path}"] = self._repair(run, expected, missed)
                 self.images[run.start.model] = whole
                 shutil.rmtree(lacking.folder, ignore_errors=True)
                 if f"{sort}: {path}" in self.tally.taken:
@@ -214,7 +214,7 @@ def _result(tallies: Sequence[Tally], controls: dict[str, list[str]], lacking: d
     unseen_files = sorted({path for tally in tallies for path in tally.unseen})
     unsteady = [name for tally in tallies for name in tally.unsteady]
     unnamed = [name for tally in tallies for name in tally.unnamed]
-    taken = {path: right for tally in tallies for path, right in tally.taken.items()}
+    taken = {path: why for tally in tallies for path, why in tally.taken.items()}
     per_1000 = 1000 * (len(misses) + len(unseen_files)) / runs
     spared = [engine for engine, told in controls.items() if not told]
     control = Control(
@@ -225,7 +225,9 @@ def _result(tallies: Sequence[Tally], controls: dict[str, list[str]], lacking: d
     )
     broken = [f"{len(misses) + len(unseen_files)} misses in {runs} runs"] if per_1000 > LIMIT_PER_1000 else []
     broken += [f"{len(unsteady)} of {runs} runs are unsteady"] if len(unsteady) > max(1.0, UNSTEADY_SHARE * runs) else []
-    broken += [f"not named and repaired: {name}" for name in (*unnamed, *(path for path, right in taken.items() if not right))]
+    broken += [
+        f"not named and repaired: {name}" for name in (*unnamed, *(f"{path}: {why}" for path, why in taken.items() if why))
+    ]
     holds, why = judge(not broken, control)
     return Result(
         value=per_1000,
