@@ -82,7 +82,7 @@ def run(options: Options) -> Result:
         raise Skip(absent["root"])
     cells: list[Cell] = []
     checked = None
-    with builds.workshop() as folder:
+    with builds.container_engine(forms), builds.workshop() as folder:
         for engine in (name for name in engines if name not in absent):
             for kind in kinds:
                 image = builds.build(engine, kind, folder, forms=forms)

@@ -108,6 +108,23 @@ def workshop() -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def container_engine(forms: Sequence[str]) -> Iterator[None]:
+    """Have an engine of one's own be the one that containers run on, when there are to be any. Raises CannotStart."""
+    if "oci" not in forms:
+        yield
+        return
+    before = os.environ.get("DOCKER_HOST")
+    with docker_engine.running(live_restore=False) as engine:
+        os.environ["DOCKER_HOST"] = f"unix://{engine.socket}"
+        try:
+            yield
+        finally:
+            os.environ.pop("DOCKER_HOST")
+            if before is not None:
+                os.environ["DOCKER_HOST"] = before
+
+
 def build(engine: str, kind: str, folder: Path, *, forms: Sequence[str] = ("root",), seed: int = 0, keep: str = "") -> Built:
     """Write a model, analyse its service and build the forms. keep: what is not to be left out, as the command line has it.
 
