@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tenure import wire
+from tenure import codec
 from tenure.closures import Closure, ClosureFile, FileKind
 from tenure.errors import TenureError
 from tenure.forms import LOCK_FILE, MANIFEST_FILE, Form, ImageManifest
@@ -86,7 +86,7 @@ def make_image(folder, tree, *, kernel=KERNEL, name="guest"):
     manifest = ImageManifest(
         name=name, id="0" * 64, closure_hash=closure.hash, entry=(PYTHON,), env=env, forms={Form.MICROVM: record}
     )
-    (folder / MANIFEST_FILE).write_text(json.dumps(wire.to_builtins(manifest)))
+    (folder / MANIFEST_FILE).write_text(json.dumps(codec.to_builtins(manifest)))
     return folder
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tenure import wire
+from tenure import codec, wire
 from tenure.errors import NoPlacement, NotFound, SpecError, Unavailable
 from tenure.sockets import AsyncLineClient, LineClient, LineServer, check_owner, socket_dir
 
@@ -126,11 +126,11 @@ def test_two_who_ask_for_the_socket_folder_get_the_same_short_one(tmp_path):
 
 
 def test_an_unknown_error_class_becomes_the_base_error():
-    assert type(wire.error_from_wire({"kind": "Path", "message": "m"})).__name__ == "TenureError"
-    error = wire.error_from_wire(wire.error_to_wire(NotFound("no lease x")))
+    assert type(codec.error_from_wire({"kind": "Path", "message": "m"})).__name__ == "TenureError"
+    error = codec.error_from_wire(codec.error_to_wire(NotFound("no lease x")))
     assert isinstance(error, NotFound)
     assert str(error) == "no lease x"
-    assert isinstance(wire.error_from_wire(wire.error_to_wire(SpecError("s"))), SpecError)
+    assert isinstance(codec.error_from_wire(codec.error_to_wire(SpecError("s"))), SpecError)
 
 
 def test_a_home_of_another_user_is_refused_whoever_asks(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@
     ├── JobFailed            look at the job's own log: it ended badly
     └── InternalError        report a bug
 
-Errors know nothing of exit codes or protocols: `cli` keeps one table for exit codes, `wire` one for the socket.
+Errors know nothing of exit codes or protocols: `cli` keeps one table for exit codes, `codec` one for the socket.
 A message answers: what was refused, which object, the value found, the limit, what to do next.
 """
 

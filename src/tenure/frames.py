@@ -60,7 +60,7 @@ class Kind(IntEnum):
     EXIT = 5
     """Exit code; negative: the signal that ended the command."""
     ERROR = 6
-    """Why the session ended before its command: an error as `wire.error_to_wire` writes it, in JSON."""
+    """Why the session ended before its command: an error as `codec.error_to_wire` writes it, in JSON."""
 
 
 def frame(kind: Kind, data: bytes = b"") -> bytes:

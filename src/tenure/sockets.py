@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import codec, wire
 from tenure.errors import CorruptData, InternalError, Refused, SpecError, TenureError, Unavailable
 from tenure.homes import check_owner as check_owner
 from tenure.homes import socket_dir as socket_dir
@@ -47,15 +47,15 @@ def _decode(line: bytes) -> dict[str, Any]:
 
 
 def _result_line(call_id: Any, result: Any) -> bytes:
-    return wire.to_json({"id": call_id, "result": wire.to_builtins(result)}) + b"\n"
+    return codec.to_json({"id": call_id, "result": codec.to_builtins(result)}) + b"\n"
 
 
 def _error_line(call_id: Any, error: TenureError) -> bytes:
-    return wire.to_json({"id": call_id, "error": wire.error_to_wire(error)}) + b"\n"
+    return codec.to_json({"id": call_id, "error": codec.error_to_wire(error)}) + b"\n"
 
 
 def _call_line(call_id: int, op: str, args: Any) -> bytes:
-    line = wire.to_json({"id": call_id, "op": op, "args": wire.to_builtins(args)}) + b"\n"
+    line = codec.to_json({"id": call_id, "op": op, "args": codec.to_builtins(args)}) + b"\n"
     if len(line) > wire.MAX_LINE_BYTES:
         raise SpecError(f"the call {op!r} has {len(line)} bytes; the limit is {wire.MAX_LINE_BYTES}. Send less at once.")
     return line
@@ -63,8 +63,8 @@ def _call_line(call_id: int, op: str, args: Any) -> bytes:
 
 def _answer(message: Mapping[str, Any], op: wire.Op) -> Any:
     if "error" in message:
-        raise wire.error_from_wire(message["error"])
-    return wire.from_builtins(message.get("result"), op.result)
+        raise codec.error_from_wire(message["error"])
+    return codec.from_builtins(message.get("result"), op.result)
 
 
 def _checked_welcome(welcome: wire.Welcome) -> wire.Welcome:
@@ -145,7 +145,7 @@ class LineServer:
 
     async def notify_all(self, note: str, data: Any) -> None:
         """Tell every client something unasked."""
-        line = wire.to_json({"note": note, "data": wire.to_builtins(data)}) + b"\n"
+        line = codec.to_json({"note": note, "data": codec.to_builtins(data)}) + b"\n"
         for connection in self.connections:
             connection.send(line)
 
@@ -189,7 +189,7 @@ class LineServer:
             name = str(message.get("op"))
             if name not in self._ops:
                 raise SpecError(f"{self._who} has no operation {name!r}; it has: {', '.join(sorted(self._ops))}")
-            args = wire.from_builtins(message.get("args", {}), self._ops[name].args)
+            args = codec.from_builtins(message.get("args", {}), self._ops[name].args)
             if name == "hello":
                 connection.who = args.who
                 result: Any = wire.Welcome(version=wire.VERSION, who=self._who, pid=os.getpid(), fence=self._fence())

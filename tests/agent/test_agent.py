@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.contracts.runtime_contract import gone, until
 
-from tenure import wire
+from tenure import codec, wire
 from tenure.agent.start import start_agent
 from tenure.broker.nodes import MARGIN_S
 from tenure.errors import Conflict, Refused, StaleFence, Unavailable, Unsupported
@@ -119,7 +119,7 @@ def test_an_agent_tells_the_usage_and_at_once_the_end_of_each_attempt(node):
         await client.close()
 
     asyncio.run(watch())
-    views = [wire.from_builtins(data, wire.AttemptView) for name, data in seen if name == "attempt"]
+    views = [codec.from_builtins(data, wire.AttemptView) for name, data in seen if name == "attempt"]
     assert views[0].exit is None
     assert views[0].usage.processes == 1
     assert views[-1].exit.kind is ExitKind.COMPLETED

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenure import wire
+from tenure import codec
 from tenure.agent import sessions
 from tenure.agent.sessions import Sessions
 from tenure.errors import Conflict, CorruptData, Refused, Unavailable
@@ -219,7 +219,7 @@ def test_the_end_of_the_lease_of_the_time_and_of_the_agent_is_told(node: Session
         client.line.recv(6, socket.MSG_WAITALL)  # it is under way
         act()
         with pytest.raises(kind):
-            raise wire.error_from_wire(json.loads(client.heard()[1][1]))
+            raise codec.error_from_wire(json.loads(client.heard()[1][1]))
         assert pipe.ended.wait(LONG_S)
         held["alive"] = True
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import Refused
 from tenure.leases import EndReason, LeaseState
 from tenure.protocols import Exit, ExitKind
@@ -96,4 +96,4 @@ def test_an_ended_run_is_forgotten_by_the_looks(play) -> None:
 
 def test_a_run_written_before_there_were_bounds_has_the_default() -> None:
     text = b'{"id":"r","name":"n","tenant":"t","job_file":"","source":""}'
-    assert wire.from_json(text, Run).disk_bytes == 10 << 30
+    assert codec.from_json(text, Run).disk_bytes == 10 << 30

@@ -10,6 +10,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenure.codec import to_builtins
 from tenure.decide.packing import TOLERANCE, pack, room_with
 from tenure.decide.placement import Placement, Plan
 from tenure.events import Event
@@ -17,7 +18,6 @@ from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
 from tenure.nodes import Machine, Node, NodeState
 from tenure.resources import Capacity, Envelope, Gpu
-from tenure.wire import to_builtins
 
 GIB = 1 << 30
 COMMAND = Command(argv=("true",))

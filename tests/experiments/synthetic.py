@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from tenure.codec import to_builtins
 from tenure.events import Event
 from tenure.experiments.report import ReportData
 from tenure.jobs import Command, Job, ServeGoal, TrainGoal
@@ -12,7 +13,7 @@ from tenure.resources import Capacity, Envelope
 from tenure.runs import Run, RunState, Stage
 from tenure.trials import Broken, Candidate, Prediction, Recommendation, Trial
 from tenure.usage import Usage, summarize
-from tenure.wire import UsagePoint, to_builtins
+from tenure.wire import UsagePoint
 
 MIB = 1 << 20
 T0 = 1_790_000_000.0

@@ -7,10 +7,10 @@ from functools import reduce
 
 import pytest
 
+from tenure.codec import to_builtins
 from tenure.experiments import plots
 from tenure.experiments.report import ReportData, build_report, figures, render_html, write_report
 from tenure.runs import RunState
-from tenure.wire import to_builtins
 
 from .synthetic import failed_run, full_run
 

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenure import wire
+from tenure import codec, wire
 from tenure.errors import Conflict, CorruptData, InternalError, MissingExtra, NotFound, Refused, Unavailable
 from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, LeaseState, changed, granted
@@ -55,7 +55,7 @@ def test_a_lease_is_written_together_with_the_event_that_tells_it(ledger: Ledger
         (event,) = queries.events_after(connection, 0, run_id="r1", max_events=10)
         assert queries.live_leases(connection) == ((lease(), 1060.0),)
     assert (event.seq, event.kind, event.who, event.why, event.at_s) == (1, "lease.requested", "broker", "asked", 1000.0)
-    assert wire.from_builtins(event.data["lease"], Lease) == lease()
+    assert codec.from_builtins(event.data["lease"], Lease) == lease()
 
 
 def test_nothing_is_written_when_a_transaction_raises(ledger: Ledger) -> None:
@@ -321,7 +321,7 @@ def test_live_leases_are_those_that_the_events_tell(new_ledger: Callable[[], Led
         events = queries.events_after(connection, 0, run_id="", max_events=1000)
         rows = {kept.id: kept for kept, _ in queries.live_leases(connection)}
     ledger.close()
-    folded = {event.lease_id: wire.from_builtins(event.data["lease"], Lease) for event in events}
+    folded = {event.lease_id: codec.from_builtins(event.data["lease"], Lease) for event in events}
     seqs = [event.seq for event in events]
     assert seqs == sorted(set(seqs))
     assert folded == held

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import IllegalChange, SpecError
 from tenure.jobs import Command, fingerprint
 from tenure.leases import LEGAL_CHANGES, EndReason, Lease, LeaseState, changed, granted, renewed
@@ -93,9 +93,9 @@ def test_a_lease_is_never_renewed_past_its_total_nor_shortened(renewals):
 
 @given(st.builds(Envelope, cpus=st.floats(0.1, 64), memory_bytes=st.integers(1 << 20, 1 << 40)))
 def test_a_noun_that_crossed_the_wire_is_the_same(envelope):
-    assert wire.from_json(wire.to_json(envelope), Envelope) == envelope
+    assert codec.from_json(codec.to_json(envelope), Envelope) == envelope
     lease = granted(_lease(), node="n", devices=(), fence=3, now_s=1.0)
-    assert wire.from_builtins(wire.to_builtins(lease), Lease) == lease
+    assert codec.from_builtins(codec.to_builtins(lease), Lease) == lease
 
 
 def test_a_fingerprint_depends_on_content_not_on_order():

@@ -12,6 +12,7 @@ SRC = ROOT / "src" / "tenure"
 NOUNS = frozenset(
     {
         "closures",
+        "codec",
         "cpio",
         "errors",
         "devices",

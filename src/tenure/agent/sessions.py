@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import Conflict, CorruptData, Refused, TenureError, Unavailable
 from tenure.frames import MAX_FRAME_BYTES, FrameReader, Kind, SessionAt, exit_frame, frame, size_in
 from tenure.protocols import Session
@@ -183,7 +183,7 @@ class _Talk:
         except _HungUp:
             return
         except TenureError as error:
-            last = frame(Kind.ERROR, json.dumps(wire.error_to_wire(error)).encode())
+            last = frame(Kind.ERROR, json.dumps(codec.error_to_wire(error)).encode())
         self._output += last
         end_s = time.monotonic() + FAREWELL_MAX_S
         with contextlib.suppress(_HungUp):

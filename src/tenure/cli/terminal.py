@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import SpecError, Unavailable
 from tenure.frames import MAX_FRAME_BYTES, FrameReader, Kind, SessionAt, code_in, frame, size_frame
 from tenure.protocols import Window
@@ -118,7 +118,7 @@ class _Talk:
             elif kind is Kind.EXIT:
                 return code_in(said)
             elif kind is Kind.ERROR:
-                raise wire.error_from_wire(json.loads(said))
+                raise codec.error_from_wire(json.loads(said))
         return None
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from tenure.codec import from_builtins
 from tenure.events import Event
 from tenure.leases import Lease, LeaseState
 from tenure.nodes import Node, NodeState
 from tenure.resources import Capacity, DeviceShare, Envelope
-from tenure.wire import from_builtins
 
 from .packing import Packing, Room, pack, room_with, shortage, size
 from .queueing import FIFO, WAITING, Gang, Order, Queue, amounts

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
+from tenure.codec import to_builtins
 from tenure.decide.bottleneck import Bottleneck, find_bottlenecks, is_closed, is_twin, repeat_error
 from tenure.decide.goal_answer import Answer, answer, percentile_at_most
 from tenure.decide.repeats import Paired, errors, in_words, paired_with_first
@@ -26,7 +27,6 @@ from tenure.experiments.report_cite import Cell, Rows, make_table, show, text_ce
 from tenure.jobs import ServeGoal
 from tenure.runs import Stage
 from tenure.trials import Trial
-from tenure.wire import to_builtins
 
 Block = dict[str, Any]
 _SENTENCES = re.compile(r"(?<=\.) ")

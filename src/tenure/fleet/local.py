@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import codec, wire
 from tenure.agent.start import is_agent_alive, start_agent
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.fleet.contract import OnAttempt, OnCut, Part
@@ -119,7 +119,7 @@ class LocalFleet:
 
         def note(name: str, data: Any) -> None:
             if name == "attempt":
-                self._on_attempt(node, wire.from_builtins(data, wire.AttemptView))
+                self._on_attempt(node, codec.from_builtins(data, wire.AttemptView))
 
         def closed() -> None:
             # One that was hung up on purpose, or never got as far as being used, is no cut.

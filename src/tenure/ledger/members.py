@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import Connection, exists, select
 
-from tenure import wire
+from tenure import codec
 from tenure.ledger import schema as t
 from tenure.ledger.queries import _put, _text
 from tenure.tenants import Member
@@ -16,7 +16,7 @@ from tenure.tenants import Member
 def members(connection: Connection) -> dict[str, Member]:
     """Return tenant -> who it is, of those that were seen or given a role."""
     found = connection.execute(select(t.meta.c.value).where(t.meta.c.key == "members")).scalar()
-    made: dict[str, Member] = wire.from_builtins(json.loads(found or "{}"), dict[str, Member])
+    made: dict[str, Member] = codec.from_builtins(json.loads(found or "{}"), dict[str, Member])
     return made
 
 

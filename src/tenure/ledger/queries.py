@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, bindparam, func, insert, select
 
-from tenure import wire
+from tenure import codec, wire
 from tenure.errors import NotFound
 from tenure.events import Event
 from tenure.leases import Lease, LeaseState
@@ -31,7 +31,7 @@ Insert = dialect.Insert
 
 
 def _text(noun: Any) -> str:
-    return wire.to_json(noun).decode()
+    return codec.to_json(noun).decode()
 
 
 def _plain(text: str) -> str:
@@ -40,7 +40,7 @@ def _plain(text: str) -> str:
 
 
 def _nouns(rows: Any, kind: type[T]) -> tuple[T, ...]:
-    return tuple(wire.from_json(row[0], kind) for row in rows)
+    return tuple(codec.from_json(row[0], kind) for row in rows)
 
 
 def _put(
@@ -132,7 +132,7 @@ def put_utc_offset(connection: Connection, boot_id: str, offset_s: float) -> Non
 def policies(connection: Connection) -> dict[str, Policy]:
     """Return the policy of each tenant that has one of its own, and of EVERYBODY else where it was set."""
     found = connection.execute(select(t.meta.c.value).where(t.meta.c.key == "policies")).scalar()
-    made: dict[str, Policy] = wire.from_builtins(json.loads(found or "{}"), dict[str, Policy])
+    made: dict[str, Policy] = codec.from_builtins(json.loads(found or "{}"), dict[str, Policy])
     return made
 
 
@@ -235,7 +235,7 @@ def get_lease(connection: Connection, lease_id: str) -> Lease:
     found = connection.execute(select(t.leases.c.body).where(t.leases.c.id == lease_id)).scalar()
     if found is None:
         raise NotFound(f'lease {lease_id!r} does not exist; list leases with "tenure leases"')
-    return wire.from_json(found, Lease)
+    return codec.from_json(found, Lease)
 
 
 def gang_leases(connection: Connection, gang_id: str) -> tuple[Lease, ...]:
@@ -250,7 +250,7 @@ def live_leases(connection: Connection) -> tuple[tuple[Lease, float], ...]:
         .where(t.leases.c.state != str(LeaseState.ENDED))
         .order_by(t.leases.c.requested_at_s, t.leases.c.gang_id, t.leases.c.worker)
     )
-    return tuple((wire.from_json(body, Lease), until) for body, until in connection.execute(query))
+    return tuple((codec.from_json(body, Lease), until) for body, until in connection.execute(query))
 
 
 def select_leases(connection: Connection, query: wire.ListLeases) -> tuple[Lease, ...]:
@@ -352,7 +352,7 @@ def lease_usage(connection: Connection, lease_id: str, *, max_points: int = 10_0
     c = t.usage_points.c
     query = select(c.at_s, c.body).where(c.lease_id == lease_id).order_by(c.at_s, c.id).limit(max_points)
     rows = connection.execute(query)
-    return tuple(wire.UsagePoint(lease_id=lease_id, at_s=at_s, usage=wire.from_json(body, Usage)) for at_s, body in rows)
+    return tuple(wire.UsagePoint(lease_id=lease_id, at_s=at_s, usage=codec.from_json(body, Usage)) for at_s, body in rows)
 
 
 def live_usage_counts(connection: Connection) -> dict[str, int]:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import Refused, SpecError, TenureError, Unavailable, Unsupported
 from tenure.protocols import Clock, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
@@ -181,7 +181,7 @@ class ContainerRuntime(ShimmedRuntime):
         if gpu.uuids:
             body["HostConfig"]["DeviceRequests"] = [_device_request(_device_driver(engine), gpu.uuids)]
         return {
-            "spec": wire.to_builtins(spec),
+            "spec": codec.to_builtins(spec),
             "env": ({} if spec.image else _own_packages()) | container_environment(spec) | dict(gpu.environment),
             "gpu": gpu.to_plan(),
             "folder": str(files.root),
@@ -328,7 +328,7 @@ class ContainerRuntime(ShimmedRuntime):
                 engine.call("POST", f"/containers/{last['container']['name']}/update", limits(envelope))
             except EngineError as error:
                 raise Refused(f"resize to {envelope.describe()} refused by the engine: {error}; ask for more memory") from error
-            self._order(handle, fence, envelope=wire.to_builtins(envelope))
+            self._order(handle, fence, envelope=codec.to_builtins(envelope))
 
     def exec(self, handle: RuntimeHandle, argv: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
         """Run a command inside the lease's bounds; return exit code and output (its first MiB).

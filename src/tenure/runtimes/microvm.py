@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import NotFound, SpecError, TenureError, Unavailable, Unsupported
 from tenure.protocols import Clock, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope, show_bytes
@@ -169,7 +169,7 @@ class MicrovmRuntime(ShimmedRuntime):
         runs_as = (NOBODY, NOBODY) if uid is None and os.geteuid() == 0 else (uid, gid)
         own_workdir = image.workdir if spec.workdir == spec.worker_dir else spec.workdir
         return {
-            "spec": wire.to_builtins(spec),
+            "spec": codec.to_builtins(spec),
             "env": _environment(image, spec),
             "folder": str(files.root),
             "term_file": str(self._term_file),

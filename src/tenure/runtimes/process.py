@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import TenureError, Unsupported
 from tenure.protocols import Clock, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
@@ -65,7 +65,7 @@ class ProcessRuntime(ShimmedRuntime):
 
     def _plan(self, files: LeaseFiles, spec: StartSpec) -> dict[str, Any]:
         entry = pwd.getpwnam(spec.user) if spec.user and os.geteuid() == 0 else None
-        data = wire.to_builtins(spec)
+        data = codec.to_builtins(spec)
         gpu = self._gpus.grant(spec.devices, runtime=self.name, uid=entry.pw_uid if entry else None)
         if spec.image and gpu.uuids:
             raise Unsupported("devices", "the root of an image shows no device files", "Leave the image out, or the devices.")
@@ -126,7 +126,7 @@ class ProcessRuntime(ShimmedRuntime):
             files, last = self._running(handle)
             check_fence(handle.lease_id, read_json(files.control), fence)
             Confinement.from_plan(last["confinement"]).resize(envelope, handle.pid)
-            self._order(handle, fence, envelope=wire.to_builtins(envelope))
+            self._order(handle, fence, envelope=codec.to_builtins(envelope))
 
     def exec(self, handle: RuntimeHandle, argv: Sequence[str], *, timeout_s: float) -> tuple[int, bytes]:
         """Run a command inside the lease's bounds; return exit code and output (its first MiB).

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tenure import wire
+from tenure import codec
 from tenure.errors import Conflict, NotFound, SpecError, StaleFence, TenureError, Unavailable, Unsupported
 from tenure.protocols import MACHINE_RESTARTED, Clock, Exit, ExitKind, RuntimeHandle, Session, StartSpec, SystemClock, Window
 from tenure.resources import Bound, Envelope
@@ -331,7 +331,7 @@ class ShimmedRuntime(ABC):
             record = read_json(files.exit_of(handle.attempt, int(last["attempt"])))
             if record is None:
                 raise NotFound(f"lease {handle.lease_id} has no record of attempt {handle.attempt}")
-            ended: Exit = wire.from_builtins(record, Exit)
+            ended: Exit = codec.from_builtins(record, Exit)
             return ended
 
     def _settle(self, files: LeaseFiles, last: dict[str, Any]) -> None:
@@ -353,7 +353,7 @@ class ShimmedRuntime(ABC):
             shutil.rmtree(files.root, ignore_errors=True)
             return
         sample = read_json(files.usage)
-        usage = wire.from_builtins(sample, Usage) if sample else None
+        usage = codec.from_builtins(sample, Usage) if sample else None
         if last["boot_id"] != self._boot_id:
             self._record(files, ExitKind.STOPPED, f"{MACHINE_RESTARTED}: nothing of it runs", shim, usage)
             return
@@ -379,7 +379,7 @@ class ShimmedRuntime(ABC):
             ended_at_s=now,
             usage=usage,
         )
-        write_json(files.exit, wire.to_builtins(ended), sync=True)
+        write_json(files.exit, codec.to_builtins(ended), sync=True)
 
     # --- state ---
 
