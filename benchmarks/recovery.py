@@ -143,7 +143,7 @@ def _lease(name: str) -> Any:
 def main() -> None:
     """Be the broker that comes back, and print what it found as JSON."""
     begun_s = time.perf_counter()
-    from tenure import wire
+    from tenure import orders
     from tenure.broker.daemon import Broker
     from tenure.fleet.fake import FakeFleet
     from tenure.leases import LeaseState
@@ -166,7 +166,7 @@ def main() -> None:
         handle = RuntimeHandle(
             lease_id=f"live-{number}", attempt=1, fence=1, pid=number + 1, start_ticks=1, started_at_s=clock.utc_s()
         )
-        fleet.attempts[_node(number)][handle.lease_id] = wire.AttemptView(handle=handle)
+        fleet.attempts[_node(number)][handle.lease_id] = orders.AttemptView(handle=handle)
 
     async def come_back() -> dict[str, Any]:
         marks = [("", time.perf_counter())]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.errors import Conflict, TenureError, Unavailable
 from tenure.fleet.fake import FakeFleet
 from tenure.nodes import Node
@@ -73,11 +73,11 @@ class Agents(FakeFleet):
         """(operation, lease, deadline) of each start and renewal obeyed since the oracle looked."""
         self._session: dict[str, int] = {node.name: 0 for node in nodes}
         self._late: list[tuple[str, int, str, Any]] = []
-        self._notes: list[tuple[str, int, wire.AttemptView]] = []
+        self._notes: list[tuple[str, int, orders.AttemptView]] = []
 
     # --- the wire ---
 
-    async def reach(self, node: str, **fields: Any) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, **fields: Any) -> tuple[Node, orders.BootTime]:
         """See Fleet. A new connection: what is still under way on an older one is refused when it arrives."""
         if node not in self.cut_off:
             self._session[node] += 1
@@ -163,12 +163,12 @@ class Agents(FakeFleet):
 
     # --- operations ---
 
-    def _term(self, node: str, args: wire.NodeTerm) -> wire.BootTime:
+    def _term(self, node: str, args: orders.NodeTerm) -> orders.BootTime:
         boot = super()._term(node, args)
         self.term_ends_s[node] = min(boot.boot_s + args.term_s, getattr(args, "ends_boot_s", math.inf))
         return boot
 
-    def _start(self, node: str, args: wire.AgentStart) -> RuntimeHandle:
+    def _start(self, node: str, args: orders.AgentStart) -> RuntimeHandle:
         known = self.attempts[node].get(args.spec.lease_id)
         if self._clock.boot_s() >= self.term_ends_s[node]:
             raise Conflict(f"node {node}: its term is over")
@@ -189,17 +189,17 @@ class Agents(FakeFleet):
             raise Conflict(f"the attempt of lease {lease_id} has ended")
         return run
 
-    def _renew(self, node: str, args: wire.AgentRenew) -> wire.Nothing:
+    def _renew(self, node: str, args: orders.AgentRenew) -> wire.Nothing:
         self._run(node, args.lease_id, args.fence).deadline_boot_s = args.deadline_boot_s
         self.orders.append(("renew", args.lease_id, args.deadline_boot_s))
         return wire.Nothing()
 
-    def _resize(self, node: str, args: wire.AgentResize) -> wire.Nothing:
+    def _resize(self, node: str, args: orders.AgentResize) -> wire.Nothing:
         self._run(node, args.lease_id, args.fence).envelope = args.envelope
         self.changed.add(node)
         return wire.Nothing()
 
-    def _stop(self, node: str, args: wire.AgentStop) -> wire.Nothing:
+    def _stop(self, node: str, args: orders.AgentStop) -> wire.Nothing:
         view = self._known(node, args.lease_id, args.fence)
         if view.exit is None:
             run = self.running[node][args.lease_id]

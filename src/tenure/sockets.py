@@ -1,6 +1,6 @@
-"""Calls as JSON lines over a Unix socket: one server and two clients for everything that speaks `wire`.
+"""Calls as JSON lines over a Unix socket: one server and two clients for all that speak `wire` and `orders`.
 
-Not here: what the operations mean (`wire` declares them, `agent` and `broker` do them).
+Not here: what the operations mean (`wire` and `orders` declare them, `agent` and `broker` do them).
 
 Every line is bounded (`wire.MAX_LINE_BYTES`), every wait has a time limit, and a peer that does not read its notes is cut
 off rather than buffered for. Sockets lie in a short folder, because a Unix socket's path may have 107 bytes and a home may

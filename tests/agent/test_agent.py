@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.contracts.runtime_contract import gone, until
 
-from tenure import codec, wire
+from tenure import codec, orders, wire
 from tenure.agent.start import start_agent
 from tenure.broker.nodes import MARGIN_S
 from tenure.errors import Conflict, Refused, StaleFence, Unavailable, Unsupported
@@ -32,7 +32,7 @@ class Node:
         return self.client()
 
     def client(self):
-        return LineClient(self.socket, wire.AGENT_OPS, who="test")
+        return LineClient(self.socket, orders.AGENT_OPS, who="test")
 
     def pid(self):
         client = self.client()
@@ -67,7 +67,7 @@ def node(tmp_path, monkeypatch):
 
 
 def term(client, *, term_s=30.0, fence=1):
-    return client.call("term", wire.NodeTerm(term_s=term_s, broker_fence=fence))
+    return client.call("term", orders.NodeTerm(term_s=term_s, broker_fence=fence))
 
 
 def test_an_agent_describes_its_node_and_the_part_of_the_machine_it_offers(node):
@@ -82,19 +82,19 @@ def test_an_agent_describes_its_node_and_the_part_of_the_machine_it_offers(node)
 def test_an_agent_starts_renews_looks_into_stops_and_forgets_a_lease(node):
     client = node.up()
     boot = term(client)
-    handle = client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
+    handle = client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
     with pytest.raises(Conflict):
-        client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
+        client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
     with pytest.raises(Unsupported):
-        client.call("start", wire.AgentStart(runtime="container", spec=node.spec("true", boot=boot, lease="other")))
-    client.call("renew", wire.AgentRenew(lease_id="lease-1", fence=1, deadline_boot_s=boot.boot_s + 100))
-    client.call("resize", wire.AgentResize(lease_id="lease-1", fence=1, envelope=Envelope(memory_bytes=80 << 20)))
+        client.call("start", orders.AgentStart(runtime="container", spec=node.spec("true", boot=boot, lease="other")))
+    client.call("renew", orders.AgentRenew(lease_id="lease-1", fence=1, deadline_boot_s=boot.boot_s + 100))
+    client.call("resize", orders.AgentResize(lease_id="lease-1", fence=1, envelope=Envelope(memory_bytes=80 << 20)))
     assert client.call("exec", wire.Exec(lease_id="lease-1", argv=("echo", "in"))).output == "in\n"
     (view,) = client.call("attempts", wire.Nothing())
     assert (view.handle, view.exit) == (handle, None)
     with pytest.raises(StaleFence):
-        client.call("stop", wire.AgentStop(lease_id="lease-1", fence=0))
-    client.call("stop", wire.AgentStop(lease_id="lease-1", fence=1, grace_s=0))
+        client.call("stop", orders.AgentStop(lease_id="lease-1", fence=0))
+    client.call("stop", orders.AgentStop(lease_id="lease-1", fence=1, grace_s=0))
     node.exit_of()
     until(lambda: client.call("attempts", wire.Nothing())[0].exit, "the agent sees the end")
     client.call("forget", wire.LeaseRef(lease_id="lease-1"))
@@ -108,18 +108,18 @@ def test_an_agent_tells_the_usage_and_at_once_the_end_of_each_attempt(node):
 
     async def watch():
         client = AsyncLineClient(
-            node.socket, wire.AGENT_OPS, who="broker", on_note=lambda name, data: seen.append((name, data))
+            node.socket, orders.AGENT_OPS, who="broker", on_note=lambda name, data: seen.append((name, data))
         )
         await client.connect()
-        boot = await client.call("term", wire.NodeTerm(term_s=30, broker_fence=1))
-        await client.call("start", wire.AgentStart(spec=node.spec("sleep", "1.5", boot=boot)))
+        boot = await client.call("term", orders.NodeTerm(term_s=30, broker_fence=1))
+        await client.call("start", orders.AgentStart(spec=node.spec("sleep", "1.5", boot=boot)))
         deadline = time.monotonic() + 20
         while not (seen and seen[-1][1].get("exit")) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await client.close()
 
     asyncio.run(watch())
-    views = [codec.from_builtins(data, wire.AttemptView) for name, data in seen if name == "attempt"]
+    views = [codec.from_builtins(data, orders.AttemptView) for name, data in seen if name == "attempt"]
     assert views[0].exit is None
     assert views[0].usage.processes == 1
     assert views[-1].exit.kind is ExitKind.COMPLETED
@@ -131,7 +131,7 @@ def test_a_broker_with_an_older_fence_is_refused_also_after_the_agents_death(nod
     newer = node.client()
     term(newer, fence=8)
     with pytest.raises(StaleFence):
-        client.call("start", wire.AgentStart(spec=node.spec("true", boot=boot)))
+        client.call("start", orders.AgentStart(spec=node.spec("true", boot=boot)))
     newer.close()
     client.close()
     os.kill(node.pid(), signal.SIGKILL)
@@ -143,13 +143,13 @@ def test_a_broker_with_an_older_fence_is_refused_also_after_the_agents_death(nod
 
 def test_an_agent_killed_and_started_again_finds_its_leases(node):
     client = node.up()
-    handle = client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=term(client))))
+    handle = client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=term(client))))
     client.close()
     os.kill(node.pid(), signal.SIGKILL)
     client = node.up()
     (view,) = client.call("attempts", wire.Nothing())
     assert (view.handle, view.exit) == (handle, None)
-    client.call("stop", wire.AgentStop(lease_id="lease-1", fence=1, grace_s=0))
+    client.call("stop", orders.AgentStop(lease_id="lease-1", fence=1, grace_s=0))
     assert node.exit_of()["kind"] == "stopped"
     client.close()
 
@@ -157,7 +157,7 @@ def test_an_agent_killed_and_started_again_finds_its_leases(node):
 def test_an_unrenewed_term_ends_the_leases_and_then_the_agent(node):
     client = node.up()
     boot = term(client, term_s=1.0)
-    client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
+    client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
     client.close()
     assert "term" in node.exit_of()["witness"]
     until(lambda: not node.socket.exists(), "the agent has left")
@@ -166,7 +166,7 @@ def test_an_unrenewed_term_ends_the_leases_and_then_the_agent(node):
 def test_a_term_that_ends_while_the_agent_is_dead_ends_the_leases_too(node):
     client = node.up()
     boot = term(client, term_s=1.5)
-    handle = client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
+    handle = client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
     client.close()
     os.kill(node.pid(), signal.SIGKILL)
     assert "term" in node.exit_of()["witness"]
@@ -175,7 +175,7 @@ def test_a_term_that_ends_while_the_agent_is_dead_ends_the_leases_too(node):
 
 def test_leaving_ends_what_runs(node):
     client = node.up()
-    client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=term(client))))
+    client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=term(client))))
     client.call("shutdown", wire.Nothing())
     client.close()
     assert node.exit_of()["kind"] == "stopped"
@@ -208,7 +208,7 @@ def test_an_order_that_comes_on_a_replaced_connection_is_refused(node):
     newer = node.client()
     term(newer, fence=3)
     with pytest.raises(StaleFence, match="newer connection"):
-        client.call("start", wire.AgentStart(spec=node.spec("true", boot=boot)))
+        client.call("start", orders.AgentStart(spec=node.spec("true", boot=boot)))
     assert newer.call("attempts", wire.Nothing()) == ()
     newer.close()
     client.close()
@@ -217,18 +217,18 @@ def test_an_order_that_comes_on_a_replaced_connection_is_refused(node):
 def test_an_attempt_older_than_one_that_was_started_is_refused(node):
     client = node.up()
     spec = replace(node.spec("true", boot=term(client)), attempt=2)
-    client.call("start", wire.AgentStart(spec=spec))
+    client.call("start", orders.AgentStart(spec=spec))
     node.exit_of()
     with pytest.raises(Conflict, match="too late"):
-        client.call("start", wire.AgentStart(spec=replace(spec, attempt=1)))
+        client.call("start", orders.AgentStart(spec=replace(spec, attempt=1)))
     client.close()
 
 
 def test_a_term_does_not_go_past_what_its_order_says_however_late_it_comes(node):
     client = node.up()
     boot = term(client)
-    order = wire.NodeTerm(term_s=60, broker_fence=1, ends_boot_s=boot.boot_s + 1.0, boot_id=boot.boot_id)
-    client.call("start", wire.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
+    order = orders.NodeTerm(term_s=60, broker_fence=1, ends_boot_s=boot.boot_s + 1.0, boot_id=boot.boot_id)
+    client.call("start", orders.AgentStart(spec=node.spec("sleep", "60", boot=boot)))
     client.call("term", order)
     client.close()
     assert "term" in node.exit_of()["witness"]
@@ -238,7 +238,7 @@ def test_a_job_that_ignores_sigterm_is_gone_within_the_margin_after_the_term(nod
     client = node.up()
     boot = term(client)
     spec = replace(node.spec("sh", "-c", "trap '' TERM; sleep 60 & wait; wait", boot=boot), grace_s=50.0)
-    client.call("start", wire.AgentStart(spec=spec))
+    client.call("start", orders.AgentStart(spec=spec))
     boot = term(client, term_s=0.5)
     client.close()
     os.kill(node.pid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import sqlalchemy as sa
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.errors import Conflict, IllegalChange, NoPlacement, Refused, SpecError, Unavailable
 from tenure.jobs import Command
 from tenure.leases import EndReason, LeaseState
@@ -454,7 +454,7 @@ def test_a_full_disk_refuses_requests_and_grants_go_on_once_there_is_room(play) 
 
 def test_a_resize_that_the_runtime_refuses_leaves_the_lease_as_it_was(play) -> None:
     async def scene(world: World) -> None:
-        def refuse(node: str, args: wire.AgentResize) -> wire.Nothing:
+        def refuse(node: str, args: orders.AgentResize) -> wire.Nothing:
             raise Refused("the lease uses more than that")
 
         world.fleet._resize = refuse
@@ -532,7 +532,7 @@ def test_a_term_whose_answer_was_lost_is_waited_out_before_the_node_is_lost(play
         (lease,) = await world.gang(slot_s=900.0)
         taken_s = 0.0
 
-        def take_and_say_nothing(node: str, args: wire.NodeTerm) -> wire.BootTime:
+        def take_and_say_nothing(node: str, args: orders.NodeTerm) -> orders.BootTime:
             nonlocal taken_s
             taken_s = world.clock.boot_s()
             assert args.ends_boot_s == taken_s + 60.0
@@ -576,7 +576,7 @@ def test_an_attempt_that_was_started_after_all_is_stopped_before_the_next_begins
         first, again = held[0], held[-1]
         assert (first.attempt, again.attempt) == (1, 2)
         world.fleet.refuse_start = lambda spec: None
-        world.fleet._start("a", wire.AgentStart(spec=first))
+        world.fleet._start("a", orders.AgentStart(spec=first))
         await world.after(12.0)
         stops = [args.lease_id for _, op, args in world.fleet.calls if op == "stop"]
         assert stops == [lease.id]
@@ -591,7 +591,7 @@ def test_a_resize_that_was_not_answered_holds_the_larger_of_both_until_the_node_
         (lease,) = await world.gang(memory_bytes=100 * MIB)
         told = []
 
-        def lose(node: str, args: wire.AgentResize) -> wire.Nothing:
+        def lose(node: str, args: orders.AgentResize) -> wire.Nothing:
             told.append(args.envelope.memory_bytes)
             if len(told) == 1:
                 raise Unavailable("the answer was lost")
@@ -633,8 +633,8 @@ def test_a_renewal_told_again_by_a_new_broker_does_not_undo_a_later_one(play) ->
         world.broker.attempts._tell_slot(lease.id)
         world.fleet.calls.clear()
         await world.ask("renew", lease_id=lease.id, for_s=500.0)
-        orders = [args.deadline_boot_s - world.clock.boot_s() for _, op, args in world.fleet.calls if op == "renew"]
-        assert orders == pytest.approx([500.0] * len(orders))
+        renewed = [args.deadline_boot_s - world.clock.boot_s() for _, op, args in world.fleet.calls if op == "renew"]
+        assert renewed == pytest.approx([500.0] * len(renewed))
 
     play(scene)
 

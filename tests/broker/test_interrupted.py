@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from tests.broker.conftest import MIB, World, node
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.errors import Unavailable
 from tenure.leases import EndReason, LeaseState
 from tenure.resources import Envelope
@@ -50,7 +50,7 @@ def test_a_broker_killed_in_the_middle_of_a_resize_leaves_a_lease_that_holds_the
     async def scene(world: World) -> None:
         (lease,) = await world.gang(memory_bytes=64 * MIB)
 
-        def die(_node: str, _args: wire.AgentResize) -> wire.Nothing:
+        def die(_node: str, _args: orders.AgentResize) -> wire.Nothing:
             raise asyncio.CancelledError
 
         world.fleet._resize, heal = die, world.fleet._resize
@@ -83,7 +83,7 @@ def test_a_resize_that_the_node_never_answered_can_be_asked_for_again(play) -> N
     async def scene(world: World) -> None:
         (lease,) = await world.gang(memory_bytes=64 * MIB)
 
-        def silent(_node: str, _args: wire.AgentResize) -> wire.Nothing:
+        def silent(_node: str, _args: orders.AgentResize) -> wire.Nothing:
             raise Unavailable("it did not answer")
 
         world.fleet._resize, heal = silent, world.fleet._resize

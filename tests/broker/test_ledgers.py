@@ -24,8 +24,8 @@ from tenure.errors import Conflict, CorruptData, SpecError, Unavailable
 from tenure.leases import EndReason, LeaseState
 from tenure.ledger import address, queries
 from tenure.ledger.store import Ledger
+from tenure.orders import AttemptView
 from tenure.protocols import RuntimeHandle
-from tenure.wire import AttemptView
 
 from .conftest import World, node
 from .test_broker import DONE, said

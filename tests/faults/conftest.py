@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.broker import nodes as broker_nodes
 from tenure.broker.daemon import Broker
 from tenure.errors import TenureError
@@ -97,7 +97,7 @@ class Real:
         return socket_dir(self.home) / f"agent-{node}.sock"
 
     def agent_pid(self, node: str) -> int:
-        client = LineClient(self.socket(node), wire.AGENT_OPS, who="test")
+        client = LineClient(self.socket(node), orders.AGENT_OPS, who="test")
         client.close()
         return client.welcome.pid
 

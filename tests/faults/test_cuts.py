@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tenure import wire
+from tenure import orders
 from tenure.errors import StaleFence, Unavailable
 from tenure.fleet import local
 from tenure.leases import EndReason, LeaseState
@@ -106,11 +106,11 @@ def test_orders_of_a_broker_that_was_followed_by_another_are_refused_by_agent_an
         await real.open()
         assert real.broker.fence > old.fence
         with pytest.raises(StaleFence):
-            await client.call("stop", wire.AgentStop(lease_id=lease.id, fence=lease.fence))
+            await client.call("stop", orders.AgentStop(lease_id=lease.id, fence=lease.fence))
         with pytest.raises(StaleFence):
-            await client.call("renew", wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=0.0))
+            await client.call("renew", orders.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=0.0))
         with pytest.raises(StaleFence, match="older"):
-            await old_fleet.call(lease.node, "term", wire.NodeTerm(term_s=1.0, broker_fence=old.fence))
+            await old_fleet.call(lease.node, "term", orders.NodeTerm(term_s=1.0, broker_fence=old.fence))
         runtime = ProcessRuntime(real.home / "nodes" / lease.node)
         with pytest.raises(StaleFence):
             runtime.stop(runtime.attach(lease.id), grace_s=0.0, fence=lease.fence - 1)

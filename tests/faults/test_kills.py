@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.broker.client import BrokerClient, connect, start_broker
 from tenure.errors import Unavailable
 from tenure.jobs import Command
@@ -74,7 +74,7 @@ def gang(client: BrokerClient, name: str, go: Path) -> list[str]:
 
 
 def agent_pid(home: Path, node: str) -> int:
-    client = LineClient(socket_dir(home) / f"agent-{node}.sock", wire.AGENT_OPS, who="test")
+    client = LineClient(socket_dir(home) / f"agent-{node}.sock", orders.AGENT_OPS, who="test")
     client.close()
     return client.welcome.pid
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.errors import NotFound, Refused, SpecError, StaleFence, Unavailable
 from tenure.fleet.contract import Fleet
 from tenure.fleet.fake import FakeFleet
@@ -54,8 +54,8 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Callable[[
     return run
 
 
-def spec(tmp_path: Path, *, fence: int = 7, attempt: int = 1) -> wire.AgentStart:
-    return wire.AgentStart(
+def spec(tmp_path: Path, *, fence: int = 7, attempt: int = 1) -> orders.AgentStart:
+    return orders.AgentStart(
         spec=StartSpec(
             lease_id="l1", fence=fence, attempt=attempt, argv=("sleep", "30"), env={"PATH": "/usr/bin:/bin"},
             workdir=str(tmp_path / "w"), worker_dir=str(tmp_path / "w"), log_path=str(tmp_path / "log"),
@@ -64,8 +64,8 @@ def spec(tmp_path: Path, *, fence: int = 7, attempt: int = 1) -> wire.AgentStart
     )  # fmt: skip
 
 
-def term(fence: int) -> Callable[[], wire.NodeTerm]:
-    return lambda: wire.NodeTerm(term_s=30.0, broker_fence=fence)
+def term(fence: int) -> Callable[[], orders.NodeTerm]:
+    return lambda: orders.NodeTerm(term_s=30.0, broker_fence=fence)
 
 
 def test_a_reached_node_describes_itself_and_its_clock(play) -> None:
@@ -104,8 +104,8 @@ def test_an_attempt_is_listed_while_it_runs_and_its_end_is_told(play, tmp_path: 
         (view,) = await fleet.call("a", "attempts", wire.Nothing())
         assert (view.handle, view.exit) == (handle, None)
         with pytest.raises(StaleFence):
-            await fleet.call("a", "stop", wire.AgentStop(lease_id="l1", fence=6))
-        await fleet.call("a", "stop", wire.AgentStop(lease_id="l1", fence=7, grace_s=0.5))
+            await fleet.call("a", "stop", orders.AgentStop(lease_id="l1", fence=6))
+        await fleet.call("a", "stop", orders.AgentStop(lease_id="l1", fence=7, grace_s=0.5))
         while True:
             node, view = await asyncio.wait_for(told.get(), 20.0)
             if view.exit is not None:
@@ -126,7 +126,7 @@ def test_after_hanging_up_calls_say_so_and_reaching_again_finds_what_runs(play, 
         await fleet.reach("a", term=term(6))
         (view,) = await fleet.call("a", "attempts", wire.Nothing())
         assert view.handle.attempt == 1
-        await fleet.call("a", "stop", wire.AgentStop(lease_id="l1", fence=7, grace_s=0.5))
+        await fleet.call("a", "stop", orders.AgentStop(lease_id="l1", fence=7, grace_s=0.5))
 
     play(scene)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.agent.gpus import mps_folder
 from tenure.agent.start import start_agent
 from tenure.errors import TenureError
@@ -30,7 +30,7 @@ def check(home: Path, gpu: Gpu, program: str, root: Path) -> dict[str, Any]:
     os.environ["PATH"] = os.pathsep.join([str(Path(program).parent), os.environ["PATH"]])
     home.mkdir()
     start_agent(home, "n1", home / "n1.sock", term_s=90.0, cpus=1.5, memory_bytes=1 << 30)
-    client = LineClient(home / "n1.sock", wire.AGENT_OPS, who="check", timeout_s=STARTS_MAX_S)
+    client = LineClient(home / "n1.sock", orders.AGENT_OPS, who="check", timeout_s=STARTS_MAX_S)
     daemons = Mps(mps_folder(home / "nodes" / "n1"), program=program)
     try:
         found = _Leases(home, gpu, root, client).check()
@@ -50,7 +50,7 @@ class _Leases:
 
     def __init__(self, home: Path, gpu: Gpu, root: Path, client: LineClient) -> None:
         self._home, self._gpu, self._root, self._client = home, gpu, root, client
-        self._boot: wire.BootTime = client.call("term", wire.NodeTerm(term_s=90.0, broker_fence=1))
+        self._boot: orders.BootTime = client.call("term", orders.NodeTerm(term_s=90.0, broker_fence=1))
 
     def check(self) -> dict[str, Any]:
         """Start a lease that keeps to its part, one that computes, one that takes too much and one that goes around MPS."""
@@ -63,7 +63,7 @@ class _Leases:
         part, worker = self._said("part"), self._said("worker")
         around, greedy = self._end("around"), self._end("greedy")
         uses = _until(self._busy, ENDS_MAX_S) or self._uses()
-        stop = wire.AgentStop(lease_id="part", fence=1, grace_s=0.0)
+        stop = orders.AgentStop(lease_id="part", fence=1, grace_s=0.0)
         self._client.call("stop", stop)
         stopped, done = self._end("part"), self._end("worker")
         told = json.loads((self._home / "work" / "part" / "lease.json").read_text())
@@ -106,7 +106,7 @@ class _Leases:
             deadline_boot_s=self._boot.boot_s + 60,
             boot_id=self._boot.boot_id,
         )
-        self._client.call("start", wire.AgentStart(runtime="process", spec=spec))
+        self._client.call("start", orders.AgentStart(runtime="process", spec=spec))
 
     def _said(self, lease_id: str, *, lines: int = 1) -> str:
         log = self._home / f"{lease_id}.log"

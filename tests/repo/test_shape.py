@@ -25,6 +25,7 @@ NOUNS = frozenset(
         "leases",
         "links",
         "nodes",
+        "orders",
         "tenants",
         "usage",
         "trials",

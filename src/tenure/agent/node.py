@@ -1,6 +1,6 @@
 """A node's agent: does the broker's orders through the runtime, tells it what happens, and holds the node's term.
 
-For: `wire.AGENT_OPS` and the `attempt` notes. Not for: deciding who gets what (`decide`), starting the agent (`start`).
+For: `orders.AGENT_OPS` and the `attempt` notes. Not for: deciding who gets what (`decide`), starting the agent (`start`).
 
 The term is counted on CLOCK_BOOTTIME. Unrenewed, the agent stops its leases when it runs out (their shims do so too, should
 the agent be dead), and leaves once nothing runs. Exits are heard of through the shims' pidfds, not by asking around.
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.agent.gpus import GpuGuard
 from tenure.agent.sessions import Sessions
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError
@@ -90,7 +90,7 @@ class Agent:
         }
         self._server = LineServer(
             socket,
-            wire.AGENT_OPS,
+            orders.AGENT_OPS,
             handlers,
             who=f"agent {node}",
             on_close=self._hung_up,
@@ -147,7 +147,7 @@ class Agent:
             term_s=self._term_s,
         )
 
-    async def _term(self, args: wire.NodeTerm, connection: Connection) -> wire.BootTime:
+    async def _term(self, args: orders.NodeTerm, connection: Connection) -> orders.BootTime:
         if args.broker_fence < self._broker_fence:
             raise StaleFence(
                 f"node {self._node} refused a term: broker fence {args.broker_fence} is older than {self._broker_fence}, "
@@ -164,9 +164,9 @@ class Agent:
             self._prepared = True
             self._orders.submit(self._runtime.prepare)
         self._set_term(args.term_s, min(ends_s, args.ends_boot_s) if args.boot_id == self._clock.boot_id() else ends_s)
-        return wire.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
+        return orders.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
 
-    async def _start(self, args: wire.AgentStart, connection: Connection) -> RuntimeHandle:
+    async def _start(self, args: orders.AgentStart, connection: Connection) -> RuntimeHandle:
         self._check_broker(connection)
         if self._clock.boot_s() >= self._term_ends_s or self._over.is_set():
             raise Conflict(f"node {self._node} refused to start lease {args.spec.lease_id}: its term is over; renew it first")
@@ -179,7 +179,7 @@ class Agent:
         if not start.cancelled() and start.exception() is None:
             self._watch(start.result())
 
-    async def _renew(self, args: wire.AgentRenew, connection: Connection) -> None:
+    async def _renew(self, args: orders.AgentRenew, connection: Connection) -> None:
         self._check_broker(connection)
         runtime, lease_id = self._runtime, args.lease_id
         order = self._begin(
@@ -187,12 +187,12 @@ class Agent:
         )
         await asyncio.shield(order)
 
-    async def _resize(self, args: wire.AgentResize, connection: Connection) -> None:
+    async def _resize(self, args: orders.AgentResize, connection: Connection) -> None:
         self._check_broker(connection)
         runtime, lease_id = self._runtime, args.lease_id
         await asyncio.shield(self._begin(lambda: runtime.resize(runtime.attach(lease_id), args.envelope, fence=args.fence)))
 
-    async def _stop(self, args: wire.AgentStop, connection: Connection) -> None:
+    async def _stop(self, args: orders.AgentStop, connection: Connection) -> None:
         self._check_broker(connection)
         runtime, lease_id = self._runtime, args.lease_id
         order = self._begin(
@@ -200,7 +200,7 @@ class Agent:
         )
         await asyncio.shield(order)
 
-    async def _attempts(self, _args: wire.Nothing, _connection: Connection) -> tuple[wire.AttemptView, ...]:
+    async def _attempts(self, _args: wire.Nothing, _connection: Connection) -> tuple[orders.AttemptView, ...]:
         if self._under_way:  # "nothing runs" must not be said of what is just being started
             await asyncio.wait(set(self._under_way))
         return await self._do(lambda: tuple(view for lease_id in self._runtime.known() for view in self._views(lease_id)))
@@ -259,7 +259,7 @@ class Agent:
 
     # --- attempts ---
 
-    def _views(self, lease_id: str) -> list[wire.AttemptView]:
+    def _views(self, lease_id: str) -> list[orders.AttemptView]:
         try:
             handle = self._runtime.attach(lease_id)
             ended = self._runtime.wait(handle, 0.0)
@@ -268,7 +268,7 @@ class Agent:
             return []  # forgotten meanwhile
         if ended is None and self._guard is not None:
             usage = self._guard.with_use(handle, usage)
-        return [wire.AttemptView(handle=handle, usage=usage, exit=ended)]
+        return [orders.AttemptView(handle=handle, usage=usage, exit=ended)]
 
     async def _adopt(self, lease_id: str) -> None:
         for view in await self._do(self._views, lease_id):
@@ -301,7 +301,7 @@ class Agent:
         for handle, usage in await self._do(self._runtime.samples, tuple(self._watched.values())):
             if handle in self._watched.values():
                 seen = self._guard.with_use(handle, usage) if self._guard else usage
-                await self._server.notify_all("attempt", wire.AttemptView(handle=handle, usage=seen))
+                await self._server.notify_all("attempt", orders.AttemptView(handle=handle, usage=seen))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

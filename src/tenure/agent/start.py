@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tenure import wire
+from tenure import orders
 from tenure.agent.__main__ import REFUSED, TAKEN
 from tenure.errors import Refused, Unavailable
 from tenure.sockets import LineClient
@@ -95,7 +95,7 @@ def is_agent_alive(home: Path, node: str) -> bool:
 
 def _answers(socket: Path) -> bool:
     try:
-        LineClient(socket, wire.AGENT_OPS, who="starter", timeout_s=5.0).close()
+        LineClient(socket, orders.AGENT_OPS, who="starter", timeout_s=5.0).close()
     except Unavailable:
         return False
     return True

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.broker.book import LOG, Book
 from tenure.broker.nodes import Nodes
 from tenure.broker.resuming import Resuming
@@ -108,7 +108,7 @@ class Attempts:
             self.ended(lease_id, attempt, late)
             return
         try:
-            args = wire.AgentStart(runtime=lease.command.runtime, spec=self._spec(lease, event_file))
+            args = orders.AgentStart(runtime=lease.command.runtime, spec=self._spec(lease, event_file))
             handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
         except TenureError as error:
             if isinstance(error, (Unavailable, Conflict)) and not isinstance(error, StaleFence):
@@ -147,7 +147,7 @@ class Attempts:
         async with self._renewing.setdefault(lease.id, asyncio.Lock()):
             lease = self._book.live.get(lease.id, lease)
             deadline_s, _ = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
-            order = wire.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
+            order = orders.AgentRenew(lease_id=lease.id, fence=lease.fence, deadline_boot_s=deadline_s)
             await self._fleet.call(lease.node, "renew", order)
             self._told_s[lease.id] = lease.ends_at_s
 
@@ -215,7 +215,7 @@ class Attempts:
 
     # --- hearing of attempts ---
 
-    def heard(self, node: str, view: wire.AttemptView) -> None:
+    def heard(self, node: str, view: orders.AttemptView) -> None:
         """Take in what a node says of one attempt, unasked or asked."""
         handle = view.handle
         lease = self._book.live.get(handle.lease_id)
@@ -230,9 +230,9 @@ class Attempts:
         if view.exit is not None:
             self.ended(lease.id, handle.attempt, view.exit)
 
-    async def _clear_away(self, node: str, view: wire.AttemptView) -> None:
+    async def _clear_away(self, node: str, view: orders.AttemptView) -> None:
         if view.exit is None:
-            stop = wire.AgentStop(lease_id=view.handle.lease_id, fence=view.handle.fence, grace_s=5.0)
+            stop = orders.AgentStop(lease_id=view.handle.lease_id, fence=view.handle.fence, grace_s=5.0)
             await self._fleet.call(node, "stop", stop)
         else:
             await self._fleet.call(node, "forget", wire.LeaseRef(lease_id=view.handle.lease_id))
@@ -261,7 +261,7 @@ class Attempts:
             else:
                 self._missing(lease)
 
-    def _adopt(self, lease: Lease, view: wire.AttemptView) -> None:
+    def _adopt(self, lease: Lease, view: orders.AttemptView) -> None:
         self._book.busy.add(lease.id)
         if lease.state is LeaseState.GRANTING:
             self._runs(lease.id, lease.attempt, view.handle.pid)
@@ -273,7 +273,7 @@ class Attempts:
 
     async def _settle_resize(self, lease: Lease) -> None:
         """End a resize whose outcome nobody heard: the lease keeps what it holds meanwhile, the larger in each respect."""
-        order = wire.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=lease.envelope)
+        order = orders.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=lease.envelope)
         await self._fleet.call(lease.node, "resize", order)
         now = self._book.live.get(lease.id)
         if now is not None and now.state is LeaseState.RESIZING:
@@ -397,7 +397,7 @@ class Attempts:
     async def _stop(self, lease: Lease) -> None:
         self._stopped_s[lease.id] = self._book.clock.boot_s()
         kind = ExitKind.OUT_OF_DISK if lease.end_reason is EndReason.OUT_OF_DISK else ExitKind.STOPPED
-        order = wire.AgentStop(
+        order = orders.AgentStop(
             lease_id=lease.id, fence=lease.fence, grace_s=lease.command.grace_s, kind=kind, why=lease.end_detail
         )
         try:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.broker.attempts import Attempts
 from tenure.broker.book import Book
 from tenure.broker.giving_way import GivingWay
@@ -261,7 +261,7 @@ class Handlers:
         self._attempts.resizing.add(lease.id)
         try:
             if lease.id in self._book.busy:
-                order = wire.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=new)
+                order = orders.AgentResize(lease_id=lease.id, fence=lease.fence, envelope=new)
                 await self._fleet.call(lease.node, "resize", order)
         except Unavailable:
             raise  # it may have been done: `attempts` settles it

@@ -10,7 +10,7 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from tenure import wire
+from tenure import orders
 from tenure.broker.book import LOG, Book
 from tenure.errors import Conflict, TenureError, Unavailable
 from tenure.fleet.contract import Fleet, Part
@@ -295,18 +295,18 @@ class Nodes:
         finally:
             link.working = False
 
-    def _order(self, link: _Link) -> wire.NodeTerm:
+    def _order(self, link: _Link) -> orders.NodeTerm:
         """Return a term about to be sent. It counts from now on, also should no answer come: the node may have taken it."""
         link.sent_s, link.term_s = self._book.clock.boot_s(), self._term_s
         link.term_ends_s = max(link.term_ends_s, link.sent_s + link.term_s)
-        return wire.NodeTerm(
+        return orders.NodeTerm(
             term_s=link.term_s,
             broker_fence=self._fence,
             ends_boot_s=link.sent_s + link.boot_offset_s + link.term_s,
             boot_id=link.boot_id or self._book.clock.boot_id(),
         )
 
-    def _heard(self, link: _Link, boot: wire.BootTime) -> None:
+    def _heard(self, link: _Link, boot: orders.BootTime) -> None:
         link.boot_id, link.term_ends_s = boot.boot_id, link.sent_s + link.term_s
         same = boot.boot_id == self._book.clock.boot_id()
         link.boot_offset_s = 0.0 if same else boot.boot_s - self._book.clock.boot_s()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tenure import wire
+from tenure import orders
 from tenure.broker.book import Book
 from tenure.errors import TenureError, Unavailable
 from tenure.fleet.contract import Fleet, OnAttempt, OnCut, Part
@@ -59,7 +59,7 @@ class Outbox:
         """See Fleet."""
         self._fleet.listen(on_attempt, on_cut)
 
-    async def reach(self, node: str, *, term: Callable[[], wire.NodeTerm]) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, *, term: Callable[[], orders.NodeTerm]) -> tuple[Node, orders.BootTime]:
         """See Fleet."""
         return await self._fleet.reach(node, term=term)
 

@@ -1,4 +1,4 @@
-"""What the broker needs of a fleet. The operations are the agent's own (`wire.AGENT_OPS`): nothing is said twice here."""
+"""What the broker needs of a fleet. The operations are the agent's own (`orders.AGENT_OPS`): nothing is said twice here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from tenure.errors import SpecError
 from tenure.nodes import Node
+from tenure.orders import AttemptView, BootTime, NodeTerm
 from tenure.resources import format_bytes, parse_bytes
 from tenure.tenants import check_name
-from tenure.wire import AttemptView, BootTime, NodeTerm
 
 MAX_GPUS = 1024
 """Of one node: more is a mistake."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tenure import wire
+from tenure import orders, wire
 from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unavailable
 from tenure.fleet.contract import OnAttempt, OnCut, Part
 from tenure.frames import OpenSession, SessionAt
@@ -32,7 +32,7 @@ class FakeFleet:
         self.cut_off: set[str] = set()
         """Nodes that do not answer."""
         self.started: list[StartSpec] = []
-        self.attempts: dict[str, dict[str, wire.AttemptView]] = {node.name: {} for node in nodes}
+        self.attempts: dict[str, dict[str, orders.AttemptView]] = {node.name: {} for node in nodes}
         """Node -> lease -> its last attempt."""
         self.calls: list[tuple[str, str, Any]] = []
         """Every (node, operation, arguments) that was answered."""
@@ -70,7 +70,7 @@ class FakeFleet:
         """See Fleet."""
         self._on_attempt, self._on_cut = on_attempt, on_cut
 
-    async def reach(self, node: str, *, term: Callable[[], wire.NodeTerm]) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, *, term: Callable[[], orders.NodeTerm]) -> tuple[Node, orders.BootTime]:
         """See Fleet."""
         if node not in self._nodes:
             raise NotFound(f"node {node!r} does not exist; this fleet has {', '.join(self.names())}")
@@ -119,7 +119,7 @@ class FakeFleet:
         """Let the node answer again."""
         self.cut_off.discard(node)
 
-    def _find(self, lease_id: str) -> tuple[str, wire.AttemptView]:
+    def _find(self, lease_id: str) -> tuple[str, orders.AttemptView]:
         for node, attempts in self.attempts.items():
             if lease_id in attempts:
                 return node, attempts[lease_id]
@@ -127,16 +127,16 @@ class FakeFleet:
 
     # --- operations ---
 
-    def _term(self, node: str, args: wire.NodeTerm) -> wire.BootTime:
+    def _term(self, node: str, args: orders.NodeTerm) -> orders.BootTime:
         if args.broker_fence < self._broker_fence.get(node, 0):
             raise StaleFence(f"node {node} obeys broker {self._broker_fence[node]}; this one is {args.broker_fence}")
         self._broker_fence[node] = args.broker_fence
-        return wire.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
+        return orders.BootTime(boot_s=self._clock.boot_s(), utc_s=self._clock.utc_s(), boot_id=self._clock.boot_id())
 
     def _describe(self, node: str, args: wire.Nothing) -> Node:
         return self._nodes[node]
 
-    def _start(self, node: str, args: wire.AgentStart) -> RuntimeHandle:
+    def _start(self, node: str, args: orders.AgentStart) -> RuntimeHandle:
         spec = args.spec
         if (error := self.refuse_start(spec)) is not None:
             raise error
@@ -154,10 +154,10 @@ class FakeFleet:
             started_at_s=self._clock.utc_s(),
         )
         self.started.append(spec)
-        self.attempts[node][spec.lease_id] = wire.AttemptView(handle=handle)
+        self.attempts[node][spec.lease_id] = orders.AttemptView(handle=handle)
         return handle
 
-    def _known(self, node: str, lease_id: str, fence: int) -> wire.AttemptView:
+    def _known(self, node: str, lease_id: str, fence: int) -> orders.AttemptView:
         view = self.attempts[node].get(lease_id)
         if view is None:
             raise NotFound(f"node {node} knows no lease {lease_id}")
@@ -165,21 +165,21 @@ class FakeFleet:
             raise StaleFence(f"lease {lease_id} has fence {view.handle.fence}; the order carries {fence}")
         return view
 
-    def _renew(self, node: str, args: wire.AgentRenew) -> wire.Nothing:
+    def _renew(self, node: str, args: orders.AgentRenew) -> wire.Nothing:
         self._known(node, args.lease_id, args.fence)
         return wire.Nothing()
 
-    def _resize(self, node: str, args: wire.AgentResize) -> wire.Nothing:
+    def _resize(self, node: str, args: orders.AgentResize) -> wire.Nothing:
         self._known(node, args.lease_id, args.fence)
         return wire.Nothing()
 
-    def _stop(self, node: str, args: wire.AgentStop) -> wire.Nothing:
+    def _stop(self, node: str, args: orders.AgentStop) -> wire.Nothing:
         view = self._known(node, args.lease_id, args.fence)
         if view.exit is None and self.stops_at_once:
             self.finish(args.lease_id, Exit(kind=args.kind, ended_at_s=self._clock.utc_s()))
         return wire.Nothing()
 
-    def _attempts(self, node: str, args: wire.Nothing) -> tuple[wire.AttemptView, ...]:
+    def _attempts(self, node: str, args: wire.Nothing) -> tuple[orders.AttemptView, ...]:
         return tuple(self.attempts[node].values())
 
     def _forget(self, node: str, args: wire.LeaseRef) -> wire.Nothing:

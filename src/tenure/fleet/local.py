@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenure import codec, wire
+from tenure import codec, orders, wire
 from tenure.agent.start import is_agent_alive, start_agent
 from tenure.errors import NotFound, TenureError, Unavailable
 from tenure.fleet.contract import OnAttempt, OnCut, Part
@@ -64,7 +64,7 @@ class LocalFleet:
         """See Fleet."""
         self._on_attempt, self._on_cut = on_attempt, on_cut
 
-    async def reach(self, node: str, *, term: Callable[[], wire.NodeTerm]) -> tuple[Node, wire.BootTime]:
+    async def reach(self, node: str, *, term: Callable[[], orders.NodeTerm]) -> tuple[Node, orders.BootTime]:
         """See Fleet."""
         part = self._parts.get(node)
         if part is None:
@@ -119,7 +119,7 @@ class LocalFleet:
 
         def note(name: str, data: Any) -> None:
             if name == "attempt":
-                self._on_attempt(node, codec.from_builtins(data, wire.AttemptView))
+                self._on_attempt(node, codec.from_builtins(data, orders.AttemptView))
 
         def closed() -> None:
             # One that was hung up on purpose, or never got as far as being used, is no cut.
@@ -127,7 +127,7 @@ class LocalFleet:
                 del self._clients[node]
                 self._on_cut(node)
 
-        client = AsyncLineClient(path, wire.AGENT_OPS, who="broker", on_note=note, on_close=closed)
+        client = AsyncLineClient(path, orders.AGENT_OPS, who="broker", on_note=note, on_close=closed)
         box.append(client)
         try:
             await client.connect(timeout_s=5.0)
