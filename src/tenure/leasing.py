@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from tenure import app
 from tenure.broker.client import BrokerClient, connect
@@ -29,7 +28,7 @@ from tenure.protocols import SystemClock, Window
 from tenure.resources import Envelope, format_duration
 from tenure.runs import Run, RunFiles, RunState, Stage
 from tenure.runtimes.acting import open_regular
-from tenure.tenants import Policy, Role, TenantView, check_name
+from tenure.tenants import check_name
 from tenure.usage import Usage
 from tenure.wire import ExecResult, GangMember, RequestGang
 
@@ -156,47 +155,6 @@ def workspace_url(held: Lease, *, home: Home = None, wait_s: float = URL_MAX_S) 
                     f"JupyterLab of lease {held.id} does not answer within {wait_s:g} s; the lease goes on. "
                     f'"tenure logs {held.id}" has what it says, and its URL once it answers.'
                 )
-
-
-def tenants(*, home: Home = None) -> tuple[TenantView, ...]:
-    """Return who has what in a home that all users of a machine share; to a tenant, itself alone."""
-    with app.broker(app.find_home(home)) as client:
-        return client.tenants()
-
-
-def set_role(tenant: str, role: str, *, home: Home = None) -> None:
-    """Have a user of this machine be an ``admin`` of a shared home, or a ``tenant`` as any other. For admins.
-
-    Raises NotFound for no such user, Conflict in a home that is not shared, Refused, SpecError.
-    """
-    if role not in tuple(Role):
-        raise SpecError(f"a role is {' or '.join(Role)}; found {role!r}")
-    with app.broker(app.find_home(home)) as client:
-        client.set_role(check_name("tenant", tenant), Role(role))
-
-
-def remove_tenant(tenant: str, *, home: Home = None) -> None:
-    """Have the name of a user who is gone be free for another. Raises NotFound, Conflict while something of it is kept."""
-    with app.broker(app.find_home(home)) as client:
-        client.remove_tenant(check_name("tenant", tenant))
-
-
-def policies(*, home: Home = None) -> dict[str, Policy]:
-    """Return the policies that were set, by tenant; under ``*`` that of everybody who has none of their own."""
-    with app.broker(app.find_home(home)) as client:
-        return client.policies()
-
-
-def set_policy(tenant: str, *, home: Home = None, unset: bool = False, **changes: Any) -> Policy | None:
-    """Change what a tenant may hold (``*``: everybody without an own policy); return what now holds for it alone.
-
-    changes: fields of Policy; those left out stay. unset: take its own policy away first. Raises SpecError.
-    """
-    with app.broker(app.find_home(home)) as client:
-        known = Policy() if unset else client.policies().get(tenant, Policy())
-        policy = None if unset and not changes else replace(known, **changes)
-        client.set_policy(tenant, policy)
-        return policy
 
 
 def renew(lease_id: str, *, for_s: float, home: Home = None) -> Lease:

@@ -53,7 +53,7 @@ ROOMS = frozenset(
         "cli",
     )
 )
-EDGES = frozenset({"verbs", "leasing", "app"})
+EDGES = frozenset({"verbs", "leasing", "keeping", "app"})
 OTHERS = frozenset({"sockets", "homes", "jobfile", "data"})
 """`sockets` sits beside meter; `homes` says whose a home is; `jobfile` and `data` turn files' text into nouns."""
 
