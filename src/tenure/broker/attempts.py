@@ -1,60 +1,34 @@
-"""Attempts: starting a lease's command on its node, and what follows from how it ended.
+"""Attempts: starting a lease's command on its node, and seeing to what follows when it has ended.
 
 Every step is written down before it is ordered; `compare` brings ledger and node together again after either was away.
+Not here: what an attempt is started with (`starting`), what its end makes of the lease (`decide.ends`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tenure import orders, wire
 from tenure.broker.book import LOG, Book
 from tenure.broker.nodes import Nodes
 from tenure.broker.resuming import Resuming
 from tenure.broker.secrets import Secrets
+from tenure.broker.starting import StartSpecs
 from tenure.broker.tenancy import Tenancy
-from tenure.errors import Conflict, NotFound, Refused, StaleFence, TenureError, Unavailable
+from tenure.decide.ends import describe_exit, is_normal, reason_after
+from tenure.errors import Conflict, NotFound, StaleFence, TenureError, Unavailable
 from tenure.fleet.contract import Fleet
-from tenure.jobs import Command
 from tenure.leases import EndReason, Lease, LeaseState, changed
 from tenure.ledger import queries
 from tenure.ledger.queries import Invocation
 from tenure.ledger.store import Transaction
-from tenure.protocols import MACHINE_RESTARTED, Exit, ExitKind, StartSpec
-from tenure.resources import show_bytes
-from tenure.runs import RunFiles
+from tenure.protocols import Exit, ExitKind
 
-MAX_FAILURES = 3
-"""Abnormal ends of one event under one lease, after which its gang fails."""
 STOP_AGAIN_S = 5.0
-PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-"""What a job gets of the broker's own environment."""
-PERSONAL = ("HOME", "USER", "TMPDIR")
-"""What is left out of it for a job of another user."""
-PASSED_INTO = ("LANG", "LC_ALL", "TZ")
-"""What a job in a container gets of it: it has folders of its own, and its runtime says where its programs are."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
-
-_REASONS = {
-    ExitKind.COMPLETED: EndReason.COMPLETED,
-    ExitKind.OUT_OF_MEMORY: EndReason.OUT_OF_MEMORY,
-    ExitKind.OUT_OF_TIME: EndReason.OUT_OF_TIME,
-    ExitKind.OUT_OF_DISK: EndReason.OUT_OF_DISK,
-}
-
-
-def _argv(command: Command) -> tuple[str, ...]:
-    """Return the words to start: "python" means the one Tenure runs under (some have no program of that name beside them)."""
-    if command.argv[0] in ("python", "python3") and "PATH" not in command.env:
-        return (sys.executable, *command.argv[1:])
-    return command.argv
 
 
 class Attempts:
@@ -70,9 +44,9 @@ class Attempts:
         resuming: Resuming,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        self._book, self._fleet, self._home, self._environ = book, fleet, home, environ
-        self._tenancy, self._resuming = tenancy, resuming
+        self._book, self._fleet, self._resuming = book, fleet, resuming
         self.secrets = Secrets(book)
+        self._specs = StartSpecs(home, tenancy=tenancy, secrets=self.secrets, environ=environ)
         self.nodes: Nodes
         self._starting: set[str] = set()
         self._stopped_s: dict[str, float] = {}
@@ -108,7 +82,9 @@ class Attempts:
             self.ended(lease_id, attempt, late)
             return
         try:
-            args = orders.AgentStart(runtime=lease.command.runtime, spec=self._spec(lease, event_file))
+            deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
+            spec = self._specs.of(lease, deadline_boot_s=deadline_s, boot_id=boot_id, event_file=event_file)
+            args = orders.AgentStart(runtime=lease.command.runtime, spec=spec)
             handle = await self._fleet.call(lease.node, "start", args, timeout_s=30.0)
         except TenureError as error:
             if isinstance(error, (Unavailable, Conflict)) and not isinstance(error, StaleFence):
@@ -156,62 +132,6 @@ class Attempts:
         lease = self._book.live.get(lease_id)
         if lease is not None and lease.state is not LeaseState.DRAINING and self._told_s.get(lease_id) != lease.ends_at_s:
             self._book.spawn(self.renew(lease))
-
-    def _spec(self, lease: Lease, event_file: str) -> StartSpec:
-        files = RunFiles(self._home, lease.run_id)
-        worker_dir = files.worker(lease.stage, lease.worker, lease.attempt)
-        deadline_s, boot_id = self.nodes.deadline(lease.node, lease.ends_at_s - self._book.clock.utc_s())
-        user = self._tenancy.user_of(lease.tenant)
-        passed_on: tuple[str, ...] = PASSED_ON if lease.command.runtime == "process" else PASSED_INTO
-        if user:  # its runtime says where that user's own things are
-            passed_on = tuple(name for name in passed_on if name not in PERSONAL)
-        env = {name: self._environ[name] for name in passed_on if name in self._environ}
-        # What a command starts in turn finds the interpreter's neighbours, whether or not its environment was activated.
-        if lease.command.runtime == "process":
-            env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-        env |= {name: str(max(1, math.floor(lease.envelope.cpus))) for name in THREAD_VARIABLES}
-        env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"} | dict(lease.command.env)
-        env |= {
-            "TENURE_RUN_DIR": str(files.stage(lease.stage)),
-            "TENURE_WORKER_DIR": str(worker_dir),
-            "TENURE_LEASE_FILE": str(worker_dir / "lease.json"),
-            "TENURE_LEASE_ID": lease.id,
-            "TENURE_FENCE": str(lease.fence),
-            "TENURE_ATTEMPT": str(lease.attempt),
-            "TENURE_WORKER": str(lease.worker),
-            "TENURE_STAGE": lease.stage,
-            "TENURE_RUN_ID": lease.run_id,
-        }
-        if event_file:
-            env["TENURE_EVENT_FILE"] = event_file
-        secrets = self.secrets.of(lease) if user else self._environ
-        for name in lease.command.secrets:
-            if name not in secrets:
-                where = "was in the memory of a broker that has ended" if user else "is not in the broker's environment"
-                again = 'Stop it with "tenure down" and start it again from a shell that has the variable.'
-                raise Refused(f"lease {lease.id}: the secret {name} {where}. {'Ask for the lease again.' if user else again}")
-            env[name] = secrets[name]
-        return StartSpec(
-            lease_id=lease.id,
-            fence=lease.fence,
-            attempt=lease.attempt,
-            argv=_argv(lease.command),
-            env=env,
-            workdir=lease.command.workdir or str(worker_dir),
-            worker_dir=str(worker_dir),
-            log_path=str(files.logs(lease.stage) / f"{lease.worker}.{lease.attempt}.log"),
-            envelope=lease.envelope,
-            devices=lease.devices,
-            deadline_boot_s=deadline_s,
-            boot_id=boot_id,
-            grace_s=lease.command.grace_s,
-            network=lease.command.network if lease.command.runtime == "process" else f"tenant:{lease.tenant}",
-            ports=lease.command.ports,
-            user=user,
-            image=lease.command.image,
-            mounts=lease.command.mounts,
-            seccomp=lease.command.seccomp,
-        )
 
     # --- hearing of attempts ---
 
@@ -305,9 +225,9 @@ class Attempts:
         lease = self._book.live.get(lease_id)
         if lease is None or lease.attempt != attempt:
             return
-        node, normal, why = lease.node, _is_normal(lease, end), describe_exit(end)
+        node = lease.node
         with self._book.transaction() as tx:
-            if not tx.put_exit(lease, attempt, end, who=f"agent:{node}", why=why):
+            if not tx.put_exit(lease, attempt, end, who=f"agent:{node}", why=describe_exit(end)):
                 return
             if end.usage is not None:
                 point = wire.UsagePoint(lease_id=lease_id, at_s=end.usage.at_s, usage=end.usage)
@@ -315,9 +235,9 @@ class Attempts:
             if lease.state is LeaseState.GRANTING:
                 lease = changed(lease, LeaseState.ACTIVE)
                 tx.put_lease(lease, who=f"agent:{node}", why="ended before its start was answered")
-            made = self._note_invocation(tx, lease, attempt, normal) if lease.command.on_event else None
+            made = self._note_invocation(tx, lease, attempt, is_normal(lease, end)) if lease.command.on_event else None
             failures = made.failures if made else 0
-            reason, detail = self._after(lease, end, normal, failures, why)
+            reason, detail = reason_after(lease, end, failures=failures, now_s=self._book.clock.utc_s())
             if reason is not None:
                 done = changed(lease, LeaseState.ENDED, end_reason=reason, end_detail=detail, ended_at_s=tx.now_s)
                 tx.put_lease(done, who="broker" if lease.state is LeaseState.DRAINING else f"agent:{node}", why=detail)
@@ -340,35 +260,6 @@ class Attempts:
             made = replace(made, done=normal, failures=made.failures + (not normal))
             queries.put_invocation(tx.connection, lease.run_id, lease.stage, made, now_s=tx.now_s)
         return made
-
-    def _after(self, lease: Lease, end: Exit, normal: bool, failures: int, why: str) -> tuple[EndReason | None, str]:
-        """Return the end reason and detail, or None when the lease goes on waiting for events."""
-        if lease.state is LeaseState.DRAINING:
-            return lease.end_reason or EndReason.RELEASED, lease.end_detail or why
-        if lease.command.on_event:
-            if normal:
-                return (EndReason.COMPLETED, why) if (end.result or {}).get("state") == "done" else (None, "")
-            if self._book.clock.utc_s() >= lease.total_ends_at_s:
-                return EndReason.OUT_OF_TIME, f"its total of {lease.envelope.total_s:g} s is spent; {why}"
-            if failures < MAX_FAILURES:
-                return None, ""
-            if end.kind is ExitKind.COMPLETED:
-                why = f"{why}; exit 0, but no result.json with state done or continue"
-                return EndReason.FAILED, f"failed {failures} times on the same event, last: {why}"
-            return _REASONS.get(end.kind, EndReason.FAILED), f"failed {failures} times on the same event, last: {why}"
-        if normal:
-            return EndReason.COMPLETED, why
-        if end.kind is ExitKind.OUT_OF_TIME and lease.end_reason is EndReason.PREEMPTED:
-            return EndReason.PREEMPTED, lease.end_detail
-        if end.kind is ExitKind.OUT_OF_TIME and lease.ends_at_s < lease.total_ends_at_s - 1e-3:
-            return EndReason.EXPIRED, f"{why}; the slot was over and nobody had renewed it"
-        if end.kind is ExitKind.STOPPED and end.witness.startswith(MACHINE_RESTARTED):
-            return EndReason.NODE_LOST, why
-        if end.kind is ExitKind.STOPPED:
-            return EndReason.NODE_LOST, f"stopped by its node, which had not heard of the broker; {why}"
-        if end.kind is ExitKind.COMPLETED:
-            return EndReason.FAILED, f"{why}; exit 0, but no result.json with state done or continue"
-        return _REASONS.get(end.kind, EndReason.FAILED), why
 
     def drain(self, lease: Lease, reason: EndReason, why: str, *, who: str = "broker") -> None:
         """End a lease: what waits ends now, what runs is asked to leave and ends when it has. Returns at once."""
@@ -436,29 +327,3 @@ class Attempts:
             idle = lease.state is LeaseState.ACTIVE and lease.id not in self._book.busy
             if idle and utc_s >= lease.total_ends_at_s:
                 self.end(lease, EndReason.OUT_OF_TIME, f"its total of {lease.envelope.total_s:g} s is spent")
-
-
-def _is_normal(lease: Lease, end: Exit) -> bool:
-    said = (end.result or {}).get("state")
-    if lease.command.on_event and said in ("done", "continue"):
-        return end.kind in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME)
-    needs_result = lease.command.expects_result
-    return end.kind is ExitKind.COMPLETED and (not needs_result or said in ("done", "continue"))
-
-
-def describe_exit(end: Exit) -> str:
-    """Return one line for people on how an attempt ended: kind, code, witness, peak memory, its last words."""
-    parts: list[str] = [str(end.kind)]
-    if end.kind is ExitKind.FAILED and end.code:
-        parts[0] += f" with code {end.code}"
-    if end.signal:
-        parts[0] += f" by signal {end.signal}"
-    if end.witness:
-        parts.append(end.witness)
-    if end.usage is not None:
-        parts.append(f"peak memory {show_bytes(end.usage.peak_memory_bytes)}")
-    said: Any = (end.result or {}).get("error")
-    if end.kind is not ExitKind.COMPLETED and (said or end.log_tail.strip()):
-        last = str(said or end.log_tail.strip().splitlines()[-1])
-        parts.append(f"last words: {last[:300]}")
-    return "; ".join(parts)
