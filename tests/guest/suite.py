@@ -15,7 +15,7 @@ from tenure.resources import Envelope
 
 FIND = """
 import json, os
-from tenure.runtimes.confine import find_confiner
+from tenure.runtimes.confiner import find_confiner
 found = find_confiner("auto")
 print(json.dumps({"text": found.describe(), "bounds": found.bounds(), "groups": found.for_attempt("x").groups,
                   "own": open("/proc/self/cgroup").read().split(":", 2)[2].strip()}))

@@ -2,10 +2,9 @@ import os
 
 import pytest
 
-from tenure.errors import Refused, Unsupported
+from tenure.errors import Refused
 from tenure.resources import Envelope
-from tenure.runtimes import confine
-from tenure.runtimes.confine import Confinement, find_confiner
+from tenure.runtimes.confine import Confinement
 from tenure.runtimes.groups import own_groups
 
 V1_MOUNTS = """\
@@ -30,16 +29,6 @@ def test_the_unified_hierarchy_is_found_under_the_empty_name():
     assert own_groups("30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", "0::/user.slice/a.scope\n") == {
         "": "/sys/fs/cgroup/user.slice/a.scope"
     }
-
-
-@pytest.fixture
-def unified(tmp_path, monkeypatch):
-    """A folder with the files of a delegated v2 group: what is written can be read, nothing is enforced."""
-    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
-    (tmp_path / "cgroup.subtree_control").write_text("")
-    (tmp_path / "cgroup.procs").write_text("")
-    monkeypatch.setattr(confine, "_own", lambda: {"": str(tmp_path)})
-    return tmp_path
 
 
 def _group(folder):
@@ -75,15 +64,6 @@ def test_a_kill_in_a_group_below_is_not_the_leases_own(tmp_path):
     assert group.oom_kills() == 1
 
 
-def test_a_v2_group_that_lacks_controllers_is_not_used(unified):
-    (unified / "cgroup.controllers").write_text("cpu")
-    confiner = find_confiner("auto")
-    assert confiner.kind == "rlimit"
-    assert "lacks memory (it has cpu)" in confiner.describe()
-    with pytest.raises(Unsupported, match="lacks"):
-        find_confiner("cgroup")
-
-
 def test_a_kernel_that_keeps_no_height_is_taken_at_its_limit_after_a_kill(tmp_path):
     group = _group(tmp_path / "lease")
     (tmp_path / "lease/memory.max").write_text("67108864")
@@ -103,27 +83,6 @@ def test_a_v2_bound_below_what_cannot_be_taken_back_is_refused_and_changes_nothi
     assert (tmp_path / "lease/memory.high").read_text().startswith("max")  # a plain file keeps the rest of a longer text
 
 
-def test_a_user_with_a_manager_of_sessions_is_told_how_to_get_more(monkeypatch):
-    def refused(_):
-        raise PermissionError(13, "Permission denied", "/sys/fs/cgroup/user.slice/x/cgroup.procs")
-
-    monkeypatch.setattr(confine, "_find_v1", refused)
-    monkeypatch.setattr(confine, "_find_v2", refused)
-    there = os.path.exists
-    monkeypatch.setattr(os.path, "exists", lambda path: str(path).endswith("systemd/private") or there(path))
-    assert "systemd-run --user --scope -p Delegate=yes tenure up" in find_confiner().describe()
-
-
 def test_a_confinement_survives_being_written_down():
     plan = Confinement("v1", {"memory": "/a", "cpu": "/b"}).to_plan()
     assert Confinement.from_plan(plan).to_plan() == plan
-
-
-def test_without_the_right_to_make_groups_the_reason_is_told_in_words(monkeypatch):
-    def refused(_):
-        raise PermissionError(13, "Permission denied", "/sys/fs/cgroup/cpu/x/tenure.probe.1")
-
-    monkeypatch.setattr(confine, "_find_v1", refused)
-    monkeypatch.setattr(confine, "_find_v2", refused)
-    assert "(/sys/fs/cgroup/cpu/x: Permission denied; " in find_confiner().describe()
-    assert "both advisory" in find_confiner().describe()

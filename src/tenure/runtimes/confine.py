@@ -1,8 +1,8 @@
-"""How a lease's bounds are held on this machine: cgroup v1, cgroup v2, or rlimits with polling.
+"""How a lease's bounds are held: by cgroup v1, cgroup v2, or rlimits with polling.
 
-For: choosing the means once (`find_confinement`), and for each attempt making, joining, changing, reading and removing
-them. A `Confinement` is plain data (`to_plan` / `from_plan`), so that a shim can rebuild it from a file.
-Not for: starting or ending processes (`shim`).
+For: making, joining, changing, reading and removing what holds one attempt. A `Confinement` is plain data (`to_plan` /
+`from_plan`), so that a shim can rebuild it from a file.
+Not for: choosing the means (`confiner`), starting or ending processes (`shim`).
 
 v1 groups lie below this process's own group of each controller; one process joins through `tasks`, because a thread
 moving itself needs no grace period of the kernel (0.6 ms instead of 12 ms through `cgroup.procs`). v2 groups lie in a home
@@ -17,18 +17,15 @@ import errno
 import os
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
-from tenure.errors import Refused, Unavailable, Unsupported
-from tenure.resources import Bound, Envelope, format_bytes, show_bytes
+from tenure.errors import Refused
+from tenure.resources import Envelope, format_bytes, show_bytes
 from tenure.runtimes import procfs
-from tenure.runtimes.groups import leaf_of, own_groups, pids_in, subtree, unified_home, write
+from tenure.runtimes.groups import leaf_of, pids_in, subtree, write
 
-Confine = Literal["auto", "cgroup", "rlimit"]
-_V1 = ("memory", "cpu", "cpuacct", "pids")
 NAME = "tenure"
 """First part of the names of all groups made here."""
 REMOVE_MAX_S = 2.0
@@ -36,8 +33,6 @@ REMOVE_MAX_S = 2.0
 CPU_PERIOD_US = 100_000
 """Period of the CPU quota; the kernel's own default."""
 _MIN_QUOTA_US = 1000
-SCOPE = "systemd-run --user --scope -p Delegate=yes tenure up"
-"""How a user whose session is not delegated gets a group that is."""
 UNTOUCHED_BYTES = 256 << 20
 UNTOUCHED_PER_CPU_BYTES = 64 << 20
 """What libraries may reserve beyond the bound without touching it, a process and a cpu of its share (threads follow it).
@@ -321,113 +316,3 @@ def cpu_mask(cpus: float) -> set[int]:
     """Return as many of our processors as the share needs, rounded up."""
     ours = sorted(os.sched_getaffinity(0))
     return set(ours[: max(1, min(len(ours), -int(-cpus // 1)))])
-
-
-class Confiner:
-    """The means of this machine: makes the confinement of each attempt, and says how bounds are held."""
-
-    def __init__(self, kind: str, parents: dict[str, str] | None = None, why: str = "") -> None:
-        self.kind = kind
-        self._parents = dict(parents or {})
-        self._why = why
-
-    def for_attempt(self, name: str) -> Confinement:
-        """Return the (not yet made) confinement of one attempt. `name` is a file name."""
-        return Confinement(self.kind, {controller: f"{folder}/{name}" for controller, folder in self._parents.items()})
-
-    def bounds(self) -> dict[str, Bound]:
-        """Return how each envelope field is held."""
-        return {
-            "cpus": "exact" if "cpu" in self._parents else "advisory",
-            "memory_bytes": "exact" if "memory" in self._parents else "advisory",
-            "gpus": "advisory",
-            "gpu_memory_bytes": "advisory",
-            "disk_bytes": "upper",
-            "slot_s": "exact",
-            "total_s": "exact",
-        }
-
-    def describe(self) -> str:
-        """Return one sentence on the means."""
-        if self.kind == "rlimit":
-            why = f" ({self._why})" if self._why else ""
-            return f"rlimits and polling{why}: memory per process and by the tree's sum, cpus by affinity; both advisory"
-        held = ", ".join(controller for controller in ("memory", "cpu", "pids") if controller in self._parents)
-        text = f"cgroup {self.kind}: {held}"
-        if "cpu" not in self._parents:
-            text += "; cpus by affinity, advisory: that controller is not delegated here"
-        if "pids" not in self._parents:
-            text += "; the number of processes is not bounded"
-        return f"{text}; disk by polling"
-
-
-def find_confiner(confine: Confine = "auto", *, name: str = NAME) -> Confiner:
-    """Return the strongest means that works here; `confine` may demand one.
-
-    Raises Unsupported when cgroups are demanded and cannot be had.
-    """
-    if confine == "rlimit":
-        return Confiner("rlimit", why="as asked")
-    reasons = []
-    for find in (_find_v1, _find_v2):
-        try:
-            return find(name)
-        except (OSError, Unavailable) as error:
-            reasons.append(_in_words(error))
-    why = "; ".join(reasons)
-    if confine == "cgroup":
-        raise Unsupported("confine", f"no cgroup can be made here ({why})", f"Run as root or in a delegated scope: {SCOPE}.")
-    if os.path.exists(f"/run/user/{os.geteuid()}/systemd/private"):
-        why += f'; exact bounds by starting with "{SCOPE}"'
-    return Confiner("rlimit", why=why)
-
-
-def _in_words(error: OSError | Unavailable) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{os.path.dirname(str(error.filename))}: {error.strerror}"
-    return str(error)
-
-
-def _own() -> dict[str, str]:
-    return own_groups(procfs.read_text("/proc/self/mountinfo"), procfs.read_text("/proc/self/cgroup"))
-
-
-def _find_v1(name: str) -> Confiner:
-    own = _own()
-    missing = [controller for controller in _V1 if controller not in own]
-    if missing:
-        raise Unavailable(f"cgroup v1 lacks {', '.join(missing)}")
-    _try(Confinement("v1", {controller: f"{own[controller]}/{name}.probe.{os.getpid()}" for controller in _V1}))
-    return Confiner("v1", {controller: own[controller] for controller in _V1})
-
-
-def _find_v2(name: str) -> Confiner:
-    own = _own().get("")
-    if own is None:
-        raise Unavailable("no cgroup v2 is mounted")
-    home, controllers = unified_home(own, name)
-    _try(Confinement("v2", dict.fromkeys(controllers, f"{home}/{name}.probe.{os.getpid()}")))
-    return Confiner("v2", dict.fromkeys(controllers, home))
-
-
-def _try(probe: Confinement) -> None:
-    """Make a group with limits, move a child into it, remove it, and those of processes that died over theirs. Raises OSError
-    where we may not."""
-    for folder in dict.fromkeys(probe.groups.values()):
-        parent, name = os.path.split(folder)
-        stem = name.rpartition(".")[0]
-        for other in os.listdir(parent):
-            left, _, pid = other.rpartition(".")
-            if left == stem and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
-                with contextlib.suppress(OSError):
-                    os.rmdir(f"{parent}/{other}")
-    try:
-        probe.make(Envelope(), 16)
-        child = subprocess.Popen(["/bin/sh", "-c", "read line"], stdin=subprocess.PIPE, start_new_session=True)
-        try:
-            probe.join(child.pid)
-        finally:
-            child.kill()
-            child.communicate()
-    finally:
-        probe.remove()

@@ -25,7 +25,8 @@ from tenure.errors import NotFound, SpecError, TenureError, Unavailable, Unsuppo
 from tenure.protocols import Clock, RuntimeHandle, StartSpec
 from tenure.resources import Bound, Envelope, show_bytes
 from tenure.runtimes import pidfds, procfs
-from tenure.runtimes.confine import Confine, Confinement, find_confiner
+from tenure.runtimes.confine import Confinement
+from tenure.runtimes.confiner import Confine, find_confiner
 from tenure.runtimes.environment import container_environment
 from tenure.runtimes.forkserver import ForkServer
 from tenure.runtimes.microvm_image import MicrovmImage, find_image, read_image

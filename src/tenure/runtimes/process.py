@@ -1,7 +1,7 @@
 """The process runtime: a lease's command as plain Linux processes, as root or as any user.
 
 For: `protocols.Runtime` on one node. What it shares with other runtimes (files, orders, exits) is `shimmed`; attempts are
-confined by what the machine offers (`confine`). With an image's folder for `image` a command has that image's root (`rooted`).
+confined by what the machine offers (`confiner`). With an image's folder for `image` a command has that image's root (`rooted`).
 
 `Usage.memory_bytes` is anonymous + shared memory (cgroup statistics, else RssAnon + RssShmem summed over the tree), never
 page cache. The peak is the highest of the shim's looks (every 100 ms under a cgroup, 50 ms otherwise) and, under a cgroup, of
@@ -27,7 +27,8 @@ from tenure.protocols import Clock, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
 from tenure.runtimes import procfs
 from tenure.runtimes.checks import check_spec, netns_path
-from tenure.runtimes.confine import Confine, Confinement, find_confiner
+from tenure.runtimes.confine import Confinement
+from tenure.runtimes.confiner import Confine, find_confiner
 from tenure.runtimes.environment import container_environment, job_environment
 from tenure.runtimes.execin import run_inside
 from tenure.runtimes.gpus import Gpus

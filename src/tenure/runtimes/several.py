@@ -13,7 +13,7 @@ from typing import Any
 from tenure.errors import TenureError, Unsupported
 from tenure.protocols import Clock, Exit, ExitKind, RuntimeHandle, Session, StartSpec, Window
 from tenure.resources import Bound, Envelope
-from tenure.runtimes.confine import Confine
+from tenure.runtimes.confiner import Confine
 from tenure.runtimes.container import ContainerRuntime
 from tenure.runtimes.gpus import Gpus
 from tenure.runtimes.microvm import MicrovmRuntime
