@@ -18,8 +18,9 @@ from tenure.errors import TenureError
 from tenure.runtimes import pidfds, procfs
 from tenure.runtimes.confine import Confinement
 from tenure.runtimes.container_engine import Engine, EngineError
-from tenure.runtimes.shim import KILL_MAX_S, Shim, Waiting
+from tenure.runtimes.shim import KILL_MAX_S, Shim
 from tenure.runtimes.state import read_json
+from tenure.runtimes.waiting import Waiting
 
 ASK_S = 5.0
 """Bound of one question to the engine while a deadline may be near."""
@@ -61,7 +62,7 @@ class ContainerShim(Shim):
 
     def _over_memory(self) -> bool:
         self._look()
-        self._peak_bytes = max(self._peak_bytes, self._confinement.memory_bytes(0))
+        self._memory.saw(self._confinement.memory_bytes(0))
         return self._oom_kills > 0
 
     def _look(self) -> None:
@@ -138,7 +139,7 @@ class ContainerShim(Shim):
             return ""
         engine = "the engine's record: OOMKilled" if said.get("oom_killed") else "the container's own memory group"
         counted = f", oom_kill {self._oom_kills} in its memory group" if self._oom_kills else ""
-        return f"{engine}{counted}; limit {self._envelope.memory_bytes} bytes, highest seen {self._peak_bytes} bytes"
+        return f"{engine}{counted}; limit {self._envelope.memory_bytes} bytes, highest seen {self._memory.peak_bytes} bytes"
 
     def _height_bytes(self) -> int:
         """Return the bound: who was killed for want of memory had reached it."""

@@ -15,8 +15,9 @@ from typing import Any
 
 from tenure.resources import show_bytes
 from tenure.runtimes.microvm_machine import OVERHEAD_BYTES
-from tenure.runtimes.shim import Shim, Waiting
+from tenure.runtimes.shim import Shim
 from tenure.runtimes.state import read_json
+from tenure.runtimes.waiting import Waiting
 
 _MACHINE_THREADS = 256
 """Of the machine's process and the attendant. What runs inside counts there."""
@@ -47,7 +48,7 @@ class MicrovmShim(Shim):
 
     def _over_memory(self) -> bool:
         used = self._confinement.memory_bytes(os.getpid())
-        self._peak_bytes = max(self._peak_bytes, used)
+        self._memory.saw(used)
         if self._confinement.enforced:
             return self._confinement.oom_kills() > 0
         bound = self._envelope.memory_bytes + self._overhead_bytes

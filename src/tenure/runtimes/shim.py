@@ -8,7 +8,8 @@ Both are forked ahead of the order; one pair always waits.
 It ends the job at the deadline of CLOCK_BOOTTIME (SIGTERM, the grace, SIGKILL), on order, and when a poll finds memory
 or disk over its bound; kills every descendant, double-forked ones included (as subreaper they come to it); writes the
 exit record; and only then leaves. Standard library and nouns only: it is forked from a small single-threaded process.
-Not for: choosing how bounds are held (`confine`), or talking to anyone (`process`).
+Not for: getting ready ahead of the order (`waiting`), choosing how bounds are held (`confiner`), talking to anyone
+(`process`).
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ from tenure.runtimes import procfs
 from tenure.runtimes.acting import acting_as, actor_from
 from tenure.runtimes.become import adopt_orphans, own_memory
 from tenure.runtimes.confine import Confinement, data_limit_bytes
-from tenure.runtimes.job import wait_and_become
+from tenure.runtimes.memory_height import MemoryHeight
 from tenure.runtimes.outcome import read_result, read_tail
 from tenure.runtimes.state import read_json, write_json, write_record
-
-_HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+from tenure.runtimes.waiting import Waiting, rehearse
 
 CONTROL_EVERY_S = 1.0
 MEMORY_EVERY_S = 0.05
@@ -65,24 +65,12 @@ def serve(channel: socket.socket, kinds: Mapping[str, type[Shim]]) -> None:
     adopt_orphans()
     waiting = Waiting()
     own_memory()
-    _rehearse()
+    rehearse()
     text = _read_all(channel)
     if text:
         plan = json.loads(text)
         kind = next((kinds[key] for key in kinds if key in plan), Shim)
         kind(plan, text, channel, waiting).run()
-
-
-def _rehearse() -> None:
-    """Use what the order will need once, so that caches are filled before it comes."""
-    json.loads(json.dumps({"spec": {"envelope": 1.0}}))
-    Envelope(cpus=1.0)
-    for pid in (os.getpid(), *procfs.descendants(os.getpid())):
-        procfs.start_ticks(pid)
-    procfs.tree_use([os.getpid()])
-    resource.getrusage(resource.RUSAGE_CHILDREN)
-    read_tail(os.devnull)
-    read_result(os.devnull)
 
 
 def _read_all(channel: socket.socket) -> bytes:
@@ -94,31 +82,6 @@ def _read_all(channel: socket.socket) -> bytes:
 
 def _boot_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class Waiting:
-    """What is made ready before the order comes: signals that wake the shim, and the process that becomes the job."""
-
-    def __init__(self) -> None:
-        self.hangup = False
-        self.terminate = False
-        self.wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in _HANDLED:
-            signal.signal(number, self._note)
-        orders, self.orders = os.pipe2(os.O_CLOEXEC)
-        self.failure, failure = os.pipe2(os.O_CLOEXEC)
-        shim_pid = os.getpid()
-        self.start_ticks = procfs.start_ticks(shim_pid)
-        self.job = os.fork()
-        if self.job == 0:
-            wait_and_become(orders, failure, shim_pid)
-        os.close(orders)
-        os.close(failure)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.hangup |= number == signal.SIGHUP
-        self.terminate |= number in (signal.SIGTERM, signal.SIGINT)
 
 
 class Shim:
@@ -142,9 +105,7 @@ class Shim:
         self._kind = ""
         self._witness = ""
         self._kill_at_s = float("inf")
-        self._peak_bytes = 0
-        self._beside_bytes = 0
-        """The most that was ever seen charged beside what counts as memory: page cache, the kernel's own."""
+        self._memory = MemoryHeight()
         self._identity = {"pid": os.getpid(), "start_ticks": waiting.start_ticks, "started_at_s": 0.0, "job_pid": self._job}
         self._log_start_bytes = 0
         self._ended_usage: dict[str, Any] = {}
@@ -323,7 +284,7 @@ class Shim:
             self._kill_at_s = min(self._kill_at_s, now + float(order["grace_s"]))
 
     def _over_memory(self) -> bool:
-        used = self._look_at_memory()
+        used = self._memory.look(self._confinement, os.getpid())
         if self._confinement.enforced:
             return self._confinement.oom_kills() > 0
         if used <= self._envelope.memory_bytes:
@@ -333,21 +294,6 @@ class Shim:
             f"shim's poll: the tree held {used} bytes (RssAnon + RssShmem); bound {self._envelope.memory_bytes} bytes"
         )
         return True
-
-    def _look_at_memory(self) -> int:
-        """Return the memory in use now, and keep its height: that of the looks, and what came and went between two of them.
-
-        The kernel keeps the height of all that is charged. Less the most that was ever seen beside memory, it was memory: a
-        lower bound, unless page cache came and went between two looks as well. The looks before and after the charge are
-        taken together, so that what grows meanwhile is not taken for something beside.
-        """
-        height = self._confinement.highest_charge_bytes()  # first: what is charged since is seen below
-        used = self._confinement.memory_bytes(os.getpid())
-        if height:
-            charged = self._confinement.charge_bytes()
-            self._beside_bytes = max(self._beside_bytes, charged - max(used, self._confinement.memory_bytes(os.getpid())))
-        self._peak_bytes = max(self._peak_bytes, used, height - self._beside_bytes if height else 0)
-        return used
 
     def _over_disk(self) -> bool:
         with acting_as(self._actor):
@@ -400,7 +346,7 @@ class Shim:
                 daemons.end_clients(uuid, pids)
 
     def _usage(self) -> dict[str, Any]:
-        used = self._look_at_memory()
+        used = self._memory.look(self._confinement, os.getpid())
         tree = procfs.tree_use(self._pids())
         waited = resource.getrusage(resource.RUSAGE_CHILDREN)
         read, written = procfs.io_bytes(os.getpid())
@@ -409,7 +355,7 @@ class Shim:
             "at_s": time.time(),
             "cpu_s": cpu_s or waited.ru_utime + waited.ru_stime + tree.cpu_s,
             "memory_bytes": used,
-            "peak_memory_bytes": self._peak_bytes,
+            "peak_memory_bytes": self._memory.peak_bytes,
             "read_bytes": read + tree.read_bytes,
             "write_bytes": written + tree.write_bytes,
             "processes": tree.processes,
