@@ -5,7 +5,7 @@
 
 One node's lease bounds all that runs in it, as a machine would: in the simple architecture the model has the whole of it,
 in the microservice it shares it with the application, in the distributed one the application has a node of its own.
-Not here: which cells (`sweep`), what they used (`sweep_parties`), trials (`sweep_trials`).
+Not here: which cells (`sweep`), one node (`sweep_node`), what they used (`sweep_parties`), trials (`sweep_trials`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,41 +21,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tenure.errors import CorruptData, JobFailed, Unavailable
+from tenure.errors import JobFailed, Unavailable
 from tenure.experiments import links, netns
 from tenure.experiments.architectures import server_command
 from tenure.experiments.sweep import OURS, Contender, Setting
 from tenure.experiments.sweep_boxes import Box, boxed
 from tenure.experiments.sweep_crossing import Crossed, Crossing
+from tenure.experiments.sweep_node import StandingNode, standing_node
 from tenure.experiments.sweep_parties import CellUse, PartyMeter
-from tenure.jobs import Command, ServerOptions
+from tenure.jobs import ServerOptions
 from tenure.links import DeclaredLink
 from tenure.meter.process import children
-from tenure.protocols import Launch, Launched, LaunchRequest
+from tenure.protocols import Launch, Launched
 from tenure.resources import Envelope
-from tenure.serve.load.orders import (
-    ANSWERS,
-    ORDERS,
-    READY,
-    Cell,
-    Examples,
-    NodeReady,
-    NodeSpec,
-    Order,
-    StandingSpec,
-    node_command,
-    read,
-    write,
-)
+from tenure.serve.load.orders import Cell, Examples, Order, StandingSpec
 
-START_S, START_PER_APPLICATION_S = 60.0, 10.0
-"""Bound of starting a node."""
 CELL_S, CELL_PER_S = 120.0, 4.0
 """Bound of one cell, and by how much it grows per second that the cell is meant to take."""
-NODE_S = 10.0
-"""Bound of what a node adds to the bound of its application."""
-GRACE_S = 15.0
-"""A server answers what it accepted, then its node leaves."""
 RENEW_S = 20.0
 """How often leases are renewed; a slot is several times as long."""
 
@@ -119,8 +99,8 @@ class Nodes:
     def __init__(
         self,
         bench: Bench,
-        near: _Node,
-        far: _Node | None,
+        near: StandingNode,
+        far: StandingNode | None,
         meter: PartyMeter,
         crossing: Crossing | None,
         note: str,
@@ -216,7 +196,7 @@ class Nodes:
             at_s=time.time(),
         )
 
-    def _node(self, setting: Setting) -> _Node:
+    def _node(self, setting: Setting) -> StandingNode:
         if not setting.far:
             return self._near
         assert self._far is not None
@@ -277,13 +257,13 @@ def standing(bench: Bench, all_settings: Sequence[Setting], meter: PartyMeter) -
             boxes = {runtime: stack.enter_context(boxed(bench, runtime, bench.apart, joined)) for runtime in served}
         server = _server(bench, host) if served and bench.apart is None else ()
         near_specs = _applications(bench, near_settings, boxes)
-        near = stack.enter_context(_standing(bench, "server", bench.near, near_specs, server=server))
+        near = stack.enter_context(standing_node(bench, "server", bench.near, near_specs, server=server))
         far = None
         if far_settings:
             assert bench.far is not None
             far_specs = [spec.at(near.ready.endpoints) for spec in _applications(bench, far_settings, boxes)]
             network = f"netns:{joined.namespace}" if joined else "host"
-            far = stack.enter_context(_standing(bench, "client", bench.far, far_specs, network=network))
+            far = stack.enter_context(standing_node(bench, "client", bench.far, far_specs, network=network))
         note = f"The distributed ones measured over loopback, not over a second network stack: {why_not}." if why_not else ""
         yield Nodes(bench, near, far, meter, Crossing(joined) if joined else None, note, boxes)
 
@@ -322,89 +302,6 @@ def _applications(bench: Bench, some: Sequence[Setting], boxes: Mapping[str, Box
                 threads=setting.threads,
             )
     return list(found.values())
-
-
-class _Node:
-    """One node whose applications are ready, by its lease and its two FIFOs."""
-
-    def __init__(self, launched: Launched, ready: NodeReady) -> None:
-        self.launched, self.ready = launched, ready
-        self.applications = {each.name: each for each in ready.applications}
-        self._orders = os.open(launched.worker_dir / ORDERS, os.O_WRONLY | os.O_NONBLOCK)
-        self._answers = os.open(launched.worker_dir / ANSWERS, os.O_RDONLY | os.O_NONBLOCK)
-        self._held = b""
-
-    def ask(self, order: Order, what: str) -> Cell:
-        """Hand in an order and return its answer. Raises JobFailed when there is none."""
-        with contextlib.suppress(BrokenPipeError):  # that nobody reads is told below
-            os.write(self._orders, write(order))  # shorter than a pipe takes at once
-        end_s = time.monotonic() + order.bound_s + NODE_S
-        while b"\n" not in self._held:
-            ready, _, _ = select.select([self._answers], [], [], 1.0)
-            part = os.read(self._answers, 1 << 20) if ready else b""
-            self._held += part
-            if part:
-                continue
-            if (ended := self.launched.wait(0.2 if ready else 0.0)) is not None:  # nothing to read: nobody writes any more
-                raise JobFailed(f"{what}: the node ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip())
-            if time.monotonic() > end_s:
-                raise JobFailed(f"{what}: no answer within {order.bound_s + NODE_S:g} s")
-        line, _, self._held = self._held.partition(b"\n")
-        try:
-            return read(line, Cell)
-        except CorruptData as error:
-            raise JobFailed(f"{what}: {error}") from error
-
-    def close(self) -> None:
-        """Let go of the FIFOs."""
-        os.close(self._orders)
-        os.close(self._answers)
-
-
-@contextlib.contextmanager
-def _standing(
-    bench: Bench,
-    name: str,
-    envelope: Envelope,
-    applications: Sequence[StandingSpec],
-    *,
-    server: tuple[str, ...] = (),
-    network: str = "host",
-) -> Iterator[_Node]:
-    """Launch one node and wait until it is ready; end it at the end."""
-    start_s = START_S + START_PER_APPLICATION_S * len(applications)
-    spec = NodeSpec(server=server, applications=tuple(applications), undisturbed=bench.undisturbed, start_s=start_s)
-    bench.workdir.mkdir(parents=True, exist_ok=True)
-    path = bench.workdir / f"{name}-node.json"
-    path.write_bytes(write(spec))
-    command = Command(argv=node_command(path.resolve()), network=network, grace_s=GRACE_S)
-    launched = bench.launch(LaunchRequest(name=f"{name}-node", command=command, envelope=envelope))
-    try:
-        node = _Node(launched, _ready(launched, start_s + NODE_S))
-        try:
-            yield node
-        finally:
-            node.close()
-    finally:
-        launched.stop(GRACE_S)
-
-
-def _ready(launched: Launched, timeout_s: float) -> NodeReady:
-    """Wait until a node says that it is ready. Raises JobFailed, with what it says."""
-    end_s = time.monotonic() + timeout_s
-    path = launched.worker_dir / READY
-    while not path.exists():
-        ended = launched.wait(0.05)
-        if path.exists():
-            break
-        if ended is not None:
-            raise JobFailed(f"a node of the experiment ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip())
-        if time.monotonic() > end_s:
-            raise JobFailed(f"a node of the experiment was not ready within {timeout_s:g} s")
-    try:
-        return read(path.read_bytes(), NodeReady)
-    except CorruptData as error:
-        raise JobFailed(f"a node of the experiment cannot be used: {error}") from error
 
 
 def _checked(cell: Cell, what: str) -> Cell:
