@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import marshal
 import os
 import platform
 import shutil
@@ -131,6 +132,25 @@ def test_code_has_the_same_bytes_whatever_the_interpreter_did_before():
     assert found[0] == found[1]
     assert len(found[0]) > 1000
     assert compiled(b"(", "/x.py") is None
+
+
+def test_code_has_the_same_bytes_twice_in_one_interpreter():
+    source = b"""
+def first(answer):
+    return answer in {'a1', 'b1', 'c1'}
+def second(answer):
+    return answer in {'a1', 'b1', 'c1'}, '?', 1 in {1, True}, answer in {1.0, 2}
+"""
+    program = (
+        "import sys; from tenure.images.shrink_python import compiled; source = sys.stdin.buffer.read();"
+        "before = compiled(source, '/m.py'); kept = [sys.intern(word) for word in ('a1', 'b1', 'c1', '?')];"
+        "sys.exit(before != compiled(source, '/m.py'))"
+    )
+    subprocess.run([sys.executable, "-c", program], input=source, check=True)
+    inside = {}
+    exec(marshal.loads(compiled(source, "/m.py")[16:]), inside)
+    assert inside["first"]("b1")
+    assert inside["second"](2) == (False, "?", True, True)
 
 
 def test_a_program_cut_off_behind_what_is_loaded_runs(tmp_path):

@@ -144,15 +144,34 @@ def _marshalled(code: CodeType) -> bytes:
     """Marshal code so that equal code gives equal bytes.
 
     marshal marks an object for later reference when anybody else holds it as well at that moment, so that its bytes tell
-    what this interpreter did before. Here all are held by a list, and so all are marked.
+    what this interpreter did before. Here all are held by a list, and so all are marked. It also says of each string whether
+    it is interned, and the strings of one letter are the interpreter's own, shared by all code: here they always are.
+    Equal sets are one set or several, by what was interned before: here always one.
     """
+    code = _with_shared_sets(code, {})
     held: list[Any] = []
     _hold(code, held)
     return marshal.dumps(code)
 
 
+def _with_shared_sets(code: CodeType, known: dict[frozenset[str], frozenset[Any]]) -> CodeType:
+    """Return the code with equal sets among its constants as one object; code that has none stays the same object."""
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, CodeType):
+            return _with_shared_sets(value, known)
+        return known.setdefault(frozenset(map(repr, value)), value) if isinstance(value, frozenset) else value
+
+    constants = tuple(map(shared, code.co_consts))
+    # By what is in it alone, not by whether this changes anything: a changed code object has its own tuples.
+    settled = any(isinstance(new, frozenset) or new is not old for new, old in zip(constants, code.co_consts, strict=True))
+    return code.replace(co_consts=constants) if settled else code
+
+
 def _hold(value: Any, held: list[Any]) -> None:
     held.append(value)
+    if isinstance(value, str) and len(value) <= 1:
+        sys.intern(value)
     if isinstance(value, CodeType):
         for part in (value.co_names, value.co_varnames, value.co_cellvars, value.co_freevars, value.co_consts):
             held.extend(part)
