@@ -84,6 +84,8 @@ class ImageManifest:
     """Names allowed by `seccomp`, sorted."""
     seccomp: str = ""
     """File name of the profile in the image's folder; empty: there is none, nothing is filtered."""
+    keep: tuple[str, ...] = ()
+    """What its builder was told not to leave out: `images.build.STEPS`, or ``all``; a repair keeps it, too."""
 
     def __post_init__(self) -> None:
         check_image_name(self.name)

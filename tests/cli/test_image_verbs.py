@@ -130,6 +130,8 @@ def ask_while_it_runs(argv, port):
         (("build", "x", "--form", "zip", "--", "true"), "forms are root, oci, microvm"),
         (("build", "x", "--keep", "nothing", "--", "true"), "can be kept"),
         (("build", "X Y", "--", "true"), "name"),
+        (("build", "x", "--kernel", "/", "--", "true"), "Add microvm"),
+        (("build", "x", "--form", "root,microvm", "--kernel", "/nowhere", "--", "true"), "no kernel at /nowhere"),
         (("build", "x", "--", "no-such-program"), "no-such-program"),
         (("run", "nothing"), "there is no image"),
         (("run", "nothing", "--form", "iso"), "there is no image"),

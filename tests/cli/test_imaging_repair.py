@@ -40,7 +40,7 @@ def built():
         (program / "main.py").write_text(PROGRAM)
         patch.setenv("TENURE_HOME", str(home))
         patch.chdir(program)
-        assert run(["image", "build", "small", "--form", "root", "--", sys.executable, "main.py"]) == 0
+        assert run(["image", "build", "small", "--form", "root", "--keep", "sources", "--", sys.executable, "main.py"]) == 0
         yield home, program
 
 
@@ -103,7 +103,10 @@ def test_what_is_gone_from_a_built_image_is_named_and_comes_back(repair, built):
     (image.folder / f"root{built[1]}/data.txt").unlink()
     names, again, code, _ = repair("--log", "/dev/null")
     assert (names, code) == (["data.txt"], 0)
-    assert (ImageStore(built[0]).find(f"small:{again[:12]}").folder / f"root{built[1]}/data.txt").read_text() == "data.txt"
+    repaired = ImageStore(built[0]).find(f"small:{again[:12]}")
+    assert (repaired.folder / f"root{built[1]}/data.txt").read_text() == "data.txt"
+    assert repaired.manifest.keep == ("sources",), "as it was built"
+    assert next(repaired.folder.glob("root/**/os.py"), None), "and so it has them"
 
 
 def test_a_log_that_is_not_there_is_told(built, capsys):

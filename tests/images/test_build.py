@@ -83,6 +83,7 @@ def test_an_image_has_its_forms_and_what_nobody_needs_is_gone(made, tmp_path):
     ]
     kept = {step.step: step for step in built.steps if step.kept}
     assert kept["tests, headers and type stubs"].saved_bytes == 10_000
+    assert manifest.keep == ()
     assert not (image.folder / "root/usr/lib/python3/dist-packages/mod/tests").exists()
     assert built.tree_bytes < built.closure_bytes
     whole = read_lock(image.folder / "root.lock.json")

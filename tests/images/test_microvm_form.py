@@ -7,10 +7,12 @@ import subprocess
 import pytest
 from tests import microvm_image
 
-from tenure.errors import CorruptData, NotFound, Unsupported
+from tenure.cli.image_builds import check_kernel
+from tenure.errors import CorruptData, NotFound, SpecError, Unsupported
+from tenure.forms import Form
 from tenure.images import microvm
 from tenure.images.microvm import build_microvm, first_program
-from tenure.images.microvm_kernel import bootable, find_kernel, read_modules
+from tenure.images.microvm_kernel import MODULES, bootable, find_kernel, read_modules
 
 
 def small_tree(place, *, mtime_s):
@@ -62,6 +64,21 @@ def test_a_kernel_without_a_module_that_guests_need_is_refused_and_one_built_in_
         read_modules(kernel, ("squashfs",))
     with pytest.raises(CorruptData, match="neither a Linux bzImage nor an ELF"):
         bootable(kernel.image)
+
+
+def test_a_kernel_that_was_given_is_looked_at_before_anything_is_built(tmp_path):
+    (tmp_path / "vmlinuz-1.0").write_bytes(b"no kernel")
+    check_kernel(None, (Form.ROOT,))
+    with pytest.raises(SpecError, match="Add microvm"):
+        check_kernel(tmp_path, (Form.ROOT, Form.OCI))
+    with pytest.raises(NotFound, match="no kernel at"):
+        check_kernel(tmp_path / "none", (Form.MICROVM,))
+    with pytest.raises(SpecError, match="has no modules beside it"):
+        check_kernel(tmp_path, (Form.MICROVM,))
+    modules = tmp_path / "lib/modules/1.0"
+    (modules / "kernel").mkdir(parents=True)
+    (modules / "modules.builtin").write_text("\n".join(f"kernel/{name}.ko" for name in MODULES))
+    check_kernel(tmp_path, (Form.MICROVM,))
 
 
 def test_the_first_program_is_a_static_one_and_its_source_builds_to_the_like(tmp_path):

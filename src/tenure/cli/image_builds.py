@@ -46,12 +46,26 @@ class Finished:
     analysis: Analysis
 
 
-def makers(home: Path) -> dict[Form, Maker]:
-    """Return what makes each form. home: there kernels of microVMs are looked for."""
+def makers(home: Path, kernel: Path | None = None) -> dict[Form, Maker]:
+    """Return what makes each form. kernel: of microVMs, a file or a folder with its modules; None: looked for in `home`."""
     from tenure.images.build import make_oci_form, make_root_form
     from tenure.images.microvm import microvm_form
 
-    return {Form.ROOT: make_root_form, Form.OCI: make_oci_form, Form.MICROVM: microvm_form(home)}
+    return {Form.ROOT: make_root_form, Form.OCI: make_oci_form, Form.MICROVM: microvm_form(home, kernel)}
+
+
+def check_kernel(kernel: Path | None, forms: Sequence[Form]) -> None:
+    """Raise, before anything is watched, when a kernel was given that no microVM can be made with, or is asked for.
+
+    SpecError, NotFound, CorruptData: as `find_kernel` and `read_modules`.
+    """
+    from tenure.images.microvm_kernel import find_kernel, read_modules
+
+    if kernel is None:
+        return
+    if Form.MICROVM not in forms:
+        raise SpecError(f"--kernel is for the form microvm; found --form {','.join(forms)}. Add microvm, or leave it out")
+    read_modules(find_kernel(kernel))
 
 
 def enter() -> Enter | None:
@@ -73,6 +87,7 @@ def build_serving(
     forms: Sequence[Form],
     name: str = "",
     keep: Sequence[str] = (),
+    kernel: Path | None = None,
     program: Program | None = None,
     told: Say = lambda _: None,
 ) -> Finished:
@@ -103,7 +118,8 @@ def build_serving(
         keep=tuple(keep),
     )
     spec = _asked_by_v2(spec, analysis.closure.program)
-    return Finished(built=build(spec, store, makers(store.folder.parent), enter=enter(), told=told), analysis=analysis)
+    built = build(spec, store, makers(store.folder.parent, kernel), enter=enter(), told=told)
+    return Finished(built=built, analysis=analysis)
 
 
 def ready_serving(model: Path, store: ImageStore, *, form: Form, told: Say = lambda _: None) -> StoredImage:
@@ -142,8 +158,10 @@ def _is_of(image: StoredImage, model: Path, told: Say) -> bool:
     return bool(moved) and (not model.is_dir() or len(moved) == sum(each.is_file() for each in model.rglob("*")))
 
 
-def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told: Say = lambda _: None) -> Built:
-    """Build an image anew from its closure, as it is or repaired: the same name, door, ports and forms.
+def build_again(
+    image: StoredImage, closure: Closure, store: ImageStore, *, kernel: Path | None = None, told: Say = lambda _: None
+) -> Built:
+    """Build an image anew from its closure, as it is or repaired: the same name, door, ports and forms, and the same kept.
 
     Raises CorruptData when a file of the closure is no longer on this machine as it was; what `images.build.build` raises.
     """
@@ -159,12 +177,15 @@ def build_again(image: StoredImage, closure: Closure, store: ImageStore, *, told
         ports=manifest.ports,
         door=manifest.door,
         engine=manifest.engine,
+        keep=manifest.keep,
     )
     program = here(closure.program, sources)
     if manifest.door == "v2":
-        return build(_asked_by_v2(spec, program), store, makers(store.folder.parent), enter=enter(), told=told)
-    commands = tuple(exercise.argv[2] for exercise in closure.exercises if exercise.argv[:2] == ("sh", "-c"))
-    return build(_asked_by_commands(spec, program, commands), store, makers(store.folder.parent), enter=enter(), told=told)
+        spec = _asked_by_v2(spec, program)
+    else:
+        commands = tuple(exercise.argv[2] for exercise in closure.exercises if exercise.argv[:2] == ("sh", "-c"))
+        spec = _asked_by_commands(spec, program, commands)
+    return build(spec, store, makers(store.folder.parent, kernel), enter=enter(), told=told)
 
 
 def _asked_by_v2(spec: BuildSpec, program: Sequence[str]) -> BuildSpec:
@@ -204,6 +225,7 @@ def build_program(
     exercises: Sequence[str] = (),
     ports: Sequence[int] = (),
     keep: Sequence[str] = (),
+    kernel: Path | None = None,
     told: Say = lambda _: None,
 ) -> Finished:
     """Analyse any program, and build it. exercises: those of its lives, which are asked again of what is built.
@@ -221,7 +243,8 @@ def build_program(
     found = tuple(ports) or (_listening(closure, told) if exercises else ())
     spec = BuildSpec(name=name, closure=closure, forms=tuple(forms), ports=found, keep=tuple(keep))
     spec = _asked_by_commands(spec, closure.program, exercises)
-    return Finished(built=build(spec, store, makers(store.folder.parent), enter=enter(), told=told), analysis=analysis)
+    built = build(spec, store, makers(store.folder.parent, kernel), enter=enter(), told=told)
+    return Finished(built=built, analysis=analysis)
 
 
 def _run_env(closure: Closure) -> dict[str, str]:

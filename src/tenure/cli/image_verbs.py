@@ -23,6 +23,15 @@ if TYPE_CHECKING:  # the nouns cost time, which `tenure --help` need not pay
     from tenure.images.store import StoredImage
 
 SAY_EVERY_S = 600.0
+Kernel = Annotated[
+    Path | None,
+    typer.Option(
+        "--kernel",
+        metavar="DIR",
+        help="Of the form microvm: a folder into which a kernel package was unpacked, or a kernel file with its modules beside "
+        "it or in /lib/modules [default: the newest in $TENURE_HOME/kernels, else this machine's own for clouds].",
+    ),
+]
 ImageArgument = Annotated[
     str, typer.Argument(metavar="IMAGE", help="A name (its newest image), NAME:ID, an id's first digits, or an image's folder.")
 ]
@@ -67,6 +76,7 @@ def build(
             "blas, folders, or all.",
         ),
     ] = "",
+    kernel: Kernel = None,
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -80,6 +90,7 @@ def build(
     from tenure.images.store import ImageStore
 
     forms = image_builds.parse_forms(form)
+    image_builds.check_kernel(kernel, forms)
     kept = tuple(word.strip() for word in keep.split(",") if word.strip())
     store = ImageStore(app.find_home(home))
     with make_display(sys.stdout, sys.stderr, json=json) as display:
@@ -88,7 +99,7 @@ def build(
             _only_a_model(words, exercise=exercise, also=also, workdir=workdir, port=port)
             program = the_program(words, [], [], env or [], add or [], None)
             finished = image_builds.build_serving(
-                Path(words[1]), store, forms=forms, name=name, keep=kept, program=program, told=told
+                Path(words[1]), store, forms=forms, name=name, keep=kept, kernel=kernel, program=program, told=told
             )
         else:
             if name or len(words) < 2:
@@ -98,7 +109,15 @@ def build(
                 )
             program = the_program(words[1:], exercise or [], also or [], env or [], add or [], workdir)
             finished = image_builds.build_program(
-                program, store, name=words[0], forms=forms, exercises=exercise or (), ports=port or (), keep=kept, told=told
+                program,
+                store,
+                name=words[0],
+                forms=forms,
+                exercises=exercise or (),
+                ports=port or (),
+                keep=kept,
+                kernel=kernel,
+                told=told,
             )
         told.done()
     output.say(output.as_json(_facts(finished)) if json else _report(finished), sys.stdout)

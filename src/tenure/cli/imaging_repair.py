@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tenure.cli import output
+from tenure.cli.image_verbs import Kernel
 from tenure.cli.image_verbs import image as image
 from tenure.cli.imaging import Exercises, Home, Json, Timeout, words_of
 from tenure.errors import JobFailed, NotFound
@@ -39,6 +40,7 @@ def repair(
     add: Annotated[
         list[str] | None, typer.Option("--add", metavar="PATH", help="A file or folder that is to be in it. Repeatable.")
     ] = None,
+    kernel: Kernel = None,
     timeout: Timeout = "15min",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name what is missing.")] = False,
     home: Home = None,
@@ -47,8 +49,8 @@ def repair(
     """Name the files that an image lacks, put them in, and build it anew in all its forms.
 
     The program is watched here under the exercises that failed there: what it uses here and the image has not was missing. What
-    --log names, --add says, or is gone from the image since it was built needs no watching. The image as it was stays until it
-    is removed.
+    --log names, --add says, or is gone from the image since it was built needs no watching. What its build was
+    told to --keep is kept. The image as it was stays until it is removed.
     """
     from tenure import app
     from tenure.cli import image_builds
@@ -57,6 +59,7 @@ def repair(
 
     store = ImageStore(app.find_home(home))
     stored = store.find(name)
+    image_builds.check_kernel(kernel, tuple(stored.manifest.forms))
     closure = read_lock(stored.folder / "closure.lock.json")
     told = _silent if json else _told
     found = _named(closure, log, add or [])
@@ -65,7 +68,10 @@ def repair(
         found = _with_watched(found, stored, exercise or [], also or [], timeout, told)
     missing, built = (*gone, *found.missing), None
     if missing and not dry_run:
-        built = image_builds.build_again(stored, found.closure, store, told=told).image
+        made = image_builds.build_again(stored, found.closure, store, kernel=kernel, told=told)
+        built = made.image
+        for form, why in made.left_out.items():
+            _told(f"form {form} was not made anew: {why}")
     if json:
         _say(output.as_json({"missing": missing, "image": built.manifest.id if built else None}))
         return

@@ -207,6 +207,7 @@ def _manifest(spec: BuildSpec, whole: Closure, *, filtered: bool) -> ImageManife
         engine=spec.engine,
         system_calls=allowed(calls) if calls else (),
         seccomp=SECCOMP_FILE if calls else "",
+        keep=tuple(sorted(set(spec.keep))),
     )
 
 
