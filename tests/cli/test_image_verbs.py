@@ -11,6 +11,7 @@ import time
 import urllib.request
 
 import pytest
+from tests.image_place import why_no_image
 
 from tenure.cli import exits
 from tenure.cli.main import run
@@ -36,7 +37,7 @@ def place():
     """A folder that is not below /tmp, where an image can have nothing of its own."""
     if not shutil.which("strace"):
         pytest.skip("needs strace")
-    if why := why_no_root():
+    if why := why_no_root() or why_no_image():
         pytest.skip(why)
     folder = os.path.join(os.path.expanduser("~"), f".tenure-test-images-{os.getpid()}")
     os.makedirs(folder)

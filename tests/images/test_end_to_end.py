@@ -17,6 +17,7 @@ from benchmarks import image_answers as answers
 from benchmarks import image_builds as builds
 from benchmarks import image_models as models
 from tests import microvm_image
+from tests.image_place import why_no_image
 
 from tenure.runtimes.rooted import why_no_root
 
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.timeout(300),  # whoever comes first builds
     pytest.mark.skipif(not shutil.which("strace"), reason="closures are made by watching with strace, which is not installed"),
     pytest.mark.skipif(bool(why_no_root()), reason=why_no_root() or "-"),
+    pytest.mark.skipif(bool(why_no_image()), reason=why_no_image() or "-"),
 ]
 SEED = 3
 SMALL = ("--form", "root", "--cpus", "1", "--memory", "256MiB")
