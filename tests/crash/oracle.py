@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenure.runtimes.confine import own_groups
+from tenure.runtimes.groups import own_groups
 
 if TYPE_CHECKING:
     from tests.crash.explorer import Plan, Run

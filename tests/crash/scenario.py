@@ -18,7 +18,7 @@ from tenure.leases import Lease, LeaseState
 from tenure.nodes import Machine
 from tenure.resources import Envelope
 from tenure.runs import Run, RunState, Stage
-from tenure.runtimes.confine import own_groups
+from tenure.runtimes.groups import own_groups
 from tenure.trials import Recommendation, Trial
 from tenure.usage import summarize
 from tenure.wire import GangMember, RequestGang
