@@ -233,10 +233,13 @@ def runs(*, home: Home = None) -> tuple[Run, ...]:
         return tuple(client.runs())
 
 
-def events(*, home: Home = None, run: str = "", after: int = 0) -> tuple[Event, ...]:
-    """Return events after a sequence number, oldest first."""
+def events(*, home: Home = None, run: str = "", lease: str = "", after: int = 0) -> tuple[Event, ...]:
+    """Return events after a sequence number, of all runs, one run or one lease; oldest first. Raises NotFound."""
     with app.broker(app.find_home(home)) as client:
-        return tuple(client.events(run_id=run, after_seq=after))
+        if not lease:
+            return tuple(client.events(run_id=run, after_seq=after))
+        run = client.lease(lease).lease.run_id
+        return tuple(event for event in client.events(run_id=run, after_seq=after) if event.lease_id == lease)
 
 
 def trials(*, home: Home = None, fingerprint: str = "", run: str = "") -> tuple[Trial, ...]:

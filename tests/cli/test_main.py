@@ -196,8 +196,10 @@ def test_listing_passes_its_filters_on(verbs, capsys):
     seen = {}
     verbs.events = lambda **options: seen.update(options) or ()
     assert cli.run(["events", "--run", "r-1", "--after", "12"]) == 0
-    assert seen == {"home": None, "run": "r-1", "after": 12}
-    assert capsys.readouterr().out == "no events\n"
+    assert seen == {"home": None, "run": "r-1", "lease": "", "after": 12}
+    assert cli.run(["events", "l-1"]) == 0
+    assert seen["lease"] == "l-1"
+    assert capsys.readouterr().out == "no events\nno events\n"
 
 
 @dataclass(frozen=True)

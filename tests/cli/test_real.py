@@ -86,6 +86,10 @@ def test_a_task_runs_and_every_verb_can_tell_of_it_afterwards(tenure, tmp_path):
     assert [lease["end_reason"] for lease in leases] == ["completed"]
     assert "hello from inside" in tenure("logs", leases[0]["id"]).stdout
     assert "lease.ended" in tenure("events", "--run", run).stdout
+    of_lease = json.loads(tenure("events", leases[0]["id"], "--json").stdout)
+    assert {event["lease_id"] for event in of_lease} == {leases[0]["id"]}
+    assert of_lease[-1]["kind"] == "lease.ended"
+    assert "does not exist" in tenure("events", "l-0000000000", code=4).stderr
     assert run in tenure("runs").stdout
     assert tenure("trials", "--run", run).stdout == "no trials\n"
     assert "local" in tenure("nodes").stdout

@@ -202,6 +202,7 @@ def runs(home: Home = None, json: Json = False) -> None:
 
 @app.command()
 def events(
+    lease: Annotated[str, typer.Argument(metavar="[LEASE]", show_default=False, help="Only those of this lease.")] = "",
     run: RunOption = "",
     after: Annotated[int, typer.Option("--after", min=0, metavar="SEQ", help="Only those after this number.")] = 0,
     home: Home = None,
@@ -210,7 +211,7 @@ def events(
     """List what happened, who did it, why and when; oldest first."""
     from tenure import verbs
 
-    _show(verbs.events(home=home, run=run, after=after), output.events_table, json)
+    _show(verbs.events(home=home, run=run, lease=lease, after=after), output.events_table, json)
 
 
 @app.command()
