@@ -125,11 +125,14 @@ def run_image(asked: ImageRun, *, home: Path, display: Display, listening: Calla
     from tenure.experiments.flow import new_run, run_stages
     from tenure.experiments.foreground import check_ports
     from tenure.experiments.foreground_image import image_job_file
+    from tenure.experiments.image_forms import form_fingerprint
 
     if asked.image.manifest.door:
         check_ports(asked.place)
     with broker(home) as client:
-        text, why = image_job_file(asked, _node(client))
+        node = _node(client)
+        known = client.trials(fingerprint=form_fingerprint(asked.image.manifest, node.machine)) if asked.goal else ()
+        text, why = image_job_file(asked, node, tuple(known))
         run, jobs = new_run(text, source=asked.image.folder, run_id=new_id("r"), now_s=SystemClock().utc_s())
         context = _context(client, home, run, display=display)
         context.listening = listening

@@ -90,18 +90,28 @@ def test_a_program_is_built_listed_run_and_removed(tenure, place):
     assert image["manifest"]["seccomp"] == "seccomp.json"  # behind which it runs below
     os.remove("word.txt")  # the image has its own
     assert ask_while_it_runs(["words", "--memory", "256MiB"], port) == b"from the image True"
+    said = []
+    chosen = ["words", "--memory", "256MiB", "--form", "auto", "--goal", "cold_start<60s"]
+    assert ask_while_it_runs(chosen, port, said) == b"from the image True"
+    assert "form root meets cold_start<60s, memory<256.0 MiB" in "".join(said), "the run before has shown that it does"
+    code, _, err = tenure("run", "words", "--form", "auto", "--isolation", "container")
+    assert code == exits.WRONG_INPUT
+    assert "not root: it keeps the program apart as a process only" in err
     code, out, _ = tenure("list")
     assert "words" in out
     assert tenure("rm", "words")[0] == exits.OK
     assert json.loads(tenure("list", "--json")[1]) == []
 
 
-def ask_while_it_runs(argv, port):
-    """Run an image in a process of its own, ask it once, end it by Ctrl-C, and return what it answered. port: and path."""
+def ask_while_it_runs(argv, port, said=None):
+    """Run an image in a process of its own, ask it once, end it by Ctrl-C, and return what it answered.
+
+    port: and path. said: a list that gets the lines of its output.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "tenure.cli", "image", "run", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    said = []
+    said = [] if said is None else said
     reader = threading.Thread(target=lambda: said.extend(process.stdout))
     reader.start()
     try:
@@ -136,6 +146,7 @@ def ask_while_it_runs(argv, port):
         (("build", "x", "--", "no-such-program"), "no-such-program"),
         (("run", "nothing"), "there is no image"),
         (("run", "nothing", "--form", "iso"), "there is no image"),
+        (("run", "nothing", "--form", "auto", "--goal", "p99<5ms"), "there is no image"),
         (("rm", "nothing"), "there is no image"),
     ],
 )

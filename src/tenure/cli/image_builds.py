@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenure.errors import JobFailed, SpecError, TenureError, Unsupported
+from tenure.errors import JobFailed, NotFound, SpecError, TenureError, Unsupported
 from tenure.forms import LOCK_FILE, Form, check_image_name
 
 if TYPE_CHECKING:
     from tenure.closures import Closure
+    from tenure.decide.forms import Isolation
     from tenure.images.answers import Enter
     from tenure.images.build import BuildSpec, Built, Maker
     from tenure.images.closure import Analysis, Program
@@ -134,6 +135,35 @@ def ready_serving(model: Path, store: ImageStore, *, form: Form, told: Say = lam
     if form in built.left_out:
         raise Unsupported("form", built.left_out[form])
     return built.image
+
+
+def ready_for_choice(model: Path, store: ImageStore, *, isolation: Isolation, told: Say = lambda _: None) -> StoredImage:
+    """Return an image that serves the model, whose form is to be chosen: one that has all forms worth choosing from and whose
+    files are still as they are here, else one built now.
+
+    A virtual machine, which always adds a kernel, is one of them only where a process would not do. Raises as `build_serving`;
+    Unsupported, NotFound when only the form microvm would do, and cannot be made here.
+    """
+    wanted = {"process": (Form.ROOT, Form.OCI), "container": (Form.OCI, Form.MICROVM), "microvm": (Form.MICROVM,)}[isolation]
+    if Form.MICROVM in wanted:
+        try:
+            _check_microvm(store.folder.parent)
+        except (Unsupported, NotFound):
+            wanted = tuple(form for form in wanted if form is not Form.MICROVM)
+            if not wanted:
+                raise
+    for image in store.images(serving_name(model)):
+        if image.manifest.door == "v2" and set(wanted) <= set(image.manifest.forms) and _is_of(image, model, told):
+            return image
+    return build_serving(model, store, forms=wanted, told=told).built.image
+
+
+def _check_microvm(home: Path) -> None:
+    from tenure.images.microvm import check_tools
+    from tenure.images.microvm_kernel import find_kernel
+
+    check_tools()
+    find_kernel(home=home)
 
 
 def _is_of(image: StoredImage, model: Path, told: Say) -> bool:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -19,10 +19,29 @@ from tenure.errors import NotFound, SpecError
 if TYPE_CHECKING:  # the nouns cost time, which `tenure --help` need not pay
     from tenure.cli.display import SilentDisplay
     from tenure.cli.image_builds import Finished
+    from tenure.decide.forms import FormGoal
     from tenure.experiments.foreground import Listening
     from tenure.images.store import StoredImage
 
 SAY_EVERY_S = 600.0
+AUTO = "auto"
+Goal = Annotated[
+    str,
+    typer.Option(
+        "--goal",
+        metavar="BOUND,...",
+        help="With --form auto: what the form must meet, e.g. 'cold_start<2s' or 'memory<256MiB', with commas between them.",
+    ),
+]
+Isolated = Annotated[
+    str,
+    typer.Option(
+        "--isolation",
+        metavar="LEVEL",
+        help="With --form auto: how far apart at least: process, container, or microvm (a kernel of its own) "
+        "[default: process].",
+    ),
+]
 Kernel = Annotated[
     Path | None,
     typer.Option(
@@ -127,8 +146,16 @@ def build(
 def run(
     name: ImageArgument,
     form: Annotated[
-        str, typer.Option("--form", metavar="FORM", help="root, oci or microvm [default: the first of these that it has].")
+        str,
+        typer.Option(
+            "--form",
+            metavar="FORM",
+            help="root, oci or microvm; auto: the cheapest that meets --goal and --isolation in the lease's memory, by what "
+            "was measured [default: the first of these that it has].",
+        ),
     ] = "",
+    goal: Goal = "",
+    isolation: Isolated = "",
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Of the lease, e.g. 256MiB [default: half of what no lease holds]."),
@@ -161,11 +188,12 @@ def run(
     from tenure.resources import parse_bytes, parse_duration
 
     found = ImageStore(app.find_home(home)).find(name)
-    if form and form not in tuple(Form):
-        raise SpecError(f"forms are {', '.join(Form)}; found {form!r}")
+    if form and form not in (*Form, AUTO):
+        raise SpecError(f"forms are {', '.join(Form)}, {AUTO}; found {form!r}")
     asked = ImageRun(
         image=found,
-        form=Form(form) if form else None,
+        form=Form(form) if form and form != AUTO else None,
+        goal=form_goal(form, goal, isolation),
         cpus=cpus or 0.0,
         memory_bytes=parse_bytes(memory) if memory else 0,
         time_s=parse_duration(time_) if time_ else 0.0,
@@ -173,6 +201,23 @@ def run(
         grpc_port=grpc_port,
     )
     run_image(asked, home=home, json=json)
+
+
+def form_goal(form: str, goal: str, isolation: str) -> FormGoal | None:
+    """Return what a form that is to be chosen must meet; None for one that was named. Raises SpecError."""
+    from dataclasses import replace
+
+    from tenure.decide.forms import Isolation, parse_form_goal
+
+    if form != AUTO:
+        if goal or isolation:
+            raise SpecError(f"{'--goal' if goal else '--isolation'} is for --form auto; found --form {form or 'left out'}")
+        return None
+    levels: tuple[Isolation, ...] = get_args(Isolation)
+    level = next((level for level in levels if level == (isolation or levels[0])), None)
+    if level is None:
+        raise SpecError(f"--isolation takes {', '.join(levels)}; found {isolation!r}")
+    return replace(parse_form_goal(goal), isolation=level)
 
 
 def run_image(asked: Any, *, home: Path | None, json: bool) -> None:

@@ -10,9 +10,11 @@ import typer
 
 from tenure.cli import exits, output
 from tenure.cli.display import make_display
+from tenure.cli.image_verbs import Goal, Isolated, form_goal
 from tenure.errors import SpecError
 
 if TYPE_CHECKING:  # the nouns cost 60 ms, which `tenure --help` need not pay
+    from tenure.decide.forms import FormGoal
     from tenure.experiments.foreground import Listening
 
 MODEL_ENDINGS = frozenset({".onnx", ".skops", ".pt2", ".tflite"})
@@ -109,10 +111,12 @@ def serve(
         typer.Option(
             "--form",
             metavar="FORM",
-            help="Serve it from an image of just what it needs: root, oci (a container) or microvm. The image is built first "
-            "unless it is there, and kept: `tenure image list`.",
+            help="Serve it from an image of just what it needs: root, oci (a container) or microvm; auto: the cheapest of them "
+            "that meets --goal and --isolation. The image is built first unless it is there, and kept: `tenure image list`.",
         ),
     ] = "",
+    goal: Goal = "",
+    isolation: Isolated = "",
     json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON once it listens, and one at the end, instead of text.")
     ] = False,
@@ -139,8 +143,10 @@ def serve(
     if form:
         if with_server is not None or out is not None or is_job_file(model):
             raise SpecError("--form is for a model that is served here; leave out --with and --out, and name no job file")
-        _serve_form(model, form, _options(given), home=home, json=json)
+        wanted = form_goal(form, goal, isolation)
+        _serve_form(model, form, wanted, _options(given), home=home, json=json)
         return
+    form_goal(form, goal, isolation)
     if with_server is not None or out is not None:
         _write_for(with_server, model, out, given, json=json)
         return
@@ -161,19 +167,25 @@ def serve(
     raise typer.Exit(code)
 
 
-def _serve_form(model: Path, form: str, options: dict[str, Any], *, home: Path | None, json: bool) -> None:
-    """Have an image of the model, and run it in the form."""
+def _serve_form(
+    model: Path, form: str, goal: FormGoal | None, options: dict[str, Any], *, home: Path | None, json: bool
+) -> None:
+    """Have an image of the model, and run it in the form, or in the one that meets the goal."""
     from tenure import app
     from tenure.cli import image_builds, image_verbs
     from tenure.experiments.foreground_image import ImageRun
     from tenure.images.store import ImageStore
 
-    (chosen,) = image_builds.parse_forms(form)[:1]
+    chosen = None if goal is not None else image_builds.parse_forms(form)[0]
     with make_display(sys.stdout, sys.stderr, json=json) as display:
         told = image_verbs.Telling(display)
-        image = image_builds.ready_serving(model, ImageStore(app.find_home(home)), form=chosen, told=told)
+        store = ImageStore(app.find_home(home))
+        if chosen is not None:
+            image = image_builds.ready_serving(model, store, form=chosen, told=told)
+        else:
+            image = image_builds.ready_for_choice(model, store, isolation=goal.isolation if goal else "process", told=told)
         told.done()
-    image_verbs.run_image(ImageRun(image=image, form=chosen, **options), home=home, json=json)
+    image_verbs.run_image(ImageRun(image=image, form=chosen, goal=goal, **options), home=home, json=json)
 
 
 _FOR_OTHERS = ("--http-port", "--grpc-port", "--instances", "--threads", "--max-batch-rows", "--max-delay")

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from tenure.decide.forms import FormChoice, FormGoal, choose_form
 from tenure.errors import SpecError, Unavailable
 from tenure.experiments.foreground import ForegroundSpec, envelope_of, reachable
 from tenure.experiments.image_command import RUNTIMES, port_names
+from tenure.experiments.image_forms import facts
 from tenure.forms import Form
 from tenure.images.store import StoredImage
 from tenure.jobfile import JobFile, format_job_file
 from tenure.jobs import Job, ServerOptions
 from tenure.nodes import Node
+from tenure.trials import Trial
 
 PREFERRED = (Form.ROOT, Form.OCI, Form.MICROVM)
 """Which form is run when none is named: the first of these that the image has."""
@@ -29,7 +32,9 @@ class ImageRun:
 
     image: StoredImage
     form: Form | None = None
-    """None: the first of `PREFERRED` that the image has."""
+    """None: by `goal`, or without one the first of `PREFERRED` that the image has."""
+    goal: FormGoal | None = None
+    """What the form must meet, of an image whose form is to be chosen."""
     cpus: float = 0.0
     """0: what is free on the node."""
     memory_bytes: int = 0
@@ -62,12 +67,30 @@ class ImageRun:
         )
 
 
-def image_job_file(asked: ImageRun, node: Node) -> tuple[str, str]:
-    """Return the text of the job file that runs an image on this node, and a sentence on where its envelope comes from.
+def chosen_form(asked: ImageRun, node: Node, trials: Sequence[Trial] = ()) -> FormChoice:
+    """Return the form that meets the goal at the least cost on this node, in the memory of its lease; and why no other.
 
-    Raises Refused when nothing of the node is free, SpecError when the node lacks the form's runtime.
+    trials: known ones of the image (`image_forms.form_fingerprint`). Raises SpecError when none meets the goal, with why.
     """
-    manifest, form = asked.image.manifest, asked.chosen
+    goal, held = asked.goal or FormGoal(), envelope_of(asked.place, node)[0].memory_bytes
+    goal = replace(goal, memory_bytes=min(goal.memory_bytes or held, held))
+    choice = choose_form(facts(asked.image.manifest, node, trials), goal)
+    if choice.form is None:
+        raise SpecError(
+            f'{choice.describe()}. Ask for less, or build another form: "tenure image build … --form root,oci,microvm"'
+        )
+    return choice
+
+
+def image_job_file(asked: ImageRun, node: Node, trials: Sequence[Trial] = ()) -> tuple[str, str]:
+    """Return the text of the job file that runs an image on this node, and a sentence on its envelope and its form.
+
+    trials: as `chosen_form`. Raises Refused when nothing of the node is free, SpecError when the node lacks the form's
+    runtime, or no form meets the goal.
+    """
+    manifest = asked.image.manifest
+    choice = chosen_form(asked, node, trials) if asked.form is None and asked.goal is not None else None
+    form = choice.form if choice is not None and choice.form is not None else asked.chosen
     runtime = RUNTIMES[form]
     if runtime not in node.runtimes:
         raise SpecError(
@@ -89,7 +112,8 @@ def image_job_file(asked: ImageRun, node: Node) -> tuple[str, str]:
         ports=ports,
         server=asked.options,
     )
-    return format_job_file(JobFile(name=manifest.name, tenant="default", stages=(job,))), f"{why}; form {form}"
+    form_words = f"form {form}" if choice is None else f"form {choice.describe()}"
+    return format_job_file(JobFile(name=manifest.name, tenant="default", stages=(job,))), f"{why}; {form_words}"
 
 
 def served_names(address: str) -> tuple[str, ...]:

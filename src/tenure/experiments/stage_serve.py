@@ -31,6 +31,7 @@ from tenure.experiments.context import RunContext, undisturbed
 from tenure.experiments.foreground import Listening, answered, look
 from tenure.experiments.foreground_image import served_names
 from tenure.experiments.image_command import image_command, is_image
+from tenure.experiments.image_forms import keep_run
 from tenure.experiments.stage_search import run_search
 from tenure.experiments.stage_sweep import run_sweep
 from tenure.jobs import Command, Job, ServeGoal
@@ -308,7 +309,9 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
     Ctrl-C interrupts the run; in the foreground it is how serving ends well. Raises JobFailed when the server ends by itself.
     """
     context.step(job.name, "lease", envelope.describe())
+    began_s = context.clock.boot_s()
     server = _started(context, job, model, envelope)
+    ready_s = context.clock.boot_s() - began_s if server.endpoints else 0.0
     where = ", ".join(f"{name}://{address}" for name, address in server.endpoints.items())
     what = context.run.name if context.listening is None else str(model)
     doing = f"serving {what} at {where}" if where else f"running {what}"
@@ -326,6 +329,8 @@ def _serve_until_ended(context: RunContext, job: Job, model: Path, envelope: Env
             context.progress("answering what was accepted, then leaving")
             told = answered(server.endpoints)
             ended = server.stop()
+    if is_image(job):
+        keep_run(context, job, server.lease_id, ready_s=ready_s, ended=ended)
     if ended.kind not in (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME):
         raise JobFailed(
             f"stage {job.name}: {doing} ended {ended.kind}: {ended.witness}\n{ended.log_tail}".rstrip(),
