@@ -124,19 +124,25 @@ def run_image(asked: ImageRun, *, home: Path, display: Display, listening: Calla
     """
     from tenure.experiments.flow import new_run, run_stages
     from tenure.experiments.foreground import check_ports
-    from tenure.experiments.foreground_image import image_job_file
-    from tenure.experiments.image_forms import form_fingerprint
+    from tenure.experiments.foreground_image import bounded_goal, chosen_form, image_job_file
+    from tenure.experiments.image_forms import form_fingerprint, form_recommendation
 
     if asked.image.manifest.door:
         check_ports(asked.place)
     with broker(home) as client:
         node = _node(client)
         known = client.trials(fingerprint=form_fingerprint(asked.image.manifest, node.machine)) if asked.goal else ()
-        text, why = image_job_file(asked, node, tuple(known))
+        choice = chosen_form(asked, node, tuple(known)) if asked.goal else None
+        text, why = image_job_file(asked, node, choice)
         run, jobs = new_run(text, source=asked.image.folder, run_id=new_id("r"), now_s=SystemClock().utc_s())
         context = _context(client, home, run, display=display)
         context.listening = listening
         context.close_step("serve", "envelope", why)
+        if choice is not None:
+            made = form_recommendation(
+                context, jobs.stages[0], choice, goal=str(bounded_goal(asked, node)), trials=tuple(known)
+            )
+            client.record_recommendation(made)
         return run_stages(context, jobs)
 
 

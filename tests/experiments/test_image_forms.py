@@ -9,7 +9,7 @@ from tenure.cli.image_verbs import form_goal
 from tenure.decide.forms import FormGoal
 from tenure.errors import NotFound, SpecError, Unavailable, Unsupported
 from tenure.experiments.foreground_image import ImageRun, chosen_form, image_job_file
-from tenure.experiments.image_forms import facts, form_fingerprint, keep_run, record_built
+from tenure.experiments.image_forms import facts, form_fingerprint, form_recommendation, keep_run, record_built
 from tenure.forms import Form, FormRecord, ImageManifest
 from tenure.images.store import ImageStore, write_manifest
 from tenure.jobfile import parse_job_file
@@ -72,7 +72,16 @@ def context():
     def trial(**fields):
         return Trial(id=f"t-{next(ids)}", run_id="r-1", machine=NODE.machine, **fields)
 
-    return SimpleNamespace(client=ledger, node=NODE, trial=trial, display=SimpleNamespace(warn=heard.append), heard=heard)
+    return SimpleNamespace(
+        client=ledger,
+        node=NODE,
+        trial=trial,
+        display=SimpleNamespace(warn=heard.append),
+        heard=heard,
+        new_id=lambda kind: f"{kind}-1",
+        run=SimpleNamespace(id="r-1"),
+        clock=SimpleNamespace(utc_s=lambda: 5.0),
+    )
 
 
 def job(image, runtime="container"):
@@ -145,15 +154,30 @@ def test_what_runs_showed_goes_before_what_the_builder_measured(context, image):
 
 def test_the_form_is_chosen_by_the_goal_in_the_memory_of_the_lease_and_the_job_runs_it(image):
     asked = ImageRun(image=image, goal=FormGoal(cold_start_s=2.0), cpus=1.0, memory_bytes=256 * MIB)
-    text, why = image_job_file(asked, NODE)
+    text, why = image_job_file(asked, NODE, chosen_form(asked, NODE))
     assert parse_job_file(text).stages[0].runtime == "process"
     assert "form root may meet cold_start<2s, memory<256.0 MiB" in why
     assert "not sure: its memory was never measured here" in why
     assert "not microvm: node local has not the runtime microvm" in why
     apart = ImageRun(image=image, goal=FormGoal(isolation="container"), cpus=1.0, memory_bytes=256 * MIB)
-    assert parse_job_file(image_job_file(apart, NODE)[0]).stages[0].runtime == "container"
+    assert parse_job_file(image_job_file(apart, NODE, chosen_form(apart, NODE))[0]).stages[0].runtime == "container"
     plain = ImageRun(image=image, cpus=1.0, memory_bytes=256 * MIB)
     assert image_job_file(plain, NODE)[1].endswith("form root"), "without a goal as ever"
+
+
+def test_a_choice_is_kept_with_the_start_that_is_expected_once_two_runs_have_shown_one(context, image):
+    asked = ImageRun(image=image, goal=FormGoal(), cpus=1.0, memory_bytes=256 * MIB)
+    choice = chosen_form(asked, NODE)
+    first = form_recommendation(context, job(image), choice, goal="least cost", trials=())
+    assert (first.chosen.configuration, first.chosen.predictions) == ({"form": "oci"}, {})
+    assert "not root: its memory was never measured here" in first.why
+    for ready_s in (4.0, 5.0, 9.0):
+        keep_run(context, job(image), "l-1", ready_s=ready_s, ended=ended())
+    trials = tuple(context.client.trials.values())
+    made = form_recommendation(context, job(image), chosen_form(asked, NODE, trials), goal="least cost", trials=trials)
+    expected = made.chosen.predictions["cold_start_s"]
+    assert (expected.low, expected.value, expected.high, expected.level) == (1.0, 2.0, 6.0, 0.5)
+    assert set(made.trials) == set(context.client.trials)
 
 
 def test_no_form_that_meets_the_goal_is_an_end_with_every_reason(image):

@@ -67,14 +67,18 @@ class ImageRun:
         )
 
 
+def bounded_goal(asked: ImageRun, node: Node) -> FormGoal:
+    """Return the goal with the memory of the lease as a bound. Raises Refused."""
+    goal, held = asked.goal or FormGoal(), envelope_of(asked.place, node)[0].memory_bytes
+    return replace(goal, memory_bytes=min(goal.memory_bytes or held, held))
+
+
 def chosen_form(asked: ImageRun, node: Node, trials: Sequence[Trial] = ()) -> FormChoice:
     """Return the form that meets the goal at the least cost on this node, in the memory of its lease; and why no other.
 
     trials: known ones of the image (`image_forms.form_fingerprint`). Raises SpecError when none meets the goal, with why.
     """
-    goal, held = asked.goal or FormGoal(), envelope_of(asked.place, node)[0].memory_bytes
-    goal = replace(goal, memory_bytes=min(goal.memory_bytes or held, held))
-    choice = choose_form(facts(asked.image.manifest, node, trials), goal)
+    choice = choose_form(facts(asked.image.manifest, node, trials), bounded_goal(asked, node))
     if choice.form is None:
         raise SpecError(
             f'{choice.describe()}. Ask for less, or build another form: "tenure image build … --form root,oci,microvm"'
@@ -82,14 +86,13 @@ def chosen_form(asked: ImageRun, node: Node, trials: Sequence[Trial] = ()) -> Fo
     return choice
 
 
-def image_job_file(asked: ImageRun, node: Node, trials: Sequence[Trial] = ()) -> tuple[str, str]:
+def image_job_file(asked: ImageRun, node: Node, choice: FormChoice | None = None) -> tuple[str, str]:
     """Return the text of the job file that runs an image on this node, and a sentence on its envelope and its form.
 
-    trials: as `chosen_form`. Raises Refused when nothing of the node is free, SpecError when the node lacks the form's
-    runtime, or no form meets the goal.
+    choice: of `chosen_form`, where the form is to be chosen. Raises Refused when nothing of the node is free, SpecError when
+    the node lacks the form's runtime.
     """
     manifest = asked.image.manifest
-    choice = chosen_form(asked, node, trials) if asked.form is None and asked.goal is not None else None
     form = choice.form if choice is not None and choice.form is not None else asked.chosen
     runtime = RUNTIMES[form]
     if runtime not in node.runtimes:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tenure.decide.forms import FormFacts
+from tenure.decide.forms import FormChoice, FormFacts
 from tenure.errors import TenureError
 from tenure.experiments.context import RunContext
 from tenure.experiments.image_command import RUNTIMES, form_of
@@ -25,7 +25,7 @@ from tenure.jobs import Job, fingerprint
 from tenure.nodes import Machine, Node
 from tenure.protocols import Exit, ExitKind
 from tenure.resources import Envelope
-from tenure.trials import Scalar, Trial
+from tenure.trials import Candidate, Prediction, Recommendation, Scalar, Trial
 from tenure.usage import Summary, summarize
 
 _WELL = (ExitKind.COMPLETED, ExitKind.STOPPED, ExitKind.OUT_OF_TIME)
@@ -99,6 +99,36 @@ def observed(
         metrics["peak_memory_bytes"] = summarize([float(ended.usage.peak_memory_bytes)])
     held: dict[str, Scalar] = {"cpus": envelope.cpus, "memory_bytes": envelope.memory_bytes}
     return _trial(context, job, manifest, form, "observed", metrics, held)
+
+
+def form_recommendation(
+    context: RunContext, job: Job, choice: FormChoice, *, goal: str, trials: Sequence[Trial]
+) -> Recommendation:
+    """Return a choice of a form as the ledger keeps it, with the start that is expected of it where runs have shown some.
+
+    trials: all that are known of the image. The interval is from the quickest to the slowest start that was seen: of n starts
+    and one more, in no order that matters, the last lies between them with probability (n - 1) / (n + 1).
+    """
+    runs = [trial for trial in trials if trial.source == "observed" and trial.configuration.get("form") == choice.form]
+    starts = [trial.metrics["cold_start_s"].median for trial in runs if "cold_start_s" in trial.metrics]
+    predictions = {}
+    if len(starts) > 1:
+        level = (len(starts) - 1) / (len(starts) + 1)
+        predictions["cold_start_s"] = Prediction(
+            value=statistics.median(starts), low=min(starts), high=max(starts), level=level
+        )
+    chosen = Candidate(configuration={"form": str(choice.form)}, envelope=job.envelope, predictions=predictions)
+    return Recommendation(
+        id=context.new_id("rec"),
+        run_id=context.run.id,
+        stage=job.name,
+        goal=goal,
+        chosen=chosen,
+        trials=tuple(trial.id for trial in trials),
+        why=choice.describe(),
+        thin=choice.thin,
+        at_s=context.clock.utc_s(),
+    )
 
 
 # --- helpers ---

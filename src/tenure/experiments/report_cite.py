@@ -227,6 +227,9 @@ WORDS: Mapping[str, str] = {
     "combine_s": "combine",
     "round_s": "one round",
     "peak_memory_bytes": "peak memory",
+    "cold_start_s": "time to start",
+    "memory_floor_bytes": "memory floor",
+    "size_bytes": "size",
     "examples_per_s": "examples",
     "time_s": "time to goal",
     "cost_usd": "cost",
@@ -282,6 +285,8 @@ def label(configuration: Mapping[str, Any]) -> str:
     """Return a configuration in one short line, e.g. ``microservice · grpc · async · batch 8 · 2 × 1 threads``."""
     if "architecture" in configuration:
         shown = [configuration["architecture"]]
+        if "form" in configuration:
+            shown.append(f"form {configuration['form']}")
         if configuration.get("transport", "none") != "none":
             shown.append(configuration["transport"])
         if "interaction" in configuration:

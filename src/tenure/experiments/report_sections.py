@@ -27,6 +27,7 @@ _TRAINING = ("startup_s", "shard_s", "combine_s", "round_s", "peak_memory_bytes"
 _REACHED = ("rounds", "accuracy", "time_s", "cost_usd")
 _SERVING = ("images_per_s", "p50_s", "p99_s", "wrong_answers")
 _SERVING_USE = ("app_cpu_s_per_image", "server_cpu_s_per_image", "app_memory_bytes", "server_memory_bytes", "memory_bytes")
+_FORMS = ("size_bytes", "cold_start_s", "memory_floor_bytes", "peak_memory_bytes")
 _SERVING_PARTS = ("prepare_model_s", "prepare_data_s", "send_s", "recognise_s", "fetch_s")
 
 
@@ -101,6 +102,7 @@ def _tables(trials: Sequence[Trial], serving: bool) -> list[tuple[str, Sequence[
             ("Rate and latency", _SERVING),
             ("CPU and memory by party", _SERVING_USE),
             ("Parts of a request", _SERVING_PARTS),
+            *([("Forms of the image", _FORMS)] if any("form" in trial.configuration for trial in trials) else []),
         ]
     known = [("Times of a round, and memory", _TRAINING), ("What was reached", _REACHED)]
     shown = {"examples_per_s", *_TRAINING, *_REACHED}
