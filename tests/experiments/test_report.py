@@ -12,7 +12,7 @@ from tenure.experiments import plots
 from tenure.experiments.report import ReportData, build_report, figures, render_html, write_report
 from tenure.runs import RunState
 
-from .synthetic import failed_run, full_run
+from .synthetic import failed_run, full_run, spread, trial
 
 HOSTILE = "<script>alert(1)</script>\"' $x^{ & </svg>"
 
@@ -213,6 +213,24 @@ def test_a_goal_that_nothing_meets_is_the_outcome():
     none = replace(data.recommendations[1], chosen=None, why="The nearest is in-process.")
     report = build_report(replace(data, recommendations=(data.recommendations[0], none)))
     assert report["header"]["outcome"].startswith("No configuration meets the goal of stage serve")
+
+
+def test_what_is_known_of_an_images_forms_is_a_table_and_no_measurement_of_its_answers():
+    """Of a run that only served an image: what its builder measured, and what the run showed."""
+    data = full_run()
+    built = {"size_bytes": spread(70e6, n=1), "cold_start_s": spread(0.4, n=1)}
+    seen = {"cold_start_s": spread(0.6, n=1), "peak_memory_bytes": spread(50e6, n=1)}
+    configuration = {"architecture": "microservice", "form": "root"}
+    trials = (
+        trial(900, "serve", "probe", configuration, built),
+        trial(901, "serve", "observed", {**configuration, "cpus": 1.0}, seen),
+    )
+    report = build_report(replace(data, trials=trials, recommendations=()))
+    blocks = [block for section in report["sections"] for block in section["blocks"]]
+    (table,) = [block for block in blocks if block.get("title") == "Forms of the image"]
+    assert table["columns"][3:] == ["size", "time to start", "peak memory"]
+    assert [row[1]["text"] for row in table["rows"]] == ["microservice · form root"] * 2
+    assert not [figure for figure in figures(report) if figure["id"].startswith("serve-")]
 
 
 def test_a_lease_still_held_is_drawn_to_the_last_event():
