@@ -103,6 +103,17 @@ def test_documentation_goes_from_modules_and_functions(tmp_path):
     assert said == "None None Of the class. Noun(value=3)\n"
 
 
+def test_a_module_of_numpy_that_holds_documentation_alone_does_nothing_then(tmp_path):
+    path = tmp_path / "app/site-packages/numpy/_core/_add_newdocs.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("print('documentation')")
+    add_bytecode(tmp_path, VERSION)
+    assert DocStrings().apply(tmp_path) == ""
+    Sources().apply(tmp_path)
+    said = run(tmp_path, "import numpy._core._add_newdocs as m; print('loaded', m.__name__)")
+    assert said == "loaded numpy._core._add_newdocs\n"
+
+
 def test_another_interpreters_modules_are_left_alone(tmp_path):
     module(tmp_path)
     assert add_bytecode(tmp_path, "3.8.1") == 0

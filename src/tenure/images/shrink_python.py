@@ -22,6 +22,8 @@ from tenure.images.tree import replace_file, walk
 
 _CACHE = "__pycache__"
 _UNCHECKED = 1
+_DOCUMENTATION = ("/numpy/_core/_add_newdocs.py", "/numpy/_core/_add_newdocs_scalars.py")
+"""Modules that do nothing but give documentation to what is written in C."""
 
 
 def add_bytecode(tree: Path, version: str, *, leave: Collection[str] = ()) -> int:
@@ -64,7 +66,8 @@ class DocStrings:
         done = 0
         for inside, path in _sources(tree, self._leave):
             cached = tree / importlib.util.cache_from_source(inside).lstrip("/")
-            if cached.exists() and (code := compiled(path.read_bytes(), inside, documented=False)) is not None:
+            source = b"" if inside.endswith(_DOCUMENTATION) else path.read_bytes()
+            if cached.exists() and (code := compiled(source, inside, documented=False)) is not None:
                 replace_file(cached, code)
                 done += 1
         return "" if done else "no module has byte code here"
