@@ -205,7 +205,8 @@ class Attempts:
         if lease.state is LeaseState.DRAINING:
             self.end(lease, lease.end_reason or EndReason.RELEASED, lease.end_detail)
         elif lease.state is LeaseState.GRANTING and self._book.clock.utc_s() >= lease.ends_at_s:
-            self.end(lease, EndReason.FAILED, f"node {lease.node} could not start it within its first slot")
+            last = self._not_started.pop(lease.id, "it never got the order")
+            self.end(lease, EndReason.FAILED, f"node {lease.node} could not start it within its first slot: {last}")
         elif lease.state is LeaseState.GRANTING:
             why = self._not_started.pop(lease.id, "the node never got the first order")
             with self._book.transaction() as tx:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import shutil
 import subprocess
@@ -28,6 +29,11 @@ _RULES = (
     ("FORWARD", "-i", f"{BRIDGE_PREFIX}+", "-d", METADATA, "-j", "DROP"),
 )
 _TABLES = ("iptables", "ip6tables")
+OURS = ipaddress.IPv4Network("10.213.0.0/16")
+"""Where networks lie that the engine has no addresses left for: it has some thirty."""
+_SUBNETS = tuple(OURS.subnets(new_prefix=26))
+_TRIED = 64
+"""Of them, before it is given up."""
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _ANSWER_S = 15.0
 _LOOK_EVERY_S = 10.0
@@ -68,10 +74,28 @@ class TenantNetworks:
                 try:
                     self._make(name)
                 except EngineError as error:
-                    raise Unavailable(f"the engine did not make network {name}: {error}") from error
+                    self._make_among_ours(name, error)
         return name
 
-    def _make(self, name: str) -> None:
+    def _make_among_ours(self, name: str, refused: EngineError) -> None:
+        """Make a network of addresses that we choose, where neither this machine nor another network has them.
+
+        refused: what the engine said when it was to choose.
+        """
+        first = int(hashlib.sha256(name.encode()).hexdigest()[:4], 16) % len(_SUBNETS)
+        taken = routed()
+        free = [subnet for subnet in (*_SUBNETS[first:], *_SUBNETS[:first]) if not any(map(subnet.overlaps, taken))]
+        for subnet in free[:_TRIED]:
+            try:
+                self._make(name, subnet=str(subnet))
+                return
+            except EngineError as error:
+                refused = error
+                if "overlap" not in str(error).lower():
+                    break
+        raise Unavailable(f"the engine did not make network {name}: {refused}") from refused
+
+    def _make(self, name: str, *, subnet: str = "") -> None:
         bridge = BRIDGE_PREFIX + hashlib.sha256(name.encode()).hexdigest()[:10]
         body = {
             "Name": name,
@@ -79,6 +103,7 @@ class TenantNetworks:
             "Driver": "bridge",
             "Labels": {LABEL: self._owner},
             "Options": {"com.docker.network.bridge.name": bridge},
+            **({"IPAM": {"Config": [{"Subnet": subnet}]}} if subnet else {}),
         }
         try:
             self._engine.call("POST", "/networks/create", body)
@@ -91,6 +116,21 @@ class TenantNetworks:
             for network in self._engine.call("GET", "/networks", filters=f'{{"label":["{LABEL}={self._owner}"]}}') or []:
                 with contextlib.suppress(EngineError):  # one with containers is refused
                     self._engine.call("DELETE", f"/networks/{network['Id']}")
+
+
+def routed(table: str = "/proc/net/route") -> list[ipaddress.IPv4Network]:
+    """Return the networks that this machine has routes to, but for the one to everywhere."""
+    found = []
+    try:
+        with open(table) as lines:
+            for line in list(lines)[1:]:
+                words = line.split()
+                address, mask = (int.from_bytes(bytes.fromhex(words[at]), "little") for at in (1, 7))
+                if mask:
+                    found.append(ipaddress.IPv4Network((address, str(ipaddress.IPv4Address(mask)))))
+    except (OSError, ValueError, IndexError):
+        return found
+    return found
 
 
 def close_machine() -> bool:
