@@ -313,8 +313,8 @@ class RuntimeContract:
         code = (
             "import os, signal, sys, time\n"
             "signal.signal(signal.SIGWINCH, lambda *_: print('now', *os.get_terminal_size(), flush=True))\n"
-            "print(*os.get_terminal_size(), os.environ['TERM'], os.environ['WORD'], flush=True)\n"
             "try:\n"
+            "    print(*os.get_terminal_size(), os.environ['TERM'], os.environ['WORD'], flush=True)\n"
             "    while True: time.sleep(0.05)\n"
             "except KeyboardInterrupt: sys.exit(3)\n"
         )

@@ -28,7 +28,10 @@ PACKAGES = "/opt/packages"
 PROJECT = "/opt/tenure"
 _MODULES = ("pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pygments", "pytest_timeout.py", "msgspec")
 _DISTRIBUTIONS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments", "pytest-timeout", "msgspec")
-_TOOLS = ("sh", "cat", "cut", "find", "id", "ip", "ls", "readlink", "seq", "setsid", "sleep", "touch", "true")
+_TOOLS = (
+    *("sh", "cat", "cut", "find", "id", "ip", "ln", "ls", "mkdir"),
+    *("readlink", "rm", "seq", "setsid", "sleep", "touch", "true"),
+)
 _LEFT_OUT = re.compile(
     r"^(test|idlelib|lib2to3|tkinter|turtledemo|ensurepip|pydoc_data|config-.*|site-packages|dist-packages|distutils|xmlrpc|wsgiref)$"
 )

@@ -23,6 +23,7 @@ _MOUNTS = (
     ("proc", "/proc", "proc", ""),
     ("sysfs", "/sys", "sysfs", ""),
     ("devtmpfs", "/dev", "devtmpfs", ""),
+    ("devpts", "/dev/pts", "devpts", "mode=620,ptmxmode=666"),
     ("tmpfs", "/dev/shm", "tmpfs", "mode=1777"),
     ("tmpfs", "/tmp", "tmpfs", "mode=1777"),
     ("tmpfs", "/run", "tmpfs", "mode=755"),
