@@ -64,7 +64,8 @@ def repair(
     told = _silent if json else _told
     found = _named(closure, log, add or [])
     gone = _gone(stored)
-    if exercise or also or not (found.missing or gone):
+    unexplained = bool(log) and not found.missing  # what is gone may not be what the log is about
+    if exercise or also or unexplained or not (found.missing or gone):
         found = _with_watched(found, stored, exercise or [], also or [], timeout, told)
     missing, built = (*gone, *found.missing), None
     if missing and not dry_run:
