@@ -98,6 +98,16 @@ def test_an_errors_text_is_enough(repair, built, tmp_path):
     assert repair("--log", str(log))[:3] == ([], None, 0)  # it names nothing: the program is watched, and lacks nothing
 
 
+def test_a_log_that_names_nothing_has_the_program_watched_though_something_else_is_gone(repair, built, tmp_path):
+    image = ImageStore(built[0]).find("small")
+    take(built[0], "codecs.py")
+    (image.folder / f"root{built[1]}/data.txt").unlink()
+    log = tmp_path / "log"
+    log.write_text("AttributeError: something about a codec")
+    names, _, code, _ = repair("--log", str(log))
+    assert (sorted(names), code) == (["codecs.py", "data.txt"], 0)
+
+
 def test_what_is_gone_from_a_built_image_is_named_and_comes_back(repair, built):
     image = ImageStore(built[0]).find("small")
     (image.folder / f"root{built[1]}/data.txt").unlink()
